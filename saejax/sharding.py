@@ -1,0 +1,136 @@
+"""Where every array lives: the mesh, and one rule from a leaf's name to its `PartitionSpec`.
+
+Level zero of the package: training, evaluation and the activation side all read it, and it knows none of them.
+The mesh has two axes. `data` splits rows, `latent` splits the latents of one SAE; either may be 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from saejax.errors import UserError
+
+DATA = "data"
+LATENT = "latent"
+
+# The last name on a leaf's path decides; optimiser moments end in the same names as the parameters they belong to.
+SPECS: dict[str, P] = {
+    "W_enc": P(None, LATENT),
+    "b_enc": P(LATENT),
+    "W_dec": P(LATENT, None),
+    "b_dec": P(),
+    "tokens_since_fired": P(LATENT),
+    "rows": P(DATA),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are laid out. The product of both numbers is the number of devices used."""
+
+    data: int | None = None
+    """Devices over which rows are split. null takes every device that `latent` leaves."""
+    latent: int = 1
+    """Devices over which the latents are split, for SAEs too wide for one device."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("data", self.data), ("latent", self.latent)):
+            if value is not None and value < 1:
+                raise UserError(f"mesh.{name} must be at least 1, got {value}")
+
+    def shape(self, n_devices: int) -> tuple[int, int]:
+        """Sizes of the two axes on a machine.
+
+        Args:
+          n_devices: devices that JAX sees, over all processes.
+
+        Returns:
+          (data, latent).
+
+        Raises:
+          UserError: the mesh needs more devices than there are, or does not divide them.
+
+        Example:
+          >>> MeshConfig(latent=2).shape(8)
+          (4, 2)
+        """
+        if self.data is None:
+            if n_devices % self.latent:
+                raise UserError(f"mesh.latent={self.latent} does not divide the {n_devices} devices of this machine")
+            return n_devices // self.latent, self.latent
+        if self.data * self.latent > n_devices:
+            raise UserError(
+                f"mesh.data={self.data} x mesh.latent={self.latent} needs {self.data * self.latent} devices, "
+                f"this machine has {n_devices}"
+            )
+        return self.data, self.latent
+
+
+def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run, with axes `data` and `latent`.
+
+    Args:
+      n_data: devices along `data`.
+      n_latent: devices along `latent`.
+      devices: taken in order; by default the first n_data x n_latent of `jax.devices()`.
+
+    Returns:
+      A mesh whose axes XLA propagates by itself (`AxisType.Auto`).
+    """
+    chosen = list(jax.devices() if devices is None else devices)[: n_data * n_latent]
+    if len(chosen) < n_data * n_latent:
+        raise UserError(f"mesh.data={n_data} x mesh.latent={n_latent} needs more than the {len(chosen)} devices here")
+    grid = np.asarray(chosen).reshape(n_data, n_latent)
+    return Mesh(grid, (DATA, LATENT), axis_types=(AxisType.Auto,) * 2)
+
+
+def spec_of(path: Sequence[Any]) -> P:
+    """The `PartitionSpec` of a leaf, from the last name on its tree path; unknown names are replicated."""
+    for entry in reversed(path):
+        name = getattr(entry, "name", None) or getattr(entry, "key", None)
+        if name in SPECS:
+            return SPECS[name]
+    return P()
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A `NamedSharding` for every leaf of a state.
+
+    Args:
+      mesh: as from `make_mesh`.
+      tree: arrays or `jax.ShapeDtypeStruct`s, any nesting. An axis that a leaf's shape cannot fill is replicated.
+
+    Returns:
+      The same tree with a sharding at each leaf.
+    """
+
+    def leaf_sharding(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        spec = spec_of(path)
+        return NamedSharding(mesh, spec if len(spec) <= len(leaf.shape) else P())
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def check_divides(mesh_shape: tuple[int, int], *, n_lanes: int, d_sae: int) -> None:
+    """Refuse sizes that a mesh cannot split evenly, before any device work.
+
+    Args:
+      mesh_shape: (data, latent).
+      n_lanes: lanes of the data stream.
+      d_sae: latents.
+
+    Raises:
+      UserError: naming the field, its value and what divides.
+    """
+    n_data, n_latent = mesh_shape
+    if n_lanes % n_data:
+        raise UserError(f"mesh.data must divide train.n_lanes={n_lanes} (lanes of the data stream), got {n_data}")
+    if d_sae % n_latent:
+        raise UserError(f"mesh.latent must divide sae.d_sae={d_sae}, got {n_latent}")

@@ -1,0 +1,1 @@
+"""Learning: optimiser, liveness, the one compiled step, and the loop around it."""

@@ -1,0 +1,80 @@
+"""What a training run is told besides its SAE, its data and its optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from saejax.activations import normalize
+from saejax.errors import UserError
+from saejax.training import liveness
+
+
+class DecoderBias(enum.Enum):
+    """Where the decoder bias starts."""
+
+    geometric_median = "geometric_median"
+    mean = "mean"
+    zero = "zero"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, data preparation and rhythm of a run. All counts are in rows (one row is one token)."""
+
+    n_tokens: int = 3_072_000
+    """Rows to train on, rounded down to whole batches; epochs repeat, reshuffled, when the source holds fewer."""
+    batch: int = 512
+    """Rows per step over all devices; a multiple of `n_lanes`."""
+    n_lanes: int = 8
+    """Parallel lanes of the data stream. Any mesh.data and any number of processes that divide it see the same batches."""
+    buffer_rows: int = 16_384
+    """Rows of the shuffle buffer on the devices; a multiple of `batch`. Its first filling also estimates the normaliser."""
+    normalize: normalize.Mode = normalize.Mode.sqrt_d
+    """Scale of the input: none, sqrt_d (E||x|| = sqrt(d_in)) or unit (E||x||^2 = 1)."""
+    center: bool = False
+    """Whether the mean of the first buffer filling is subtracted before scaling."""
+    b_dec_init: DecoderBias = DecoderBias.geometric_median
+    """Start of the decoder bias, from the first buffer filling: geometric_median, mean or zero."""
+    dead_after_tokens: int | None = None
+    """A latent is dead after this many rows without firing. null takes a thirty-second of the run, at most 10M."""
+    log_every_steps: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    eval_every_steps: int | None = 500
+    """Steps between two held-out evaluations; null evaluates at the end only."""
+    eval_rows: int = 8_192
+    """Held-out rows per evaluation during training."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "n_lanes", "buffer_rows", "log_every_steps", "eval_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.eval_every_steps is not None and self.eval_every_steps < 1:
+            raise UserError(f"train.eval_every_steps must be at least 1 or null, got {self.eval_every_steps}")
+        if self.batch % self.n_lanes:
+            raise UserError(f"train.batch must be a multiple of train.n_lanes={self.n_lanes}, got {self.batch}")
+        if self.buffer_rows % self.batch:
+            raise UserError(f"train.buffer_rows must be a multiple of train.batch={self.batch}, got {self.buffer_rows}")
+        if self.n_tokens < self.batch:
+            raise UserError(f"train.n_tokens must be at least train.batch={self.batch}, got {self.n_tokens}")
+        if self.dead_after_tokens is not None and not 1 <= self.dead_after_tokens < liveness.MAX_TOKENS:
+            raise UserError(
+                f"train.dead_after_tokens must be in [1, {liveness.MAX_TOKENS}) or null, got {self.dead_after_tokens}"
+            )
+
+    @property
+    def n_steps(self) -> int:
+        """Whole steps of the run."""
+        return self.n_tokens // self.batch
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that each lane adds to a step."""
+        return self.batch // self.n_lanes
+
+    @property
+    def dead_window_tokens(self) -> int:
+        """`dead_after_tokens` with null resolved."""
+        if self.dead_after_tokens is not None:
+            return self.dead_after_tokens
+        return max(self.batch, min(self.n_tokens // 32, 10_000_000))

@@ -1,0 +1,100 @@
+"""The one thing that is sharded, donated and saved, and how it is born on its mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from saejax import sharding
+from saejax.activations import buffer, normalize
+from saejax.sae import base
+from saejax.training import liveness
+from saejax.training.settings import DecoderBias, TrainConfig
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that the next step depends on, but for the position of the loader, which the host keeps.
+
+    Attributes:
+      step: optimiser steps taken, int32 scalar.
+      params: parameters of the SAE on normalised rows, float32.
+      opt_state: Optax state of the same layout.
+      liveness: tokens since each latent fired.
+      buffer: rows waiting to be drawn.
+      normalizer: mean and scale that rows get before the SAE sees them.
+      key: typed key; every step folds its number into it, so it never changes.
+    """
+
+    step: jax.Array
+    params: base.SAEParams
+    opt_state: Any
+    liveness: liveness.Liveness
+    buffer: buffer.BufferState
+    normalizer: normalize.Normalizer
+    key: jax.Array
+
+
+def create(
+    sparsifier: base.Sparsifier,
+    tx: optax.GradientTransformation,
+    config: TrainConfig,
+    first_rows: Float[Array, "lanes rows d_in"],
+    *,
+    seed: int,
+    mesh: Mesh,
+) -> TrainState:
+    """A new state, every leaf born where `sharding.SPECS` wants it.
+
+    Args:
+      sparsifier: architecture.
+      tx: optimiser.
+      config: normalisation, start of the decoder bias.
+      first_rows: first filling of the buffer, in the dtype of the source, sharded over `data`.
+      seed: fixes parameters and draws.
+      mesh: where the state lives.
+
+    Returns:
+      State at step 0.
+    """
+
+    def build(rows: Float[Array, "lanes rows d_in"], key: jax.Array) -> TrainState:
+        key_params, key_draws = jax.random.split(key)
+        flat = rows.reshape(-1, rows.shape[-1])
+        normalizer = normalize.estimate(flat, mode=config.normalize, center=config.center)
+        params = sparsifier.init(key_params)
+        params = params.replace(b_dec=_decoder_bias(config.b_dec_init, normalize.apply(normalizer, flat)))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+            liveness=liveness.init(sparsifier.d_sae),
+            buffer=buffer.create(rows),
+            normalizer=normalizer,
+            key=key_draws,
+        )
+
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(build, first_rows, key)
+    with jax.set_mesh(mesh):
+        return jax.jit(build, out_shardings=sharding.tree_shardings(mesh, shapes))(first_rows, key)
+
+
+def _decoder_bias(start: DecoderBias, rows: Float[Array, "n d_in"]) -> Float[Array, " d_in"]:
+    """b_dec at step 0, from normalised rows."""
+    if start is DecoderBias.zero:
+        return jnp.zeros(rows.shape[-1], jnp.float32)
+    if start is DecoderBias.mean:
+        return jnp.mean(rows, axis=0)
+    return normalize.geometric_median(rows)
+
+
+def abstract(state: TrainState) -> TrainState:
+    """The same tree as `jax.ShapeDtypeStruct`s with shardings: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

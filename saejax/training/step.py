@@ -1,0 +1,73 @@
+"""The one compiled step: draw a batch, loss and gradients, optimiser, constraint, liveness, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from saejax.activations import buffer, normalize
+from saejax.sae import base
+from saejax.training import liveness
+from saejax.training.state import TrainState
+
+Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make(
+    sparsifier: base.Sparsifier,
+    tx: optax.GradientTransformation,
+    *,
+    dead_window_tokens: int,
+) -> Step:
+    """Build the training step of one architecture.
+
+    Args:
+      sparsifier: architecture; its `loss`, `project` and `constrain` are used.
+      tx: optimiser.
+      dead_window_tokens: tokens without firing after which a latent is dead.
+
+    Returns:
+      step(state, fresh) -> (state, metrics), pure and not yet jitted; fresh is [n_lanes, block_rows, d_in] in the
+      dtype of the source, metrics are float32 scalars: loss, each loss term, fvu, l0, dead_share, grad_norm.
+    """
+
+    def step(state: TrainState, fresh: Float[Array, "lanes rows d_in"]) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        new_buffer, drawn = buffer.swap(state.buffer, fresh, key)
+        x = normalize.apply(state.normalizer, drawn.reshape(-1, drawn.shape[-1]))
+        dead = liveness.dead(state.liveness, dead_window_tokens)
+
+        def loss_fn(params: base.SAEParams) -> tuple[Float[Array, ""], base.Aux]:
+            return sparsifier.loss(params, x, dead=dead, step=state.step)
+
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads = sparsifier.project(state.params, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = sparsifier.constrain(optax.apply_updates(state.params, updates))  # pyright: ignore[reportArgumentType]
+        metrics = {
+            "loss": loss,
+            **aux.terms,
+            "fvu": _fvu(x, aux.recon),
+            "l0": jnp.mean(aux.encoding.l0()),
+            "dead_share": jnp.mean(dead, dtype=jnp.float32),
+            "grad_norm": optax.global_norm(grads),
+        }
+        new_state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            liveness=liveness.update(state.liveness, aux.encoding.fired(), x.shape[0]),
+            buffer=new_buffer,
+        )
+        return new_state, metrics
+
+    return step
+
+
+def _fvu(x: Float[Array, "b d_in"], recon: Float[Array, "b d_in"]) -> Float[Array, ""]:
+    """Fraction of variance unexplained within this batch: sum ||x - recon||^2 / sum ||x - batch mean||^2."""
+    return jnp.sum((x - recon) ** 2) / jnp.sum((x - jnp.mean(x, axis=0, keepdims=True)) ** 2)

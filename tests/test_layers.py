@@ -1,0 +1,294 @@
+"""The architecture, enforced: who may import whom, one door per library, sizes, names, documentation.
+
+The checks parse sources and import nothing. Each check returns its findings as lines, so that
+test_layers_can_fail.py can show on small bad snippets that it is able to fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What a part of saejax may import of saejax, besides itself and `errors`.
+ARRAYS = {"sae", "kernels", "sparse_coding", "codes"}
+BELOW_CONFIG = {*ARRAYS, "activations", "checkpoint", "evals", "sharding", "tracking", "training"}
+TOP = {"cli", "experiments", "interop", "report"}
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "kernels": set(),
+    "sae": {"kernels"},
+    "sparse_coding": {"kernels", "sae"},
+    "codes": {"kernels", "sparse_coding"},
+    "sharding": set(),
+    "tracking": set(),
+    "checkpoint": {"sae", "sharding"},
+    "activations": {"sharding"},
+    "evals": {"activations", "kernels", "sae", "sharding"},
+    "training": {"activations", "checkpoint", "evals", "kernels", "sae", "sharding", "tracking"},
+    "config": BELOW_CONFIG,
+    "interop": {*BELOW_CONFIG, "config"},
+    "report": {*BELOW_CONFIG, "config"},
+    "experiments": {*BELOW_CONFIG, "config"},
+    "cli": {*BELOW_CONFIG, "config", *TOP},
+    "__init__": {*BELOW_CONFIG, "config", "interop"},
+    "__main__": {"cli"},
+}
+
+# Which modules may import a library whose interface moves or whose import is heavy.
+DOORS: dict[str, tuple[str, ...]] = {
+    "wandb": ("saejax.tracking",),
+    "hydra": ("saejax.cli", "saejax.config", "scripts"),
+    "omegaconf": ("saejax.cli", "saejax.config", "scripts"),
+    "orbax": ("saejax.checkpoint",),
+    "safetensors": ("saejax.interop", "saejax.activations"),
+    "grain": ("saejax.activations",),
+    "torch": ("saejax.activations.torch_source",),
+    "transformers": ("saejax.activations.torch_source",),
+    "tokenizers": ("saejax.activations.language_model",),
+    "gguf": ("saejax.activations.language_model",),
+    "matplotlib": ("saejax.report", "saejax.experiments"),
+    "jinja2": ("saejax.report",),
+}
+
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def python_files(*folders: str) -> list[Path]:
+    """All Python files of the given folders of the repository."""
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """`saejax/sae/base.py` -> `saejax.sae.base`; a package is named without `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, also inside functions, `TYPE_CHECKING` and `import_module("...")`.
+
+    `from a import b` yields `a.b`: whether b is a module does not matter to a rule about prefixes.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in {"import_module", "__import__"}:
+                yield node.lineno, str(node.args[0].value)
+
+
+def within(module: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the prefixes or lies below one."""
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def layer_findings(module: str, tree: ast.AST) -> list[str]:
+    """Imports of a saejax module that its layer does not allow."""
+    part = module.split(".")[1]
+    if part not in LAYERS:
+        return [
+            f"{module}: part '{part}' has no place in LAYERS; give it one, and a line in docs/architecture.md"
+        ]
+    allowed = LAYERS[part] | {part, "errors"}
+    findings = []
+    for line, name in imported(tree):
+        target = name.split(".")
+        if name.startswith("."):
+            findings.append(f"{module}:{line}: relative import; write from saejax.<part> import <module>")
+        elif target[0] == "saejax" and len(target) > 1 and target[1] in LAYERS and target[1] not in allowed:
+            findings.append(f"{module}:{line}: '{part}' must not import '{name}'")
+        elif within(module, ("saejax.evals",)) and is_other_metric(module, target):
+            findings.append(f"{module}:{line}: a metric must not import another metric's file ('{name}')")
+    return findings
+
+
+def is_metric_file(module: str) -> bool:
+    """Whether a module of evals defines a metric, that is, a class derived from `Metric`."""
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    if module == "saejax.evals.metric" or not path.exists():
+        return False
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    return any(ast.unparse(base).split(".")[-1] == "Metric" for node in classes for base in node.bases)
+
+
+def is_other_metric(module: str, target: list[str]) -> bool:
+    """Whether a metric's file imports a name of another metric's file."""
+    other = ".".join(target[:3])
+    return (
+        other != module
+        and is_metric_file(module)
+        and other.startswith("saejax.evals.")
+        and is_metric_file(other)
+    )
+
+
+def door_findings(module: str, tree: ast.AST) -> list[str]:
+    """Imports of a library outside the modules that are its door."""
+    return [
+        f"{module}:{line}: '{name}' may be imported only in {', '.join(DOORS[name.split('.')[0]])}"
+        for line, name in imported(tree)
+        if name.split(".")[0] in DOORS and not within(module, DOORS[name.split(".")[0]])
+    ]
+
+
+def size_findings(where: str, text: str) -> list[str]:
+    """A file or a function that no longer fits the eye."""
+    n_lines = len(text.splitlines())
+    findings = [f"{where}: {n_lines} lines, at most {MAX_FILE_LINES}"] if n_lines > MAX_FILE_LINES else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, Function):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                findings.append(
+                    f"{where}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+                )
+    return findings
+
+
+def name_findings(where: str) -> list[str]:
+    """A file or folder whose name says nothing."""
+    vague = VAGUE_NAMES & {part.strip("_") for part in Path(where).with_suffix("").parts}
+    return [f"{where}: '{name}' says nothing about what it holds" for name in sorted(vague)]
+
+
+def public(name: str) -> bool:
+    """Whether a name is meant for others."""
+    return not name.startswith("_")
+
+
+def documented_methods(trees: list[ast.AST]) -> dict[str, tuple[list[str], set[str]]]:
+    """Class name -> (names of its bases, names of its documented methods), over all sources."""
+    table: dict[str, tuple[list[str], set[str]]] = {}
+    for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        methods = {item.name for item in node.body if isinstance(item, Function) and ast.get_docstring(item)}
+        table[node.name] = ([ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases], methods)
+    return table
+
+
+def inherits_doc(table: dict[str, tuple[list[str], set[str]]], class_name: str, method: str) -> bool:
+    """Whether a base class documents the method: an override need not repeat its contract."""
+    bases, _ = table.get(class_name, ([], set()))
+    return any(
+        method in table.get(base, ([], set()))[1] or inherits_doc(table, base, method) for base in bases
+    )
+
+
+def is_config(node: ast.ClassDef) -> bool:
+    """Whether a class is a configuration: a frozen, keyword-only dataclass."""
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return any(
+        "dataclass(" in text and "frozen=True" in text and "kw_only=True" in text for text in decorators
+    )
+
+
+def undocumented_fields(node: ast.ClassDef) -> list[str]:
+    """Public fields of a dataclass that no string literal follows."""
+    missing = []
+    for item, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(item, ast.AnnAssign) or "ClassVar" in ast.unparse(item.annotation):
+            continue
+        told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if public(ast.unparse(item.target)) and not told:
+            missing.append(ast.unparse(item.target))
+    return missing
+
+
+def doc_findings(where: str, tree: ast.Module, table: dict[str, tuple[list[str], set[str]]]) -> list[str]:
+    """Public modules, functions, classes, methods and config fields without a word of explanation."""
+    findings = [] if ast.get_docstring(tree) else [f"{where}: module has no docstring"]
+    for node in tree.body:
+        if not isinstance(node, Function | ast.ClassDef) or not public(node.name):
+            continue
+        if not ast.get_docstring(node):
+            findings.append(f"{where}:{node.lineno}: {node.name} has no docstring")
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                silent = isinstance(item, Function) and public(item.name) and not ast.get_docstring(item)
+                silent = silent and ast.unparse(item.body[-1]) != "..."  # a shape that a Protocol asks for
+                if silent and not inherits_doc(table, node.name, item.name):
+                    findings.append(f"{where}:{item.lineno}: {node.name}.{item.name} has no docstring")
+            if is_config(node):
+                fields = undocumented_fields(node)
+                findings += [
+                    f"{where}:{node.lineno}: field {node.name}.{name} is not documented" for name in fields
+                ]
+    return findings
+
+
+# A path of one machine, or the address of a package registry: neither means anything to another reader.
+PRIVATE_PLACES = re.compile(
+    r"(?<![\w.~/}])/(?:work|root|home|opt|Users)/|(?:pypi|pythonhosted|npmjs|testpypi)\.(?:org|com)\b"
+)
+
+
+def place_findings(where: str, text: str) -> list[str]:
+    """Lines that name a place which exists on one machine only."""
+    lines = enumerate(text.splitlines(), start=1)
+    return [
+        f"{where}:{n}: names a private place: {line.strip()[:80]}"
+        for n, line in lines
+        if PRIVATE_PLACES.search(line)
+    ]
+
+
+def tracked_texts() -> Iterator[tuple[str, str]]:
+    """(path, text) of every tracked text file; skips the test outside a git checkout."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listing.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            try:
+                yield name, (ROOT / name).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def show(findings: list[str]) -> None:
+    """Fails with one line per finding."""
+    assert not findings, "\n" + "\n".join(findings)
+
+
+def test_layers_and_doors():
+    sources = [(module_name(path), ast.parse(path.read_text())) for path in python_files("saejax", "scripts")]
+    show([line for module, tree in sources for line in door_findings(module, tree)])
+    show(
+        [
+            line
+            for module, tree in sources
+            if module.startswith("saejax")
+            for line in layer_findings(module, tree)
+        ]
+    )
+
+
+def test_sizes_and_names():
+    files = python_files("saejax", "scripts", "tests", "benchmarks")
+    where = {path: str(path.relative_to(ROOT)) for path in files}
+    show([line for path in files for line in size_findings(where[path], path.read_text())])
+    show([line for path in files for line in name_findings(where[path])])
+
+
+def test_everything_public_is_documented():
+    trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in python_files("saejax")}
+    table = documented_methods(list(trees.values()))
+    show([line for where, tree in trees.items() for line in doc_findings(where, tree, table)])
+
+
+def test_no_private_places():
+    show([line for where, text in tracked_texts() for line in place_findings(where, text)])

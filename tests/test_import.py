@@ -1,4 +1,4 @@
-"""`import saejax` is light: it loads no heavy library and starts no device. Each check has its own process."""
+"""`import saejax` is light: it loads no heavy library and starts no device. Each check is a process."""
 
 import subprocess
 import sys

@@ -1,0 +1,100 @@
+"""What a metric is: a batch to look at, a state that merges, numbers read once at the end.
+
+Every file of metrics imports this one and no other metric's file; `evals.evaluate` runs them.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from saejax.sae import base
+
+METRICS: dict[str, type["Metric"]] = {}
+"""Every metric by its name. A new metric is one file that registers itself."""
+
+_T = TypeVar("_T", bound=type["Metric"])
+
+
+@struct.dataclass
+class EvalBatch:
+    """One batch seen by every metric, all in the data's own scale.
+
+    Attributes:
+      x: Activations, [b, d_in] float32.
+      recon: Their reconstructions, [b, d_in] float32.
+      encoding: The latents behind them.
+      weight: 1 for a real row, 0 for padding, [b] float32.
+      W_dec: What one unit of each latent adds to `recon`, [d_sae, d_in] float32.
+      b_dec: The reconstruction where no latent fires, [d_in] float32.
+    """
+
+    x: jax.Array
+    recon: jax.Array
+    encoding: base.Encoding
+    weight: jax.Array
+    W_dec: jax.Array
+    b_dec: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric(abc.ABC):
+    """A monoid of sums over rows: static, hashable, all methods pure.
+
+    `init` and `update` run on the devices in float32 and int32 over a few batches. `merge` runs there and on the host,
+    where the states are numpy arrays in float64 and int64, so it uses only operators that both kinds of array have.
+    `merge` is associative and `init` its neutral element. Ratios are formed once, in `compute`.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def init(self, d_in: int, d_sae: int) -> Any:
+        """Returns the state of no rows at all: a pytree of float32 and int32 arrays."""
+
+    @abc.abstractmethod
+    def update(self, state: Any, batch: EvalBatch) -> Any:
+        """Returns the state after one more batch, whose rows follow those already seen."""
+
+    @abc.abstractmethod
+    def merge(self, a: Any, b: Any) -> Any:
+        """Returns the state of the rows of `a` followed by those of `b`."""
+
+    @abc.abstractmethod
+    def compute(self, state: Any) -> dict[str, float | np.ndarray]:
+        """Returns the numbers and arrays of a host state, by flat key."""
+
+    @abc.abstractmethod
+    def definitions(self) -> dict[str, str]:
+        """Returns one exact sentence for every key that `compute` can produce."""
+
+
+def register(cls: _T) -> _T:
+    """Class decorator: enters a metric under its `name`."""
+    METRICS[cls.name] = cls
+    return cls
+
+
+def total(values: Float[Array, "b"], weight: Float[Array, "b"]) -> Float[Array, ""]:
+    """Sums one value per real row; what a padded row holds, even NaN, does not count."""
+    return jnp.sum(jnp.where(weight > 0, values * weight, 0.0))
+
+
+def dot(a: Float[Array, "b d_in"], b: Float[Array, "b d_in"]) -> Float[Array, "b"]:
+    """Inner product of each row of `a` with the same row of `b`."""
+    return jnp.sum(a * b, axis=-1)
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """Quotient of two sums as a Python float; NaN, never an error, where the denominator is 0.
+
+    Example:
+      >>> ratio(1.0, 4.0), ratio(1.0, 0.0)
+      (0.25, nan)
+    """
+    return float(numerator) / float(denominator) if denominator else float("nan")

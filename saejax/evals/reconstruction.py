@@ -1,0 +1,163 @@
+r"""How well activations are rebuilt: squared error, the share of variance left, direction.
+
+With \(c\) the mean of all evaluated rows, which is what "predicting the mean" predicts:
+
+.. math:: \mathrm{FVU} = \frac{\sum_i \|x_i - \hat x_i\|^2}{\sum_i \|x_i - c\|^2}
+
+Sums of squares about the mean are merged as (count, mean, sum of squares) after Chan, Golub and LeVeque (1983), so that
+data whose mean is far larger than its spread lose nothing in float32.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from saejax.evals import metric
+
+
+@struct.dataclass
+class ReconstructionState:
+    """Sums over rows.
+
+    Attributes:
+      rows: Number of rows, scalar.
+      mean: Mean of `x`, [d_in].
+      spread: Sum of squared distances of `x` to that mean, scalar.
+      error: Sum of squared distances of `x` to its reconstruction, scalar.
+      cosine: Sum of the cosines of `x` and its reconstruction, scalar.
+      direction: Sum of `x / |x|`, [d_in].
+    """
+
+    rows: jax.Array
+    mean: jax.Array
+    spread: jax.Array
+    error: jax.Array
+    cosine: jax.Array
+    direction: jax.Array
+
+
+@metric.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction(metric.Metric):
+    """Squared error and cosine, each beside the value that predicting the mean would get."""
+
+    name: ClassVar[str] = "reconstruction"
+
+    def init(self, d_in: int, d_sae: int) -> ReconstructionState:
+        zero, vector = jnp.zeros(()), jnp.zeros(d_in)
+        return ReconstructionState(rows=zero, mean=vector, spread=zero, error=zero, cosine=zero, direction=vector)
+
+    def update(self, state: ReconstructionState, batch: metric.EvalBatch) -> ReconstructionState:
+        x, recon, weight = batch.x, batch.recon, batch.weight
+        rows, mean, spread = _moments(x, weight)
+        error = x - recon
+        unit = x * _inverse_norm(x)[:, None]
+        unit_recon = recon * _inverse_norm(recon)[:, None]
+        this = ReconstructionState(
+            rows=rows,
+            mean=mean,
+            spread=spread,
+            error=metric.total(metric.dot(error, error), weight),
+            cosine=metric.total(metric.dot(unit, unit_recon), weight),
+            direction=jnp.sum(unit * weight[:, None], axis=0),
+        )
+        return self.merge(state, this)
+
+    def merge(self, a: ReconstructionState, b: ReconstructionState) -> ReconstructionState:
+        rows = a.rows + b.rows
+        share = b.rows / (rows + (rows == 0))  # 0 for two empty states
+        shift = b.mean - a.mean
+        return ReconstructionState(
+            rows=rows,
+            mean=a.mean + shift * share,
+            spread=a.spread + b.spread + (shift * shift).sum() * a.rows * share,
+            error=a.error + b.error,
+            cosine=a.cosine + b.cosine,
+            direction=a.direction + b.direction,
+        )
+
+    def compute(self, state: ReconstructionState) -> dict[str, float | np.ndarray]:
+        mean = np.asarray(state.mean)
+        length = float(np.linalg.norm(mean))
+        return {
+            "mse": metric.ratio(state.error, state.rows),
+            "mse_mean_baseline": metric.ratio(state.spread, state.rows),
+            "fvu": metric.ratio(state.error, state.spread),
+            "cosine": metric.ratio(state.cosine, state.rows),
+            "cosine_mean_baseline": metric.ratio(float(np.dot(state.direction, mean)), float(state.rows) * length),
+        }
+
+    def definitions(self) -> dict[str, str]:
+        return {
+            "mse": "Mean over rows of the squared distance |x - recon|^2, summed over d_in, in the data's own scale.",
+            "mse_mean_baseline": "Mean over rows of |x - c|^2 with c the mean of the evaluated rows: the mse of "
+            "predicting the mean.",
+            "fvu": "Fraction of variance unexplained: sum over all rows of |x - recon|^2 divided by the sum over all "
+            "rows of |x - c|^2, c the mean of all evaluated rows; 0 is perfect, 1 is no better than the mean.",
+            "cosine": "Mean over rows of the cosine of x and recon; a row where either is zero counts as 0.",
+            "cosine_mean_baseline": "Mean over rows of the cosine of x and the mean of the evaluated rows: the cosine "
+            "of predicting the mean.",
+        }
+
+
+@struct.dataclass
+class FvuBatchState:
+    """Sum of the batches' ratios and number of batches, scalars."""
+
+    ratios: jax.Array
+    batches: jax.Array
+
+
+@metric.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FvuBatchLegacy(metric.Metric):
+    """The FVU that other trainers log. It depends on the batch size; use it only to compare with theirs."""
+
+    name: ClassVar[str] = "fvu_batch_legacy"
+
+    def init(self, d_in: int, d_sae: int) -> FvuBatchState:
+        return FvuBatchState(ratios=jnp.zeros(()), batches=jnp.zeros(()))
+
+    def update(self, state: FvuBatchState, batch: metric.EvalBatch) -> FvuBatchState:
+        error = batch.x - batch.recon
+        _, _, spread = _moments(batch.x, batch.weight)
+        defined = spread > 0  # a batch of one row, or of padding, has no variance to explain
+        value = metric.total(metric.dot(error, error), batch.weight) / jnp.where(defined, spread, 1.0)
+        this = FvuBatchState(ratios=jnp.where(defined, value, 0.0), batches=defined.astype(jnp.float32))
+        return self.merge(state, this)
+
+    def merge(self, a: FvuBatchState, b: FvuBatchState) -> FvuBatchState:
+        return FvuBatchState(ratios=a.ratios + b.ratios, batches=a.batches + b.batches)
+
+    def compute(self, state: FvuBatchState) -> dict[str, float | np.ndarray]:
+        return {"fvu_batch_legacy": metric.ratio(state.ratios, state.batches)}
+
+    def definitions(self) -> dict[str, str]:
+        return {
+            "fvu_batch_legacy": "Unweighted mean over batches of (sum of |x - recon|^2) / (sum of |x - batch mean|^2); "
+            "depends on the batch size and is kept only for comparison with trainers that log it.",
+        }
+
+
+def _moments(
+    x: Float[Array, "b d_in"], weight: Float[Array, "b"]
+) -> tuple[Float[Array, ""], Float[Array, "d_in"], Float[Array, ""]]:
+    """Number of rows, their mean, and the sum of squared distances to it."""
+    rows = jnp.sum(weight)
+    w = (weight / jnp.maximum(rows, 1.0))[:, None]
+    rough = jnp.sum(x * w, axis=0)
+    # The second pass takes away what rounding left in the first: it matters when the mean dwarfs the spread.
+    mean = rough + jnp.sum((x - rough[None, :]) * w, axis=0)
+    apart = x - mean[None, :]
+    return rows, mean, metric.total(metric.dot(apart, apart), weight)
+
+
+def _inverse_norm(x: Float[Array, "b d_in"]) -> Float[Array, "b"]:
+    """1 / |x| for each row, and 0 for a row of zeros."""
+    norm = jnp.linalg.norm(x, axis=-1)
+    return jnp.where(norm > 0, 1.0 / jnp.where(norm > 0, norm, 1.0), 0.0)

@@ -115,7 +115,7 @@ def open_rows(
     n_blocks, tail = divmod(n, block_rows)
     if n_blocks < n_lanes:
         raise UserError(
-            f"{n} training rows: one step takes {n_lanes * block_rows} ({n_lanes} lanes x {block_rows} rows); "
+            f"{n} training rows: a step takes {n_lanes * block_rows} ({n_lanes} lanes x {block_rows} rows); "
             "give more data or lower the batch"
         )
     if tail:
@@ -123,7 +123,7 @@ def open_rows(
     order = shuffled_blocks(n_blocks=n_blocks, n_lanes=n_lanes, seed=seed)
 
     def make(step: int) -> np.ndarray:
-        blocks = order[step]
+        blocks = np.asarray(order[step])
         record = np.empty((len(lanes), block_rows, d_in), rows.dtype)
         for slot, lane in enumerate(lanes):
             start = int(blocks[lane]) * block_rows

@@ -1,0 +1,96 @@
+"""The shuffle buffer: mixes rows on the devices, lane by lane, inside the compiled step.
+
+Third station of the data path. Blocks arrive as contiguous rows, which come from the same documents; the
+buffer spreads them over many batches. Every swap takes `block_rows` rows at random out of each lane and puts
+the new block into the slots they leave: the buffer is always full, and no row is lost or seen twice.
+
+A lane never looks at another lane, and its random bits depend on (key, lane) only: with the lane axis sharded
+over "data" no swap communicates, and every mesh yields the same rows.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from saejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BufferConfig:
+    """Size of the shuffle buffer."""
+
+    rows: int = 65_536
+    """Rows held on the devices, all lanes together; rounded down to whole batches (>= 1 batch)."""
+
+    def __post_init__(self):
+        if self.rows < 1:
+            raise UserError(f"buffer.rows = {self.rows}: at least one batch is needed")
+
+    def n_batches(self, batch: int) -> int:
+        """Batches the buffer holds; a row waits for a geometric number of steps with this mean.
+
+        Raises:
+            UserError: it does not hold a single batch of `batch` rows.
+        """
+        if self.rows < batch:
+            raise UserError(f"buffer.rows = {self.rows}: at least the batch of {batch} rows is needed")
+        return self.rows // batch
+
+
+@struct.dataclass
+class BufferState:
+    """Rows waiting in the buffer: part of the train state, saved with it."""
+
+    rows: jax.Array
+    """[n_lanes, n_batches, block_rows, d_in] in the source's dtype; sharded over "data" by lane."""
+
+
+def create(blocks: Float[Array, "n_lanes n_batches block_rows d_in"]) -> BufferState:
+    """Fill the buffer with its first records, stacked behind the lane axis.
+
+    >>> buffer = create(jnp.zeros((8, 16, 512, 768), jnp.bfloat16))     # 16 batches of 8 x 512 rows
+    """
+    return BufferState(rows=blocks)
+
+
+def draw_slots(
+    key: PRNGKeyArray, *, n_lanes: int, n_batches: int, block_rows: int
+) -> Int[Array, "n_lanes block_rows"]:
+    """Which of its `n_batches` candidates leaves for every row position of every lane: uniform, independent.
+
+    Row i of a block always lives in stratum i, one of `n_batches` slots, and each step empties one slot of
+    every stratum. So the slots of a step are distinct without a sort, every row leaves a given step with
+    probability 1 / n_batches, and rows of one block leave independently of each other.
+    """
+
+    def of_lane(lane: Int[Array, ""]) -> Int[Array, "block_rows"]:
+        return jax.random.randint(jax.random.fold_in(key, lane), (block_rows,), 0, n_batches)
+
+    return jax.vmap(of_lane)(jnp.arange(n_lanes))
+
+
+def swap(
+    buffer: BufferState, new: Float[Array, "n_lanes block_rows d_in"], key: PRNGKeyArray
+) -> tuple[BufferState, Float[Array, "n_lanes block_rows d_in"]]:
+    """Take one batch out at random and put the new record into its place. Pure; donate the buffer.
+
+    Args:
+        buffer: the waiting rows.
+        new: the next record of the loader, same dtype as the buffer.
+        key: a new key for every step.
+
+    Returns:
+        The buffer with the new rows, and the rows that left it, lane by lane.
+    """
+    n_lanes, n_batches, block_rows, _ = buffer.rows.shape
+    slots = draw_slots(key, n_lanes=n_lanes, n_batches=n_batches, block_rows=block_rows)
+    strata = jnp.arange(block_rows)
+
+    def of_lane(rows, new, slots):
+        return rows.at[slots, strata].set(new, unique_indices=True), rows[slots, strata]
+
+    rows, batch = jax.vmap(of_lane)(buffer.rows, new.astype(buffer.rows.dtype), slots)
+    return BufferState(rows=rows), batch

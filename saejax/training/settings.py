@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from saejax.activations import normalize
 from saejax.errors import UserError
 from saejax.training import liveness
 
@@ -28,12 +27,6 @@ class TrainConfig:
     """Rows per step over all devices; a multiple of `n_lanes`."""
     n_lanes: int = 8
     """Parallel lanes of the data stream. Any mesh.data and any number of processes that divide it see the same batches."""
-    buffer_rows: int = 16_384
-    """Rows of the shuffle buffer on the devices; a multiple of `batch`. Its first filling also estimates the normaliser."""
-    normalize: normalize.Mode = normalize.Mode.sqrt_d
-    """Scale of the input: none, sqrt_d (E||x|| = sqrt(d_in)) or unit (E||x||^2 = 1)."""
-    center: bool = False
-    """Whether the mean of the first buffer filling is subtracted before scaling."""
     b_dec_init: DecoderBias = DecoderBias.geometric_median
     """Start of the decoder bias, from the first buffer filling: geometric_median, mean or zero."""
     dead_after_tokens: int | None = None
@@ -46,15 +39,13 @@ class TrainConfig:
     """Held-out rows per evaluation during training."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "n_lanes", "buffer_rows", "log_every_steps", "eval_rows"):
+        for name in ("batch", "n_lanes", "log_every_steps", "eval_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.eval_every_steps is not None and self.eval_every_steps < 1:
             raise UserError(f"train.eval_every_steps must be at least 1 or null, got {self.eval_every_steps}")
         if self.batch % self.n_lanes:
             raise UserError(f"train.batch must be a multiple of train.n_lanes={self.n_lanes}, got {self.batch}")
-        if self.buffer_rows % self.batch:
-            raise UserError(f"train.buffer_rows must be a multiple of train.batch={self.batch}, got {self.buffer_rows}")
         if self.n_tokens < self.batch:
             raise UserError(f"train.n_tokens must be at least train.batch={self.batch}, got {self.n_tokens}")
         if self.dead_after_tokens is not None and not 1 <= self.dead_after_tokens < liveness.MAX_TOKENS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -45,7 +46,8 @@ def create(
     sparsifier: base.Sparsifier,
     tx: optax.GradientTransformation,
     config: TrainConfig,
-    first_rows: Float[Array, "lanes rows d_in"],
+    normalizing: normalize.NormalizeConfig,
+    first_rows: Float[Array, "lanes batches rows d_in"],
     *,
     seed: int,
     mesh: Mesh,
@@ -55,7 +57,8 @@ def create(
     Args:
       sparsifier: architecture.
       tx: optimiser.
-      config: normalisation, start of the decoder bias.
+      config: start of the decoder bias.
+      normalizing: how rows are centred and scaled.
       first_rows: first filling of the buffer, in the dtype of the source, sharded over `data`.
       seed: fixes parameters and draws.
       mesh: where the state lives.
@@ -63,27 +66,67 @@ def create(
     Returns:
       State at step 0.
     """
-
-    def build(rows: Float[Array, "lanes rows d_in"], key: jax.Array) -> TrainState:
-        key_params, key_draws = jax.random.split(key)
-        flat = rows.reshape(-1, rows.shape[-1])
-        normalizer = normalize.estimate(flat, mode=config.normalize, center=config.center)
-        params = sparsifier.init(key_params)
-        params = params.replace(b_dec=_decoder_bias(config.b_dec_init, normalize.apply(normalizer, flat)))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=tx.init(params),
-            liveness=liveness.init(sparsifier.d_sae),
-            buffer=buffer.create(rows),
-            normalizer=normalizer,
-            key=key_draws,
-        )
-
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(build, first_rows, key)
+    shapes = abstract(sparsifier, tx, config, normalizing, first_rows, mesh=mesh)
+    build = jax.jit(
+        functools.partial(_build, sparsifier, tx, config, normalizing),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+    )
     with jax.set_mesh(mesh):
-        return jax.jit(build, out_shardings=sharding.tree_shardings(mesh, shapes))(first_rows, key)
+        return build(first_rows, jax.random.key(seed))
+
+
+def abstract(
+    sparsifier: base.Sparsifier,
+    tx: optax.GradientTransformation,
+    config: TrainConfig,
+    normalizing: normalize.NormalizeConfig,
+    first_rows: Any,
+    *,
+    mesh: Mesh,
+) -> TrainState:
+    """The state's shapes, dtypes and shardings without its values: what a checkpoint is restored into.
+
+    Args:
+      sparsifier: architecture.
+      tx: optimiser.
+      config: start of the decoder bias.
+      normalizing: how rows are centred and scaled.
+      first_rows: anything with the shape [n_lanes, n_batches, block_rows, d_in] and dtype of the buffer.
+      mesh: where the state shall live.
+
+    Returns:
+      A `TrainState` of `jax.ShapeDtypeStruct`.
+    """
+    rows = jax.ShapeDtypeStruct(first_rows.shape, first_rows.dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx, config, normalizing), rows, key)
+    shardings = sharding.tree_shardings(mesh, shapes)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+
+def _build(
+    sparsifier: base.Sparsifier,
+    tx: optax.GradientTransformation,
+    config: TrainConfig,
+    normalizing: normalize.NormalizeConfig,
+    rows: Float[Array, "lanes batches rows d_in"],
+    key: jax.Array,
+) -> TrainState:
+    key_params, key_draws = jax.random.split(key)
+    # Batches first, so that the first rows are spread over all lanes.
+    flat = jnp.swapaxes(rows, 0, 1).reshape(-1, rows.shape[-1])[: normalizing.rows]
+    normalizer = normalize.estimate(flat, normalizing.mode, center=normalizing.center)
+    params = sparsifier.init(key_params)
+    params = params.replace(b_dec=_decoder_bias(config.b_dec_init, normalize.apply(normalizer, flat)))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        liveness=liveness.init(sparsifier.d_sae),
+        buffer=buffer.create(rows),
+        normalizer=normalizer,
+        key=key_draws,
+    )
 
 
 def _decoder_bias(start: DecoderBias, rows: Float[Array, "n d_in"]) -> Float[Array, " d_in"]:
@@ -93,8 +136,3 @@ def _decoder_bias(start: DecoderBias, rows: Float[Array, "n d_in"]) -> Float[Arr
     if start is DecoderBias.mean:
         return jnp.mean(rows, axis=0)
     return normalize.geometric_median(rows)
-
-
-def abstract(state: TrainState) -> TrainState:
-    """The same tree as `jax.ShapeDtypeStruct`s with shardings: what a checkpoint is restored into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,0 +1,200 @@
+"""Typed configuration: from YAML and overrides to one frozen `Config`, checked before any device work.
+
+Dataclasses that live beside the code they configure are the schema; the files under conf/ set values; nothing in
+them names a Python path. What comes out is plain objects: `config.sae` is the architecture itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from saejax import checkpoint, sharding, tracking
+from saejax.activations import buffer, normalize, source
+from saejax.errors import UserError
+from saejax.sae import base
+from saejax.training import optim, settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    sae: base.Sparsifier
+    """The architecture: topk, l1, ..."""
+    source: source.ActivationSource
+    """Where rows come from: synthetic, store, arrays, ..."""
+    buffer: buffer.BufferConfig
+    """The shuffle buffer on the devices."""
+    normalize: normalize.NormalizeConfig
+    """Centring and scaling of rows, undone when the SAE is loaded."""
+    optim: optim.OptimConfig
+    """Adam and its schedule."""
+    mesh: sharding.MeshConfig
+    """Devices along data and latent."""
+    train: settings.TrainConfig
+    """Length, batch and rhythm."""
+    checkpoint: checkpoint.CheckpointConfig
+    """What is saved when."""
+    tracker: tracking.TrackerConfig
+    """W&B beside metrics.jsonl."""
+    seed: int = 0
+    """Fixes parameters, data order and draws of a run."""
+
+    def __post_init__(self) -> None:
+        if self.sae.d_in != self.source.d_in:
+            raise UserError(f"sae.d_in must equal the width of the source, {self.source.d_in}, got {self.sae.d_in}")
+
+
+def conf_dir() -> str:
+    """Absolute path of conf/: inside an installed package, at the repository root of an editable one."""
+    for candidate in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return str(candidate)
+    raise UserError(f"conf/ was not found beside {Path(__file__).parent}: reinstall saejax")
+
+
+def register() -> None:
+    """Enter every schema and resolver; safe to repeat."""
+    from saejax import commands  # the other commands' roots; imported late, they pull in what they run
+    from saejax.activations import harvest, text
+
+    store = ConfigStore.instance()
+    roots = {"train": Config, "harvest": harvest.HarvestConfig, **commands.CONFIGS}
+    for name, root in roots.items():
+        store.store(name=f"{name}_schema", node=schema(root))
+    for group, types in {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}.items():
+        for name, cls in types.items():
+            store.store(group=group, name=f"{name}_schema", node=schema(cls))
+    OmegaConf.register_new_resolver("source_d_in", _source_d_in, replace=True)
+
+
+def schema(cls: type) -> DictConfig:
+    """A dataclass as a node that composition may write to, although its instances are frozen."""
+    node = OmegaConf.structured(cls)
+    _thaw(node)
+    return node
+
+
+def _thaw(node: Any) -> None:
+    # OmegaConf marks the nodes of frozen dataclasses read-only, and then refuses YAML values and overrides.
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if OmegaConf.is_config(child) and not child._is_none() and not child._is_missing():
+            _thaw(child)
+
+
+def _source_d_in(*, _root_: DictConfig) -> int:
+    return OmegaConf.to_object(_root_.source).d_in  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def load(name: str, overrides: list[str]) -> Any:
+    """Compose one root config and turn it into its frozen object.
+
+    Args:
+      name: a file of conf/ without .yaml: train, harvest, evaluate, export, report.
+      overrides: as on the command line, `sae.k=64`.
+
+    Returns:
+      The root's dataclass instance.
+
+    Raises:
+      UserError: one line saying which key or value is wrong and what is allowed.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
+        try:
+            composed = compose(config_name=name, overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_one_line(error)) from error
+    return to_object(composed)
+
+
+def to_object(composed: DictConfig) -> Any:
+    """Instantiate a composed config; every `__post_init__` check runs here.
+
+    Raises:
+      UserError: a missing value, a wrong type, an unknown key or an impossible combination, in one line.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given, say {missing[0]}=...")
+    try:
+        return OmegaConf.to_object(composed)
+    except dataclasses.FrozenInstanceError as error:
+        key = str(error).split("'")[1]
+        raise UserError(f"unknown key {key}: it is not in the schema (a leading + cannot add one)") from error
+    except UserError:
+        raise
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    """The message of Hydra or OmegaConf without its layout, with the allowed keys where a key is unknown."""
+    cause = error.__cause__
+    lines = [line.strip() for part in (error, cause) if part for line in str(part).splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
+    text = "; ".join(dict.fromkeys(lines))
+    for registry in (base.ARCHITECTURES, source.SOURCES):
+        for cls in registry.values():
+            if f"not in '{cls.__name__}'" in text:
+                text += f"; {cls.__name__} has {', '.join(f.name for f in dataclasses.fields(cls))}"
+    return text.replace("    ", " ")
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML that says of itself which classes it was made of (`type:`)."""
+    return yaml.safe_dump(_plain(config), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        name = getattr(type(value), "name", None)
+        return ({"type": name} if isinstance(name, str) else {}) | fields
+    return value
+
+
+def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
+    """The config of an existing run, with overrides on top.
+
+    Args:
+      run_dir: holds config.yaml.
+      overrides: `key=value` each; keys must exist.
+
+    Returns:
+      The `Config`.
+
+    Raises:
+      UserError: no config.yaml, an unknown type, or a wrong override.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run directory: it holds no config.yaml")
+    plain = OmegaConf.create(path.read_text(encoding="utf-8"))
+    node = schema(Config)
+    for group, registry in (("sae", base.ARCHITECTURES), ("source", source.SOURCES)):
+        chosen = plain[group].pop("type")
+        if chosen not in registry:
+            raise UserError(f"{path}: {group}.type must be one of {', '.join(registry)}, got {chosen}")
+        node[group] = schema(registry[chosen])
+    try:
+        merged = OmegaConf.merge(node, plain, OmegaConf.from_dotlist(overrides or []))
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from error
+    return to_object(merged)  # pyright: ignore[reportArgumentType]

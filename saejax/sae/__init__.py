@@ -1,1 +1,12 @@
 """Sparse autoencoders: one file per architecture, `base` for what they share, `model` for what users hold."""
+
+from saejax.sae.base import ARCHITECTURES as ARCHITECTURES
+from saejax.sae.base import Aux as Aux
+from saejax.sae.base import Encoding as Encoding
+from saejax.sae.base import MatmulDtype as MatmulDtype
+from saejax.sae.base import SAEParams as SAEParams
+from saejax.sae.base import Sparsifier as Sparsifier
+from saejax.sae.initialise import EncoderInit as EncoderInit
+from saejax.sae.l1 import L1 as L1
+from saejax.sae.model import SAE as SAE
+from saejax.sae.topk import TopK as TopK

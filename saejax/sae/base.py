@@ -75,6 +75,7 @@ class Encoding:
         """Returns the latents as one dense array."""
         if self.latents is not None:
             return self.latents
+        assert self.values is not None
         rows = jnp.arange(self.values.shape[0])[:, None]
         zeros = jnp.zeros((self.values.shape[0], self.d_sae), self.values.dtype)
         return zeros.at[rows, self.indices].add(self.values)
@@ -83,11 +84,13 @@ class Encoding:
         """Returns which latents are above zero in at least one row."""
         if self.latents is not None:
             return jnp.any(self.latents > 0, axis=0)
+        assert self.values is not None
         return jnp.zeros(self.d_sae, bool).at[self.indices].max(self.values > 0)
 
     def l0(self) -> Float[Array, "b"]:
         """Returns the number of latents above zero in each row, float32."""
         active = self.values if self.latents is None else self.latents
+        assert active is not None
         return jnp.sum(active > 0, axis=-1, dtype=jnp.float32)
 
 
@@ -111,6 +114,8 @@ class Sparsifier(abc.ABC):
     """One SAE architecture with its sizes and coefficients: static, hashable, all methods pure."""
 
     name: ClassVar[str]
+    preferred_norm: ClassVar[str] = "unit"
+    """Scale of the input that its coefficients were made for: `unit` (E||x||^2 = 1) or `sqrt_d` (E||x|| = sqrt(d_in))."""
 
     d_in: int
     """Width of the activations; at least 1."""
@@ -122,8 +127,7 @@ class Sparsifier(abc.ABC):
     def __post_init__(self):
         check(self.d_in >= 1, "d_in", "must be at least 1", self.d_in)
         check(self.d_sae >= 1, "d_sae", "must be at least 1", self.d_sae)
-        check(isinstance(self.matmul_dtype, MatmulDtype), "matmul_dtype",
-              f"must be one of {', '.join(m.name for m in MatmulDtype)}", self.matmul_dtype)  # fmt: skip
+        check_enum(self.matmul_dtype, MatmulDtype, "matmul_dtype")
 
     @abc.abstractmethod
     def init(self, key: Key[Array, ""]) -> SAEParams:
@@ -177,5 +181,9 @@ def register(cls: _T) -> _T:
 def check(ok: bool, field: str, must: str, got: object) -> None:
     """Raises the user's one-line error about `sae.<field>` unless `ok`."""
     if not ok:
-        got = got.name if isinstance(got, enum.Enum) else got
         raise UserError(f"sae.{field} {must}, got {got}")
+
+
+def check_enum(value: object, kind: type[enum.Enum], field: str) -> None:
+    """Raises the user's one-line error about `sae.<field>` unless `value` is a member of `kind`."""
+    check(isinstance(value, kind), field, f"must be one of {', '.join(m.name for m in kind)}", value)

@@ -1,0 +1,110 @@
+r"""AuxK: dead latents learn to explain what the live ones leave over, and so come back.
+
+.. math:: \mathrm{aux} = \min(n_{dead}/k_{aux}, 1)\,
+    \frac{\sum_r \|e_r - \hat e_r\|^2}{\sum_r \|e_r - \bar e\|^2}, \qquad
+    \hat e = \mathrm{TopK}_{k_{aux}}(\mathrm{ReLU}(\text{dead latents}))\, W_{dec}
+
+e is the residual x - recon, held fixed, and its estimate has no b_dec. The gradient reaches the encoder columns,
+the encoder biases and the decoder rows of dead latents and nothing else. The loss of TopK adds `aux_alpha` times
+this.
+
+Sources:
+  Gao et al., Scaling and evaluating sparse autoencoders, 2024 (arXiv:2406.04093): the k_aux best dead latents,
+  alpha 1/32; the ReLU on the auxiliary values and the division by the residual's variance within the batch are
+  those of its published code. The factor min(n_dead / k_aux, 1), which keeps a few dead latents from being pushed
+  by the whole residual, is SAELens'.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from saejax.kernels import matmul, top_k
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def aux_k_loss(
+    W_enc: Float[Array, "d_in d_sae"],
+    b_enc: Float[Array, "d_sae"],
+    W_dec: Float[Array, "d_sae d_in"],
+    x_centred: Float[Array, "b d_in"],
+    residual: Float[Array, "b d_in"],
+    dead: Bool[Array, "d_sae"],
+    k_aux: int,
+    dtype: str,
+) -> Float[Array, ""]:
+    """Returns the AuxK loss of one batch, before its coefficient; 0 without dead latents.
+
+    Args:
+      W_enc, b_enc, W_dec: The parameters that it may move, in the columns and rows of dead latents.
+      x_centred: `x - b_dec`; no gradient.
+      residual: `x - recon`; no gradient.
+      dead: Latents that count as dead.
+      k_aux: Dead latents used per row (fewer if fewer are dead).
+      dtype: Operands of the products.
+    """
+    return _value_and_grads(W_enc, b_enc, W_dec, x_centred, residual, dead, k_aux, dtype)[0]
+
+
+def _forward(*args):
+    return _value_and_grads(*args)
+
+
+def _backward(k_aux, dtype, grads, cotangent):
+    return (*(g * cotangent for g in grads), None, None, None)
+
+
+aux_k_loss.defvjp(_forward, _backward)
+
+
+def _value_and_grads(W_enc, b_enc, W_dec, x_centred, residual, dead, k_aux, dtype):
+    """The loss and its gradients at once, in one conditional that costs nothing when nothing is dead."""
+    n_dead = jnp.sum(dead)
+    weights = (W_enc, b_enc, W_dec)
+
+    def none():
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights)
+
+    def few():
+        # At most k_aux are dead, so all of them take part: a small dense problem on their copies.
+        chosen = jnp.nonzero(dead, size=k_aux, fill_value=0)[0]
+        real = jnp.arange(k_aux) < n_dead
+        part = (W_enc[:, chosen], b_enc[chosen], W_dec[chosen])
+        loss, (g_enc, g_bias, g_dec) = jax.value_and_grad(explain)(part, real)
+        zero_enc, zero_bias, zero_dec = none()[1]
+        # Spare slots name latent 0 with gradient 0.
+        return loss, (
+            zero_enc.at[:, chosen].add(g_enc),
+            zero_bias.at[chosen].add(g_bias),
+            zero_dec.at[chosen].add(g_dec),
+        )
+
+    def many():
+        return jax.value_and_grad(explain)(weights, dead)
+
+    def explain(part, use):
+        W_enc, b_enc, W_dec = part
+        pre_acts = matmul.matmul(x_centred, W_enc, dtype) + b_enc[None, :]
+        values = jnp.where(use[None, :], jax.nn.relu(pre_acts), 0)
+        if values.shape[1] > k_aux:
+            values = values * _best(values, k_aux)
+        estimate = matmul.matmul(values, W_dec, dtype)
+        centred = residual - jnp.mean(residual, axis=0, keepdims=True)
+        # A residual without variance (a perfect or an empty batch) gives 0, not NaN.
+        ratio = jnp.sum((residual - estimate) ** 2) / jnp.maximum(jnp.sum(centred**2), 1e-20)
+        return ratio * jnp.minimum(n_dead / k_aux, 1.0)
+
+    if k_aux == dead.shape[0]:
+        return lax.cond(n_dead > 0, many, none)
+    size = jnp.where(n_dead == 0, 0, jnp.where(n_dead <= k_aux, 1, 2))
+    return lax.switch(size, [none, few, many])
+
+
+def _best(values: Float[Array, "b n"], k: int) -> Float[Array, "b n"]:
+    """Returns 1 at the k largest entries of each row and 0 elsewhere."""
+    _, indices = top_k.top_k(values, k)
+    rows = jnp.arange(values.shape[0])[:, None]
+    return jnp.zeros_like(values).at[rows, indices].set(1.0)

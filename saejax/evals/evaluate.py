@@ -1,0 +1,344 @@
+"""The evaluation loop: rows in, every metric's sums on the devices, numbers once at the end.
+
+One compiled update serves every batch: the last one is padded with rows of weight 0. Its rows are split over the mesh
+axis `data`, and what leaves it is replicated, so the partial sums of the shards are added inside the compiled program. The
+sums of a few batches at a time are float32 and int32; the host merges these chunks in float64 and int64, one chunk late, so
+that neither size of the data nor precision of the devices shows in the result.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from saejax import sharding
+from saejax.errors import UserError
+from saejax.evals import metric, reconstruction, recovery, shrinkage, sparsity
+from saejax.sae import base
+
+_CHUNK_BATCHES = 16
+"""Batches summed in float32 before the host takes over: few enough that rounding stays below 1e-6."""
+
+
+class EvalResult(dict[str, float]):
+    """The metrics of one evaluation: a flat dict of numbers, with what does not fit into one beside it.
+
+    Attributes:
+      arrays: Metrics that are arrays (`firing_rate`, `gain`, the density histogram), by flat key.
+      definitions: One exact sentence for each key of the numbers and of the arrays.
+      data: What was evaluated: rows, batch_rows, and what the caller adds.
+    """
+
+    def __init__(
+        self,
+        metrics: dict[str, float],
+        *,
+        arrays: dict[str, np.ndarray] | None = None,
+        definitions: dict[str, str] | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(metrics)
+        self.arrays, self.definitions, self.data = arrays or {}, definitions or {}, data or {}
+
+    def joined(self, other: "EvalResult") -> "EvalResult":
+        """Returns both results as one; keys of `other` win where both have one."""
+        return EvalResult(
+            {**self, **other},
+            arrays={**self.arrays, **other.arrays},
+            definitions={**self.definitions, **other.definitions},
+            data={**self.data, **other.data},
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """A compiled evaluation of one architecture; made by `make_evaluator`.
+
+    Attributes:
+      sparsifier: Architecture.
+      metrics: What is measured.
+      mesh: Where, or None for the default device.
+      init: () -> states of all metrics.
+      update: (params, mean, scale, states, x, weight) -> states; compiled once for each batch size. `params` work on
+        (x - mean) * scale, `x` [b, d_in] is in the data's own scale, `weight` [b] is 1 for rows and 0 for padding;
+        `states` are donated.
+    """
+
+    sparsifier: base.Sparsifier
+    metrics: tuple[metric.Metric, ...]
+    mesh: Mesh | None
+    init: Callable[[], Any]
+    update: Callable[..., Any]
+
+    def evaluate(
+        self,
+        params: base.SAEParams,
+        batches: Iterable[Float[np.ndarray, "_ d_in"]],
+        *,
+        mean: Float[Array, "d_in"] | None = None,
+        scale: Float[Array, ""] | None = None,
+        batch_rows: int | None = None,
+    ) -> EvalResult:
+        """Measures one set of parameters on finite data.
+
+        Args:
+          params: Parameters of an SAE that works on (x - mean) * scale.
+          batches: Rows in the data's own scale, in blocks of any size and any float dtype.
+          mean: Subtracted from rows; None for 0.
+          scale: Multiplies what remains; None for 1.
+          batch_rows: Rows per compiled call, rounded up to a multiple of the mesh axis `data`; None for the size of the
+            first block.
+
+        Returns:
+          The metrics; their values do not depend on `batch_rows`, except the one whose name ends in `_legacy`.
+
+        Raises:
+          UserError: no rows, or rows of another width.
+        """
+        if self.mesh is not None:
+            params = jax.device_put(params, sharding.tree_shardings(self.mesh, params))
+        mean = np.zeros(self.sparsifier.d_in, np.float32) if mean is None else mean
+        scale = np.float32(1.0) if scale is None else scale
+        states, pending, merged, rows, size = None, None, None, 0, 0
+        for index, (x, weight) in enumerate(self._padded(batches, batch_rows)):
+            rows, size = rows + int(weight.sum()), len(weight)
+            if index % _CHUNK_BATCHES == 0:
+                merged, pending, states = self._take(merged, pending), states, self.init()
+            with _on(self.mesh):
+                states = self.update(params, mean, scale, states, self._put(x), self._put(weight))
+        if not rows:
+            raise UserError("there are no rows to evaluate: the source of held-out activations is empty")
+        merged = self._take(self._take(merged, pending), states)
+        return self._result(merged, {"rows": rows, "batch_rows": size})
+
+    def _padded(self, blocks: Iterable[np.ndarray], batch_rows: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Cuts blocks of any size into float32 batches [batch_rows, d_in] with their weights; order is kept."""
+        n_data = 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
+        d_in, filled, x = self.sparsifier.d_in, 0, np.zeros((0, self.sparsifier.d_in), np.float32)
+        for block in blocks:
+            block = np.asarray(block)
+            if block.ndim < 1 or block.shape[-1] != d_in:
+                raise UserError(f"activations must be [rows, d_in={d_in}] for this SAE, got {list(block.shape)}")
+            block = block.reshape(-1, d_in)
+            if not len(x):
+                size = -(-(batch_rows or len(block)) // n_data) * n_data
+                x = np.zeros((size, d_in), np.float32)
+            while len(block):
+                taken = block[: len(x) - filled]
+                x[filled : filled + len(taken)] = taken
+                filled, block = filled + len(taken), block[len(taken) :]
+                if filled == len(x):
+                    yield x, np.ones(len(x), np.float32)
+                    # A new array: the transfer to the devices may still be reading the old one.
+                    filled, x = 0, np.zeros_like(x)
+        if filled:
+            yield x, (np.arange(len(x)) < filled).astype(np.float32)
+
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        """Places a batch, split over `data`; every process holds all of it and hands over its part."""
+        if self.mesh is None:
+            return jnp.asarray(rows)
+        placed = NamedSharding(self.mesh, P(sharding.DATA))
+        return jax.make_array_from_callback(rows.shape, placed, lambda index: rows[index])
+
+    def _take(self, merged: Any, states: Any) -> Any:
+        """Merges the sums of one chunk into those on the host."""
+        if states is None:
+            return merged
+        wide = jax.tree.map(lambda a: np.asarray(a, np.float64 if a.dtype.kind == "f" else np.int64), states)
+        if merged is None:
+            return wide
+        return tuple(m.merge(a, b) for m, a, b in zip(self.metrics, merged, wide, strict=True))
+
+    def _result(self, states: Any, data: dict[str, Any]) -> EvalResult:
+        values, definitions = {}, {}
+        for m, state in zip(self.metrics, states, strict=True):
+            values.update(m.compute(state))
+            definitions.update(m.definitions())
+        arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+        numbers = {key: float(value) for key, value in values.items() if key not in arrays}
+        return EvalResult(
+            numbers, arrays=arrays, definitions={key: definitions[key] for key in values}, data=data
+        )
+
+
+def default_metrics() -> tuple[metric.Metric, ...]:
+    """Every metric of rows, with its usual settings."""
+    return (
+        reconstruction.Reconstruction(),
+        reconstruction.FvuBatchLegacy(),
+        sparsity.Firing(),
+        shrinkage.Norms(),
+        shrinkage.Gain(),
+    )
+
+
+def light_metrics() -> tuple[metric.Metric, ...]:
+    """What a training run measures every so many steps: mse, fvu, cosine, l0, dead and dense shares."""
+    return reconstruction.Reconstruction(), sparsity.Firing(windows=())
+
+
+@functools.lru_cache(maxsize=16)
+def make_evaluator(
+    sparsifier: base.Sparsifier, metrics: tuple[metric.Metric, ...], mesh: Mesh | None = None
+) -> Evaluator:
+    """Builds the compiled evaluation of an architecture; the same arguments give the same object, compiled once.
+
+    Args:
+      sparsifier: Architecture.
+      metrics: What to measure, from `default_metrics()`, `light_metrics()` or one's own.
+      mesh: With axes `data` and `latent`; None for the default device.
+
+    Returns:
+      An evaluator; `evaluator.evaluate(params, batches, mean=..., scale=...)` runs it.
+    """
+
+    def init() -> Any:
+        return tuple(m.init(sparsifier.d_in, sparsifier.d_sae) for m in metrics)
+
+    def update(params, mean, scale, states, x, weight):
+        encoding = sparsifier.encode(params, (x - mean[None, :]) * scale)
+        batch = metric.EvalBatch(
+            x=x,
+            recon=sparsifier.decode(params, encoding) / scale + mean[None, :],
+            encoding=encoding,
+            weight=weight,
+            W_dec=params.W_dec / scale,
+            b_dec=params.b_dec / scale + mean,
+        )
+        return tuple(m.update(state, batch) for m, state in zip(metrics, states, strict=True))
+
+    placed = None if mesh is None else NamedSharding(mesh, P())
+    return Evaluator(
+        sparsifier=sparsifier,
+        metrics=metrics,
+        mesh=mesh,
+        init=jax.jit(init, out_shardings=placed),
+        update=jax.jit(update, out_shardings=placed, donate_argnames="states"),
+    )
+
+
+def evaluate_rows(
+    sae: Any,
+    batches: Iterable[Float[np.ndarray, "_ d_in"]],
+    metrics: tuple[metric.Metric, ...] | None = None,
+    *,
+    mesh: Mesh | None = None,
+    batch_rows: int | None = None,
+) -> EvalResult:
+    """Measures a finished SAE on finite rows.
+
+    Args:
+      sae: With `config` (the sparsifier) and `params`, in the data's own scale; see `sae.model.SAE`.
+      batches: Rows in the data's own scale, in blocks of any size.
+      metrics: None for `default_metrics()`.
+      mesh: Where to run; None for the default device.
+      batch_rows: Rows per compiled call; None for the size of the first block.
+
+    Returns:
+      The metrics, a dict; arrays and definitions are attributes.
+
+    Raises:
+      UserError: no rows, or rows of another width.
+    """
+    metrics = default_metrics() if metrics is None else tuple(metrics)
+    return make_evaluator(sae.config, metrics, mesh).evaluate(sae.params, batches, batch_rows=batch_rows)
+
+
+def evaluate(
+    sae: Any,
+    activations: Any,
+    *,
+    batch_rows: int = 4096,
+    max_rows: int | None = None,
+    metrics: tuple[metric.Metric, ...] | None = None,
+    mesh: Mesh | None = None,
+) -> EvalResult:
+    """Returns the held-out metrics of one SAE on any array, source or stream of arrays.
+
+    Args:
+      sae: With `config` and `params`, in the data's own scale.
+      activations: An array [..., d_in]; or a source, of which the held-out rows are used and, where it knows its true
+        features, the recovery of the dictionary is measured too; or an iterable of arrays [..., d_in].
+      batch_rows: Rows per compiled call.
+      max_rows: Rows to use at most; None for all of them.
+      metrics: None for `default_metrics()`.
+      mesh: Where to run; None for the default device.
+
+    Returns:
+      A dict of numbers by flat key; `.arrays`, `.definitions` and `.data` hold the rest.
+
+    Raises:
+      UserError: no rows, or rows of another width.
+    """
+    if hasattr(activations, "heldout"):
+        blocks = activations.heldout(batch_rows, max_rows)
+    elif hasattr(activations, "ndim"):
+        rows = activations.reshape(-1, activations.shape[-1])
+        blocks = (np.asarray(rows[i : i + batch_rows]) for i in range(0, len(rows), batch_rows))
+    else:
+        blocks = iter(activations)
+    result = evaluate_rows(sae, _first_rows(blocks, max_rows), metrics, mesh=mesh, batch_rows=batch_rows)
+    if hasattr(activations, "features"):
+        result = result.joined(recovered(sae, activations.features()))
+    return result
+
+
+def recovered(sae: Any, features: Float[np.ndarray, "n_features d_in"]) -> EvalResult:
+    """Returns how well the decoder of an SAE recovers known features, as a result to join with others."""
+    values = recovery.dictionary_recovery(np.asarray(sae.params.W_dec), np.asarray(features))
+    arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+    numbers = {key: float(value) for key, value in values.items() if key not in arrays}
+    return EvalResult(numbers, arrays=arrays, definitions=dict(recovery.DEFINITIONS))
+
+
+def write_json(result: EvalResult, path: str | os.PathLike[str]) -> None:
+    """Writes a result as `{"metrics", "arrays", "definitions", "data"}`, all of it or nothing; NaN becomes null."""
+    content = {
+        "metrics": {key: _plain(value) for key, value in result.items()},
+        "arrays": {key: _plain(value.tolist()) for key, value in result.arrays.items()},
+        "definitions": result.definitions,
+        "data": result.data,
+    }
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: numbers that JSON cannot write become None."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _first_rows(blocks: Iterable[Any], max_rows: int | None) -> Iterator[np.ndarray]:
+    """The first `max_rows` rows of a stream of blocks."""
+    left = float("inf") if max_rows is None else max_rows
+    for block in blocks:
+        block = np.asarray(block)
+        block = block.reshape(-1, block.shape[-1])
+        yield block if len(block) <= left else block[: int(left)]
+        left -= len(block)
+        if left <= 0:
+            return
+
+
+def _on(mesh: Mesh | None) -> Any:
+    """The mesh as context, so that kernels see its axes; nothing without one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

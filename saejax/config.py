@@ -20,10 +20,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from saejax import checkpoint, sharding, tracking
-from saejax.activations import buffer, normalize, source
+from saejax.activations import arrays, buffer, normalize, source, store_source, synthetic, text
 from saejax.errors import UserError
-from saejax.sae import base
+from saejax.sae import base, l1, topk
 from saejax.training import optim, settings
+
+
+# Importing a file enters its classes into their registry.
+_MEMBERS = (arrays, store_source, synthetic, l1, topk)
+
+# Groups of which a config picks one member; each registry fills itself where its members are defined.
+GROUPS: dict[str, dict[str, type]] = {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,9 @@ class Config:
     """Fixes parameters, data order and draws of a run."""
 
     def __post_init__(self) -> None:
+        if self.normalize.mode is normalize.NormMode.auto:
+            mode = normalize.NormMode[self.sae.preferred_norm]
+            object.__setattr__(self, "normalize", dataclasses.replace(self.normalize, mode=mode))
         if self.sae.d_in != self.source.d_in:
             raise UserError(f"sae.d_in must equal the width of the source, {self.source.d_in}, got {self.sae.d_in}")
 
@@ -64,16 +74,16 @@ def conf_dir() -> str:
     raise UserError(f"conf/ was not found beside {Path(__file__).parent}: reinstall saejax")
 
 
-def register() -> None:
-    """Enter every schema and resolver; safe to repeat."""
-    from saejax import commands  # the other commands' roots; imported late, they pull in what they run
-    from saejax.activations import harvest, text
+def register(name: str, root: type) -> None:
+    """Enter a root schema, every group's schemas and the resolver; safe to repeat.
 
+    Args:
+      name: of the root's file in conf/, without .yaml.
+      root: its dataclass.
+    """
     store = ConfigStore.instance()
-    roots = {"train": Config, "harvest": harvest.HarvestConfig, **commands.CONFIGS}
-    for name, root in roots.items():
-        store.store(name=f"{name}_schema", node=schema(root))
-    for group, types in {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}.items():
+    store.store(name=f"{name}_schema", node=schema(root))
+    for group, types in GROUPS.items():
         for name, cls in types.items():
             store.store(group=group, name=f"{name}_schema", node=schema(cls))
     OmegaConf.register_new_resolver("source_d_in", _source_d_in, replace=True)
@@ -99,11 +109,12 @@ def _source_d_in(*, _root_: DictConfig) -> int:
     return OmegaConf.to_object(_root_.source).d_in  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def load(name: str, overrides: list[str]) -> Any:
+def load(name: str, root: type, overrides: list[str]) -> Any:
     """Compose one root config and turn it into its frozen object.
 
     Args:
       name: a file of conf/ without .yaml: train, harvest, evaluate, export, report.
+      root: dataclass of that file.
       overrides: as on the command line, `sae.k=64`.
 
     Returns:
@@ -112,7 +123,7 @@ def load(name: str, overrides: list[str]) -> Any:
     Raises:
       UserError: one line saying which key or value is wrong and what is allowed.
     """
-    register()
+    register(name, root)
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         try:
@@ -148,7 +159,7 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for part in (error, cause) if part for line in str(part).splitlines()]
     lines = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
     text = "; ".join(dict.fromkeys(lines))
-    for registry in (base.ARCHITECTURES, source.SOURCES):
+    for registry in GROUPS.values():
         for cls in registry.values():
             if f"not in '{cls.__name__}'" in text:
                 text += f"; {cls.__name__} has {', '.join(f.name for f in dataclasses.fields(cls))}"
@@ -157,14 +168,15 @@ def _one_line(error: Exception) -> str:
 
 def to_yaml(config: Any) -> str:
     """A config as YAML that says of itself which classes it was made of (`type:`)."""
-    return yaml.safe_dump(_plain(config), sort_keys=False)
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A config as nested dicts of scalars, `type` naming the class where a group has several."""
     if isinstance(value, enum.Enum):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         name = getattr(type(value), "name", None)
         return ({"type": name} if isinstance(name, str) else {}) | fields
     return value

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(a: Float[Array, "m n"], b: Float[Array, "n p"], dtype: str) -> Float[Array, "m p"]:
     """Returns `a @ b` with operands rounded to `dtype`, summed and returned in float32; so are its gradients.
 
     A bfloat16 product must not return bfloat16: on CPU that falls off the fast path.
     """
+    return _matmul(a, b, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(a, b, dtype) -> jax.Array:
     return _product(a, b, dtype)
 
 
@@ -29,4 +33,4 @@ def _backward(dtype, saved, cotangent):
     return _product(cotangent, b.T, dtype), _product(a.T, cotangent, dtype)
 
 
-matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)

@@ -15,7 +15,6 @@ from saejax.kernels import partition
 _BLOCK = 32  # rows whose gathered dictionary rows fit the L2 cache
 
 
-@jax.custom_vjp
 def sparse_decode(
     values: Float[Array, "b k"], indices: Int[Array, "b k"], W_dec: Float[Array, "d_sae d_in"]
 ) -> Float[Array, "b d_in"]:
@@ -30,6 +29,11 @@ def sparse_decode(
       >>> sparse_decode(jnp.array([[2.0, 1.0]]), jnp.array([[0, 2]]), jnp.eye(3)).tolist()
       [[2.0, 0.0, 1.0]]
     """
+    return _sparse_decode(values, indices, W_dec)
+
+
+@jax.custom_vjp
+def _sparse_decode(values, indices, W_dec):
     return combine_rows(values, indices, W_dec)
 
 
@@ -43,7 +47,7 @@ def _backward(saved, cotangent):
     return d_values, None, accumulate_rows(values, indices, cotangent, W_dec.shape[0])
 
 
-sparse_decode.defvjp(_forward, _backward)
+_sparse_decode.defvjp(_forward, _backward)
 
 
 def combine_rows(

@@ -63,7 +63,7 @@ def _by_groups(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int
     """Top-k among the k groups of neighbours with the largest maxima.
 
     Exact: a group that is left out has k groups before it, each with an entry that beats all of its own
-    (larger, or equal at a lower index). The maxima use all cores; `lax.top_k` uses one on CPU and now reads less.
+    (larger, or equal at a lower index). The maxima use all cores; `lax.top_k`, which uses one, reads less.
     """
     b, n = a.shape
     groups = a.reshape(b, n // _GROUP, _GROUP)

@@ -115,7 +115,7 @@ class Sparsifier(abc.ABC):
 
     name: ClassVar[str]
     preferred_norm: ClassVar[str] = "unit"
-    """Scale of the input that its coefficients were made for: `unit` (E||x||^2 = 1) or `sqrt_d` (E||x|| = sqrt(d_in))."""
+    """Scale of the input that its coefficients suit: unit (E||x||^2 = 1) or sqrt_d (E||x|| = sqrt(d_in))."""
 
     d_in: int
     """Width of the activations; at least 1."""

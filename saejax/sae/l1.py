@@ -72,12 +72,12 @@ class L1(base.Sparsifier):
         return recon + params.b_dec[None, :]
 
     def loss(self, params, x, *, dead, step):
-        """Returns squared error (sum over d_in, mean over rows) plus `coefficient(step)` times the term "l1"."""
+        """Returns the squared error (sum over d_in, mean over rows) plus the term "l1" times its weight."""
         encoding = self.encode(params, x)
         recon = self.decode(params, encoding)
         mse = jnp.mean(jnp.sum((x - recon) ** 2, axis=1))
         # One product: the latents summed over the rows, against the norms.
-        l1 = jnp.mean(encoding.latents, axis=0) @ _row_norms(params.W_dec)
+        l1 = jnp.mean(encoding.dense(), axis=0) @ _row_norms(params.W_dec)
         loss = mse + self.coefficient(step) * l1
         return loss, base.Aux(recon=recon, encoding=encoding, terms={"mse": mse, "l1": l1})
 
@@ -103,7 +103,7 @@ class L1(base.Sparsifier):
         )
 
     def unit_decoder(self, params: base.SAEParams) -> base.SAEParams:
-        """Returns the same autoencoder with decoder rows of norm 1: latents are multiplied by the old norms."""
+        """Returns the same autoencoder with decoder rows of norm 1 and latents times the old norms."""
         norms = _row_norms(params.W_dec)
         some = jnp.where(norms > 0, norms, 1.0)
         return dataclasses.replace(

@@ -1,7 +1,7 @@
 """What users hold: an architecture with its trained parameters, working in the data's own scale.
 
-Training hands over here after folding its normalisation into the parameters; evaluation, export and people start
-here.
+Training hands over here after folding its normalisation into the parameters; evaluation, export and people
+start here.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 r"""TopK: the k largest latents of a row reconstruct it; AuxK revives the dead.
 
-.. math:: z = \mathrm{ReLU}(\mathrm{TopK}((x - b_{dec}) W_{enc} + b_{enc})), \quad \hat x = z W_{dec} + b_{dec}
+.. math:: z = \mathrm{ReLU}(\mathrm{TopK}((x - b_{dec}) W_{enc} + b_{enc})), \quad
+    \hat x = z W_{dec} + b_{dec}
 
 One dense product forward; everything else touches active latents only (`kernels`).
 
@@ -74,14 +75,15 @@ class TopK(base.Sparsifier):
         if encoding.latents is not None:
             recon = matmul.matmul(encoding.latents, params.W_dec, self.matmul_dtype.value)
         else:
+            assert encoding.values is not None and encoding.indices is not None
             recon = sparse_decode.sparse_decode(encoding.values, encoding.indices, params.W_dec)
         return recon + params.b_dec[None, :]
 
     def loss(self, params, x, *, dead, step):
         r"""Returns :math:`\mathrm{mse} + \alpha\,\mathrm{aux}`.
 
-        mse is the squared error summed over d_in and averaged over the rows, not divided by any variance; with
-        centred data of E||x||^2 = 1 it is the fvu. aux is dimensionless (`aux_k`). Both as in
+        mse is the squared error summed over d_in and averaged over the rows, not divided by any variance:
+        with centred data of E||x||^2 = 1 it is the fvu. aux is dimensionless (`aux_k`). Both as in
         dictionary_learning's TopK trainer, whose aux has no factor min(n_dead / k_aux, 1).
         """
         encoding = self.encode(params, x)

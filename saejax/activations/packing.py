@@ -3,7 +3,7 @@
 Second station of the harvest: `text` -> packing -> language model -> store. A row of `context_length` tokens
 holds one or more segments, numbered 1, 2, ... from the left, and padding (segment 0) at its end. A segment is
 one piece of one document; attention never crosses segments and positions restart in each. A piece is as long
-as it can be: a document is cut only where it exceeds the row. What is left over of a long document, like every
+as it can be: a document is cut only where it exceeds the row. What is left of a long document, like every
 short document, goes into the first row that is still open and has room.
 """
 

@@ -16,7 +16,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from saejax.errors import UserError
 
@@ -187,8 +187,9 @@ def _wikipedia_dump() -> pathlib.Path:
 def _wikipedia_articles(dump: pathlib.Path, min_characters: int) -> list[tuple[str, str]]:
     from gensim.corpora import wikicorpus  # imports for two seconds: only where it is used
 
+    articles_only: Any = ("0",)  # gensim declares a bool and takes namespaces
     with bz2.open(dump) as pages:
-        raw = [(title, text) for title, text, _ in wikicorpus.extract_pages(pages, filter_namespaces=("0",))]
+        raw = [(title, text) for title, text, _ in wikicorpus.extract_pages(pages, articles_only)]
     articles = [
         (title, _tidy(wikicorpus.filter_wiki(text)))
         for title, text in raw

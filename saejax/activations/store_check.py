@@ -1,0 +1,145 @@
+"""Looks at a store as a whole: what it holds (`info`, `describe`) and whether it is sound (`verify`)."""
+
+import hashlib
+import math
+import os
+import pathlib
+from collections import Counter
+
+from saejax.activations import store_format
+from saejax.errors import UserError
+
+
+def stores_under(path: str | os.PathLike) -> list[pathlib.Path]:
+    """The store at `path`, or the stores in its subdirectories (`train`, `heldout` of a harvest).
+
+    Raises:
+      UserError: there is none.
+    """
+    root = pathlib.Path(path)
+    if (root / store_format.MANIFEST).is_file():
+        return [root]
+    found = sorted(manifest.parent for manifest in root.glob(f"*/{store_format.MANIFEST}"))
+    if not found:
+        raise UserError(f"{path} is not an activation store and holds none: no {store_format.MANIFEST}")
+    return found
+
+
+def info(path: str | os.PathLike) -> dict:
+    """Facts of one store: the manifest's, and counts over what is published so far."""
+    path = pathlib.Path(path)
+    manifest = store_format.read_manifest(path)
+    records = manifest["shards"]
+    if not manifest["complete"]:
+        records = [store_format.read_json(path / f"{_name(n)}.json") for n in store_format.published(path)]
+    masked = sum((Counter(record["masked"]) for record in records), Counter())
+    facts = {key: value for key, value in manifest.items() if key != "shards"}
+    return facts | {
+        "path": str(path),
+        "rows": sum(record["rows"] for record in records),
+        "tokens": sum(record["tokens"] for record in records),
+        "sequences": sum(record["sequences"] for record in records),
+        "masked": dict(masked),
+        "shards": len(records),
+        "bytes": sum(_sizes(record, manifest) for record in records),
+    }
+
+
+def describe(path: str | os.PathLike) -> str:
+    """What a person wants to know of the store, or stores, at `path`; a few aligned lines each."""
+    return "\n\n".join(_describe(info(store)) for store in stores_under(path))
+
+
+def verify(path: str | os.PathLike) -> list[str]:
+    """Everything that is wrong with the store, or stores, at `path`; an empty list if all is sound.
+
+    Checks that every shard's record is there and agrees with the manifest, and the size and the checksum of
+    every data file. Reads all bytes.
+    """
+    return [problem for store in stores_under(path) for problem in _verify(store)]
+
+
+def _verify(path: pathlib.Path) -> list[str]:
+    try:
+        manifest = store_format.read_manifest(path)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    there = store_format.published(path)
+    if manifest["complete"]:
+        table = {record["name"]: record for record in manifest["shards"]}
+        numbers = list(range(manifest["n_shards"]))
+    else:
+        table, numbers = {}, there
+        problems.append(
+            f"{path} is not complete: {len(there)} of {manifest['n_shards']} shards; run the harvest again"
+        )
+    rows = 0
+    for number in numbers:
+        record, found = _verify_shard(path, _name(number), manifest, table.get(_name(number)))
+        problems += found
+        rows += record["rows"] if record else 0
+    if manifest["complete"] and rows != manifest["rows"]:
+        problems.append(f"{path}: the shards hold {rows} rows, the manifest says {manifest['rows']}")
+    extra = sorted(set(there) - set(numbers))
+    return problems + [f"{path / _name(n)}.json is not in the manifest" for n in extra]
+
+
+def _verify_shard(
+    path: pathlib.Path, name: str, manifest: dict, listed: dict | None
+) -> tuple[dict | None, list[str]]:
+    file = path / f"{name}.json"
+    if manifest["complete"] and listed is None:
+        return None, [f"{path / store_format.MANIFEST} does not list {name}"]
+    if not file.is_file():
+        return listed, [f"{file} is missing"]
+    try:
+        record = store_format.read_json(file)
+        problems = []
+        for key, value in (listed or {}).items():
+            if record[key] != value:
+                problems.append(f"{file}: {key} is {record[key]}, the manifest says {value}")
+        for suffix, (dtype, shape) in store_format.shard_shapes(record, manifest).items():
+            expected = dtype.itemsize * math.prod(shape)
+            problems += _verify_file(path / (name + suffix), expected, record["sha256"][name + suffix])
+    except (UserError, KeyError) as error:
+        return listed, [str(error) if isinstance(error, UserError) else f"{file} lacks {error}"]
+    return record, problems
+
+
+def _verify_file(file: pathlib.Path, size: int, sha256: str) -> list[str]:
+    if not file.is_file():
+        return [f"{file} is missing"]
+    if file.stat().st_size != size:
+        return [f"{file} has {file.stat().st_size} bytes, expected {size}"]
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return (
+        [] if digest == sha256 else [f"{file}: sha256 is {digest[:12]}..., the record says {sha256[:12]}..."]
+    )
+
+
+def _describe(facts: dict) -> str:
+    state = "complete" if facts["complete"] else f"growing: {facts['shards']} of {facts['n_shards']} shards"
+    masked = ", ".join(f"{count:,} by {reason}" for reason, count in facts["masked"].items() if count)
+    sink = facts.get("sink") or {}
+    lines = {
+        "store": f"{facts['path']} ({state})",
+        "hook": f"{facts['hook']} of {facts.get('harvest', {}).get('model', '?')}",
+        "text": f"{(facts.get('text') or {}).get('type', '?')}, {facts.get('split', '?')} documents",
+        "rows": f"{facts['rows']:,} x {facts['d_in']} {facts['dtype']} ({facts['bytes'] / 2**20:,.1f} MiB)",
+        "tokens": f"{facts['tokens']:,} in {facts['sequences']:,} sequences of {facts['context_length']}",
+        "masked": masked or "none",
+        "sinks": f"norm above {sink['factor']} x {sink['median_norm']:.4g}" if sink.get("factor") else "kept",
+        "fingerprint": facts["fingerprint"][:16],
+    }
+    return "\n".join(f"{key:<12} {value}" for key, value in lines.items())
+
+
+def _sizes(record: dict, manifest: dict) -> int:
+    shapes = store_format.shard_shapes(record, manifest).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in shapes)
+
+
+def _name(number: int) -> str:
+    return store_format.shard_name(number)

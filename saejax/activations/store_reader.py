@@ -1,0 +1,182 @@
+"""Reads an activation store through memory maps: rows, blocks, and the way from a row back to its token.
+
+The loader's end of the data path. A store may be read while it grows: its rows are those of the longest
+unbroken run of published shards from shard 0, so a row keeps its number however many shards follow.
+"""
+
+import bisect
+import collections
+import itertools
+import os
+import pathlib
+import threading
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+
+from saejax.activations import packing, store_format
+from saejax.errors import UserError
+
+_OPEN_MAPS = 256  # each holds a file descriptor, and systems allow about a thousand
+
+
+class Origin(NamedTuple):
+    """Where a row comes from."""
+
+    token: int
+    """Token id at which the activation was read."""
+
+    position: int
+    """Position in its segment, from 0."""
+
+    document: int
+    """Number of the document in the corpus."""
+
+    sequence: int
+    """Number of the token sequence in the store."""
+
+    column: int
+    """Place of the token in that sequence."""
+
+
+class Reader:
+    """A store, or what is published of it when this object is made or refreshed; threads may share it."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self._maps: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self.refresh()
+
+    def refresh(self) -> int:
+        """Looks again for published shards; returns the number of rows."""
+        self.manifest = store_format.read_manifest(self.path)
+        if self.manifest["complete"]:
+            self._shards = self.manifest["shards"]
+        else:
+            numbers = store_format.published(self.path)
+            run = [n for place, n in enumerate(numbers) if place == n]
+            self._shards = [store_format.read_json(self._file(n, ".json")) for n in run]
+        self._ends = list(itertools.accumulate(shard["rows"] for shard in self._shards))
+        return self.n_rows
+
+    @property
+    def n_rows(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def n_sequences(self) -> int:
+        return sum(shard["sequences"] for shard in self._shards)
+
+    @property
+    def d_in(self) -> int:
+        return self.manifest["d_in"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return store_format.numpy_dtype(self.manifest["dtype"])
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest["complete"]
+
+    def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "n d_in"]:
+        """Rows start ... stop - 1 in the store's dtype; a read-only view where one shard holds them all."""
+        return self._range(".rows", start, stop)
+
+    def index(self, start: int, stop: int) -> Int32[np.ndarray, "n 4"]:
+        """Token id, position in its segment, document and sequence of rows start ... stop - 1."""
+        return self._range(".index", start, stop)
+
+    def block(self, number: int, block_rows: int) -> Shaped[np.ndarray, "n d_in"]:
+        """Rows of block `number`: `block_rows` of them, fewer in the last block of the store."""
+        return self.rows(number * block_rows, min((number + 1) * block_rows, self.n_rows))
+
+    def sequences(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and segments, int32 [stop - start, context_length] each, of sequences start ... stop - 1."""
+        if not 0 <= start <= stop <= self.n_sequences:
+            raise IndexError(f"sequences {start}:{stop} of a store that holds {self.n_sequences}")
+        size = self.manifest["shard_sequences"]
+        parts = [
+            self._map(number, ".tokens")[max(start - number * size, 0) : stop - number * size]
+            for number in range(start // size, -(-stop // size))
+        ]
+        empty = np.empty((0, self.manifest["context_length"], 2), store_format.INT)
+        both = np.concatenate(parts) if parts else empty
+        return both[..., 0], both[..., 1]
+
+    def tokens(self, sequence: int) -> tuple[Int32[np.ndarray, " context"], Int32[np.ndarray, " context"]]:
+        """Tokens and segments of one sequence, as the language model saw them."""
+        tokens, segments = self.sequences(sequence, sequence + 1)
+        return tokens[0], segments[0]
+
+    def trace(self, row: int) -> Origin:
+        """The token that a row was read at.
+
+        `tokens(origin.sequence)[0][origin.column]` is that token again, with its context around it.
+        """
+        token, position, document, sequence = (int(value) for value in self.index(row, row + 1)[0])
+        number, place = divmod(sequence, self.manifest["shard_sequences"])
+        segment = 1 + self._record(number)["segment_documents"][place].index(document)
+        _, segments = self.tokens(sequence)
+        column = int(np.flatnonzero((segments == segment) & (packing.positions(segments) == position))[0])
+        return Origin(token, position, document, sequence, column)
+
+    def _range(self, suffix: str, start: int, stop: int) -> np.ndarray:
+        if not 0 <= start <= stop <= self.n_rows:
+            raise IndexError(f"rows {start}:{stop} of a store that holds {self.n_rows}")
+        parts = []
+        number = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            begin = self._ends[number] - self._shards[number]["rows"]
+            end = min(stop, self._ends[number])
+            if end > start:
+                parts.append(self._map(number, suffix)[start - begin : end - begin])
+            start, number = end, number + 1
+        if not parts:
+            dtype, shape = store_format.shard_shapes({"rows": 0, "sequences": 0}, self.manifest)[suffix]
+            return np.empty(shape, dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _map(self, number: int, suffix: str) -> np.ndarray:
+        file = self._file(number, suffix)
+        with self._lock:
+            if file.name in self._maps:
+                self._maps.move_to_end(file.name)
+                return self._maps[file.name]
+            dtype, shape = store_format.shard_shapes(self._shards[number], self.manifest)[suffix]
+            mapped = _open_map(file, dtype, shape)
+            self._maps[file.name] = mapped
+            if len(self._maps) > _OPEN_MAPS:
+                self._maps.popitem(last=False)
+            return mapped
+
+    def _record(self, number: int) -> dict:
+        shard = self._shards[number]
+        if (
+            "segment_documents" not in shard
+        ):  # the table of a complete manifest leaves them to the shard's record
+            shard |= store_format.read_json(self._file(number, ".json"))
+        return shard
+
+    def _file(self, number: int, suffix: str) -> pathlib.Path:
+        return self.path / (store_format.shard_name(number) + suffix)
+
+    def __getstate__(self) -> dict:
+        """For worker processes: the maps and the lock stay here."""
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["path"])
+
+
+def _open_map(file: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    expected = dtype.itemsize * int(np.prod(shape))
+    size = file.stat().st_size if file.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(f"{file} {found}, expected {expected} bytes; the store is damaged, harvest it again")
+    if expected == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(file, mode="r", dtype=np.uint8).view(np.ndarray).view(dtype).reshape(shape)

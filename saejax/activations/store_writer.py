@@ -1,0 +1,239 @@
+"""Writes an activation store shard by shard, so that a harvest may be killed at any moment and continued.
+
+Third station of the harvest, after the language model. A shard is a fixed range of sequences, so its
+content does not depend on which process writes it or when: process p of P takes shards p, p + P, ... A
+shard that is published is never written again, one that is not leaves no trace in the store; hence no
+duplicates.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Float, Int32
+
+from saejax.activations import store_format
+from saejax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Writer:
+    """One process's hand on a store: creates or reopens it, writes its share of the shards, completes it.
+
+    Use as a context manager; two writers with the same process number on one store refuse each other.
+    """
+
+    def __init__(self, path: str | os.PathLike, facts: dict, *, process: int = 0, n_processes: int = 1):
+        """Opens the store at `path`.
+
+        Args:
+          path: directory of the store; created if missing.
+          facts: the manifest's fields but the progress: hook, dtype, d_in, context_length, shard_sequences,
+            n_shards, sink, model, ... JSON-able.
+          process: number of this writer, in [0, n_processes).
+          n_processes: how many writers share the shards.
+
+        Raises:
+          UserError: the store was begun with other facts, or another process is writing it.
+        """
+        if not 0 <= process < n_processes:
+            raise UserError(f"harvest.process must be in [0, n_processes={n_processes}), got {process}")
+        self.path = pathlib.Path(path)
+        self.process, self.n_processes = process, n_processes
+        with store_format.disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path / f".writer-{process}.lock")
+        try:
+            self.manifest = self._open_manifest(facts)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _open_manifest(self, facts: dict) -> dict:
+        wanted = {"format": store_format.FORMAT, "format_version": store_format.FORMAT_VERSION, **facts}
+        wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they will read back
+        file = self.path / store_format.MANIFEST
+        if not file.exists():
+            wanted["fingerprint"] = store_format.fingerprint(wanted)
+            begun = {**wanted, "complete": False, "rows": 0, "shards": []}
+            store_format.write_json(file, begun, keep_existing=True)
+        # Also right after writing: where two processes begin together, both go by the first one's manifest.
+        manifest = store_format.read_manifest(self.path)
+        check_same(wanted, manifest, self.path)
+        return manifest
+
+    def missing(self) -> list[int]:
+        """Shards of this process that are not published yet, in order."""
+        there = set(store_format.published(self.path))
+        return [n for n in range(self.process, self.manifest["n_shards"], self.n_processes) if n not in there]
+
+    def shard(self, number: int) -> "ShardWriter":
+        """The writer of one shard, as a context: published when left, forgotten when left by an exception."""
+        return ShardWriter(self.path, number, self.manifest)
+
+    def finish(self) -> bool:
+        """Completes the manifest if the shards of all processes are published; returns whether they are."""
+        there = store_format.published(self.path)
+        if there != list(range(self.manifest["n_shards"])):
+            return False
+        records = [store_format.read_json(self.path / f"{store_format.shard_name(n)}.json") for n in there]
+        table = [{key: value for key, value in r.items() if key != "segment_documents"} for r in records]
+        self.manifest |= {"complete": True, "rows": sum(r["rows"] for r in records), "shards": table}
+        store_format.write_json(self.path / store_format.MANIFEST, self.manifest)
+        return True
+
+    def close(self) -> None:
+        """Lets other writers in."""
+        self._lock.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class ShardWriter:
+    """Appends to one shard; nothing of it exists for readers until the context ends well."""
+
+    def __init__(self, path: pathlib.Path, number: int, manifest: dict):
+        self._path, self._manifest = path, manifest
+        self._name = store_format.shard_name(number)
+        self._files: dict[str, BinaryIO] = {}
+        self._hashes = {suffix: hashlib.sha256() for suffix in store_format.DATA_SUFFIXES}
+        self._rows = self._sequences = self._tokens = 0
+        self._masked: Counter[str] = Counter()
+        self._segment_documents: list[list[int]] = []
+
+    def append(
+        self,
+        rows: Float[np.ndarray, "n d_in"],
+        index: Int32[np.ndarray, "n 4"],
+        tokens: Int32[np.ndarray, "sequences context 2"],
+        *,
+        segment_documents: list[list[int]],
+        masked: dict[str, int],
+    ) -> None:
+        """Adds whole sequences.
+
+        Args:
+          rows: activations of the tokens that are kept; checked for overflow where the dtype must be changed.
+          index: token id, position in its segment, document, sequence of each row.
+          tokens: token id and segment of every token of the sequences, kept or not.
+          segment_documents: for each sequence the document of segment 1, 2, ...
+          masked: how many tokens were left out, by reason.
+
+        Raises:
+          UserError: the dtype would overflow, or the disk is full.
+        """
+        arrays = {".rows": self._stored(rows), ".index": index, ".tokens": tokens}
+        added = {"rows": len(rows), "sequences": len(tokens)}
+        for suffix, (dtype, shape) in store_format.shard_shapes(added, self._manifest).items():
+            if arrays[suffix].shape != shape:
+                raise ValueError(f"{suffix[1:]} must have shape {shape}, got {arrays[suffix].shape}")
+            data = np.ascontiguousarray(arrays[suffix], dtype).reshape(-1).view(np.uint8).data
+            self._hashes[suffix].update(data)
+            with store_format.disk_errors(self._path):
+                self._files[suffix].write(data)
+        self._rows += len(rows)
+        self._sequences += len(tokens)
+        self._tokens += int((tokens[..., 1] > 0).sum())
+        self._masked.update(masked)
+        self._segment_documents += segment_documents
+
+    def _stored(self, rows: np.ndarray) -> np.ndarray:
+        name = self._manifest["dtype"]
+        if rows.dtype == store_format.numpy_dtype(name) or not len(rows):
+            return rows
+        store_format.check_range(float(np.abs(rows).max()), name, self._manifest["hook"])
+        return rows.astype(store_format.numpy_dtype(name))
+
+    def __enter__(self) -> "ShardWriter":
+        with store_format.disk_errors(self._path):
+            for suffix in store_format.DATA_SUFFIXES:
+                self._files[suffix] = self._partial(suffix).open("wb")
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            self._discard()
+
+    def _publish(self) -> None:
+        with store_format.disk_errors(self._path):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            for suffix in self._files:
+                self._partial(suffix).replace(self._path / (self._name + suffix))
+            store_format.sync_directory(self._path)
+        record = {
+            "name": self._name,
+            "rows": self._rows,
+            "sequences": self._sequences,
+            "tokens": self._tokens,
+            "masked": dict(self._masked),
+            "sha256": {self._name + suffix: h.hexdigest() for suffix, h in self._hashes.items()},
+            "segment_documents": self._segment_documents,
+        }
+        store_format.write_json(self._path / f"{self._name}.json", record)
+
+    def _discard(self) -> None:
+        for suffix, file in self._files.items():
+            try:
+                file.close()
+            except OSError as error:  # the rest of a buffer on a full disk: the shard is lost anyway
+                logger.debug("closing %s: %s", self._name + suffix, error)
+            self._partial(suffix).unlink(missing_ok=True)
+
+    def _partial(self, suffix: str) -> pathlib.Path:
+        return self._path / f"{self._name}{suffix}.partial"
+
+
+def check_same(wanted: dict, manifest: dict, path: pathlib.Path) -> None:
+    """Refuses to continue a store that was begun with other facts; names the first that differs.
+
+    The measured sink median is no choice: the one that the store was begun with stays.
+    """
+    there = dict(_flat(manifest))
+    for field, value in _flat(wanted):
+        if field in ("fingerprint", "sink.median_norm"):
+            continue
+        if there.get(field) != value:
+            raise UserError(
+                f"{field} is {value!r}, but the store at {path} was begun with {there.get(field)!r}; "
+                "choose another path or put the setting back"
+            )
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    # The settings first: a message about what the user typed says more than one about its consequence.
+    for key in sorted(tree, key=lambda key: key != "harvest"):
+        value = tree[key]
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lock(file: pathlib.Path) -> BinaryIO:
+    """Holds the file until closed or until the process ends, however it ends."""
+    held = file.open("wb")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise UserError(
+            f"another harvest writes to {file.parent}; wait for it or choose another path"
+        ) from None
+    return held

@@ -1,0 +1,7 @@
+"""Language models whose activations are harvested and spliced: `load` gives a `LanguageModel`."""
+
+from saejax.activations.language_model.backend import LanguageModel, LMBackend
+from saejax.activations.language_model.config import ModelConfig
+from saejax.activations.language_model.loading import load
+
+__all__ = ["LMBackend", "LanguageModel", "ModelConfig", "load"]

@@ -1,0 +1,76 @@
+"""Finds a language model by path or name and loads it: a Hugging Face directory, a GGUF file, or the default."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from saejax.activations.language_model import families, gguf_file, gguf_tokenizer, hf, smollm2, weights
+from saejax.activations.language_model.backend import LanguageModel
+from saejax.errors import UserError
+
+_HASHED_BYTES = (
+    4 * 2**30
+)  # larger models are identified by the sizes of their files: hashing would take minutes
+
+
+def load(
+    path_or_name: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | jnp.dtype | None = None
+) -> LanguageModel:
+    """A language model with its weights on the devices.
+
+    Args:
+      path_or_name: a directory with config.json, safetensors and tokenizer.json; a `.gguf` file; or `smollm2`.
+      mesh: axes `data` (batch) and `latent` (heads and MLP units); None is one device.
+      dtype: float32, bfloat16 or float16 of the matrices; by default float32 on CPU, bfloat16 on accelerators.
+
+    Returns:
+      The model.
+
+    Raises:
+      UserError: nothing there, an architecture or a field that is not supported, or weights that do not fit.
+    """
+    kept = _dtype(dtype, mesh)
+    name = str(path_or_name)
+    path = smollm2.find() if name == smollm2.NAME else pathlib.Path(path_or_name).expanduser()
+    if path.is_dir():
+        raw = hf.read_config(path)
+        source, tokenizer = hf.SafetensorsDirectory(path), hf.read_tokenizer(path)
+        files = [
+            file for file in (path / "config.json", path / "tokenizer.json") if file.is_file()
+        ] + source.files
+    elif path.is_file() and path.suffix == ".gguf":
+        source = gguf_file.GGUFFile(path)
+        raw, tokenizer, files = source.hf_config(), gguf_tokenizer.build(source.metadata, path.name), [path]
+    else:
+        raise UserError(
+            f"model={name!r} not found; allowed: a Hugging Face directory, a .gguf file, or {smollm2.NAME!r}"
+        )
+    config = families.model_config(raw)
+    state = weights.load(config, source, mesh=mesh, dtype=kept)
+    provenance = _provenance(path, name, config.family, kept, files)
+    return LanguageModel(config, state, tokenizer=tokenizer, provenance=provenance, mesh=mesh)
+
+
+def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
+    if dtype is None:
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
+    if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"model.dtype={dtype!r} is not supported, allowed: float32, bfloat16, float16")
+    return jnp.dtype(dtype)
+
+
+def _provenance(
+    path: pathlib.Path, name: str, family: str, dtype: jnp.dtype, files: list[pathlib.Path]
+) -> dict[str, Any]:
+    """Which weights these are, JSON-able; goes into the store's manifest and the run's record."""
+    sizes = {file.name: file.stat().st_size for file in files}
+    identity: dict[str, Any] = {"bytes": sizes}
+    if sum(sizes.values()) <= _HASHED_BYTES:
+        identity["sha256"] = {file.name: smollm2.file_sha256(file) for file in files}
+    return {"name": name, "file": path.name, "family": family, "dtype": dtype.name, **identity}

@@ -17,9 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What a part of saejax may import of saejax, besides itself and `errors`.
-ARRAYS = {"sae", "kernels", "sparse_coding", "codes"}
-BELOW_CONFIG = {*ARRAYS, "activations", "checkpoint", "evals", "sharding", "tracking", "training"}
-TOP = {"cli", "experiments", "interop", "report"}
+BELOW_CONFIG = {"activations", "checkpoint", "evals", "kernels", "sae", "sharding", "tracking", "training"}
+BELOW_CONFIG |= {"codes", "sparse_coding"}
+BELOW_TOP = BELOW_CONFIG | {"config", "run"}
+TOP = {"cli", "commands", "experiments", "interop", "manual", "preflight", "report"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),
@@ -28,24 +29,28 @@ LAYERS: dict[str, set[str]] = {
     "codes": {"kernels", "sparse_coding"},
     "sharding": set(),
     "tracking": set(),
-    "checkpoint": {"sae", "sharding"},
+    "checkpoint": set(),
     "activations": {"sharding"},
-    "evals": {"activations", "kernels", "sae", "sharding"},
-    "training": {"activations", "checkpoint", "evals", "kernels", "sae", "sharding", "tracking"},
+    "evals": {"kernels", "sae", "sharding"},
+    "training": {"activations", "checkpoint", "kernels", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
-    "interop": {*BELOW_CONFIG, "config"},
-    "report": {*BELOW_CONFIG, "config"},
-    "experiments": {*BELOW_CONFIG, "config"},
-    "cli": {*BELOW_CONFIG, "config", *TOP},
-    "__init__": {*BELOW_CONFIG, "config", "interop"},
+    "run": BELOW_CONFIG | {"config"},
+    "interop": BELOW_TOP,
+    "report": BELOW_TOP,
+    "experiments": BELOW_TOP,
+    "manual": BELOW_TOP,
+    "preflight": BELOW_TOP,
+    "commands": BELOW_TOP | TOP,
+    "cli": BELOW_TOP | TOP,
+    "__init__": BELOW_TOP | {"interop"},
     "__main__": {"cli"},
 }
 
 # Which modules may import a library whose interface moves or whose import is heavy.
 DOORS: dict[str, tuple[str, ...]] = {
     "wandb": ("saejax.tracking",),
-    "hydra": ("saejax.cli", "saejax.config", "scripts"),
-    "omegaconf": ("saejax.cli", "saejax.config", "scripts"),
+    "hydra": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
+    "omegaconf": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
     "orbax": ("saejax.checkpoint",),
     "safetensors": ("saejax.interop", "saejax.activations"),
     "grain": ("saejax.activations",),

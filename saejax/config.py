@@ -41,19 +41,19 @@ class Config:
     """The architecture: topk, l1, ..."""
     source: source.ActivationSource
     """Where rows come from: synthetic, store, arrays, ..."""
-    buffer: buffer.BufferConfig
+    buffer: buffer.BufferConfig = dataclasses.field(default_factory=buffer.BufferConfig)
     """The shuffle buffer on the devices."""
-    normalize: normalize.NormalizeConfig
+    normalize: normalize.NormalizeConfig = dataclasses.field(default_factory=normalize.NormalizeConfig)
     """Centring and scaling of rows, undone when the SAE is loaded."""
-    optim: optim.OptimConfig
+    optim: optim.OptimConfig = dataclasses.field(default_factory=optim.OptimConfig)
     """Adam and its schedule."""
-    mesh: sharding.MeshConfig
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     """Devices along data and latent."""
-    train: settings.TrainConfig
+    train: settings.TrainConfig = dataclasses.field(default_factory=settings.TrainConfig)
     """Length, batch and rhythm."""
-    checkpoint: checkpoint.CheckpointConfig
+    checkpoint: checkpoint.CheckpointConfig = dataclasses.field(default_factory=checkpoint.CheckpointConfig)
     """What is saved when."""
-    tracker: tracking.TrackerConfig
+    tracker: tracking.TrackerConfig = dataclasses.field(default_factory=tracking.TrackerConfig)
     """W&B beside metrics.jsonl."""
     seed: int = 0
     """Fixes parameters, data order and draws of a run."""
@@ -82,10 +82,12 @@ def register(name: str, root: type) -> None:
       root: its dataclass.
     """
     store = ConfigStore.instance()
-    store.store(name=f"{name}_schema", node=schema(root))
+    store.store(name=f"{name}_schema", node=root)
+    _thaw(store.repo[f"{name}_schema.yaml"].node)
     for group, types in GROUPS.items():
-        for name, cls in types.items():
-            store.store(group=group, name=f"{name}_schema", node=schema(cls))
+        for member, cls in types.items():
+            store.store(group=group, name=f"{member}_schema", node=cls)
+            _thaw(store.repo[group][f"{member}_schema.yaml"].node)
     OmegaConf.register_new_resolver("source_d_in", _source_d_in, replace=True)
 
 
@@ -97,12 +99,17 @@ def schema(cls: type) -> DictConfig:
 
 
 def _thaw(node: Any) -> None:
-    # OmegaConf marks the nodes of frozen dataclasses read-only, and then refuses YAML values and overrides.
+    # OmegaConf marks the nodes of frozen dataclasses read-only, and then refuses YAML values and overrides. It does so
+    # again when it fills an absent member from its declared base class, which is therefore forgotten here.
     OmegaConf.set_readonly(node, None)
     for key in node:
         child = node._get_node(key)
-        if OmegaConf.is_config(child) and not child._is_none() and not child._is_missing():
-            _thaw(child)
+        if OmegaConf.is_config(child):
+            if child._is_missing() or child._is_none():
+                child._metadata.ref_type = Any
+                child._set_flag("readonly", None)
+            else:
+                _thaw(child)
 
 
 def _source_d_in(*, _root_: DictConfig) -> int:

@@ -18,8 +18,9 @@ from saejax.errors import UserError
 
 
 class NormMode(enum.Enum):
-    """What the average row has after scaling."""
+    """What the average row has after scaling; `auto` stands for what the architecture was made for."""
 
+    auto = "auto"
     none = "none"
     sqrt_d = "sqrt_d"
     unit = "unit"
@@ -29,8 +30,8 @@ class NormMode(enum.Enum):
 class NormalizeConfig:
     """How rows are centred and scaled before training."""
 
-    mode: NormMode = NormMode.sqrt_d
-    """none: as they are; sqrt_d: mean norm E||x|| = sqrt(d_in); unit: mean square norm E||x||^2 = 1."""
+    mode: NormMode = NormMode.auto
+    """auto: as the architecture prefers; none: as they are; sqrt_d: mean norm E||x|| = sqrt(d_in); unit: mean square norm E||x||^2 = 1."""
     center: bool = False
     """Subtract the mean row before scaling."""
     rows: int = 65_536

@@ -66,40 +66,37 @@ def create(
     Returns:
       State at step 0.
     """
-    shapes = abstract(sparsifier, tx, config, normalizing, first_rows, mesh=mesh)
+    shapes = abstract(sparsifier, tx, first_rows, mesh=mesh)
     build = jax.jit(
-        functools.partial(_build, sparsifier, tx, config, normalizing),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+        functools.partial(_build, sparsifier, tx), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes)
     )
     with jax.set_mesh(mesh):
-        return build(first_rows, jax.random.key(seed))
+        # Batches first, so that the sample is spread over all lanes.
+        sample = jnp.swapaxes(first_rows, 0, 1).reshape(-1, first_rows.shape[-1])[: normalizing.rows]
+        normalizer = normalize.estimate(sample, normalizing.mode, center=normalizing.center)
+        bias = _decoder_bias(config.b_dec_init, normalize.apply(normalizer, sample))
+        return build(first_rows, normalizer, bias, jax.random.key(seed))
 
 
 def abstract(
-    sparsifier: base.Sparsifier,
-    tx: optax.GradientTransformation,
-    config: TrainConfig,
-    normalizing: normalize.NormalizeConfig,
-    first_rows: Any,
-    *,
-    mesh: Mesh,
+    sparsifier: base.Sparsifier, tx: optax.GradientTransformation, first_rows: Any, *, mesh: Mesh
 ) -> TrainState:
     """The state's shapes, dtypes and shardings without its values: what a checkpoint is restored into.
 
     Args:
       sparsifier: architecture.
       tx: optimiser.
-      config: start of the decoder bias.
-      normalizing: how rows are centred and scaled.
       first_rows: anything with the shape [n_lanes, n_batches, block_rows, d_in] and dtype of the buffer.
       mesh: where the state shall live.
 
     Returns:
       A `TrainState` of `jax.ShapeDtypeStruct`.
     """
+    vector = jax.ShapeDtypeStruct((sparsifier.d_in,), jnp.float32)
+    normalizer = normalize.Normalizer(mean=vector, scale=jax.ShapeDtypeStruct((), jnp.float32))
     rows = jax.ShapeDtypeStruct(first_rows.shape, first_rows.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx, config, normalizing), rows, key)
+    shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx), rows, normalizer, vector, key)
     shardings = sharding.tree_shardings(mesh, shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
@@ -107,17 +104,13 @@ def abstract(
 def _build(
     sparsifier: base.Sparsifier,
     tx: optax.GradientTransformation,
-    config: TrainConfig,
-    normalizing: normalize.NormalizeConfig,
     rows: Float[Array, "lanes batches rows d_in"],
+    normalizer: normalize.Normalizer,
+    bias: Float[Array, " d_in"],
     key: jax.Array,
 ) -> TrainState:
     key_params, key_draws = jax.random.split(key)
-    # Batches first, so that the first rows are spread over all lanes.
-    flat = jnp.swapaxes(rows, 0, 1).reshape(-1, rows.shape[-1])[: normalizing.rows]
-    normalizer = normalize.estimate(flat, normalizing.mode, center=normalizing.center)
-    params = sparsifier.init(key_params)
-    params = params.replace(b_dec=_decoder_bias(config.b_dec_init, normalize.apply(normalizer, flat)))
+    params = sparsifier.init(key_params).replace(b_dec=bias)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -1,0 +1,209 @@
+"""`saejax <command> [overrides]`: what a person or a cluster script calls.
+
+A user's mistake ends in one line and status 2, work that was stopped by a signal in 128 plus its number, and 0 means
+that the work was done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import saejax
+from saejax.errors import UserError
+
+HELP = """saejax: train sparse autoencoders on neural-network activations
+
+usage: saejax <command> [key=value ...]
+
+commands:
+  harvest    run a language model over text and store its activations
+  train      train one SAE, or with -m a sweep of them; resume=RUN_DIR goes on with a run
+  evaluate   judge the SAE of a run on held-out data
+  export     write the SAE of a run in another tool's format
+  report     one HTML page for a run, or for a sweep
+  store      look at a store of activations: store info PATH, store verify PATH
+
+examples:
+  saejax train                                              a minute on a laptop, known features
+  saejax harvest path=data/smollm2 hook=blocks.15.hook_resid_post
+  saejax train source=store source.path=data/smollm2 sae.d_sae=4608 sae.k=32
+
+`saejax <command> --help` shows the keys of a command.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      argv: arguments after the program's name; None takes those of the process.
+
+    Returns:
+      Exit status: 0 done, 2 a mistake of the user, 128 + n stopped by signal n.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if arguments[0] == "--version":
+        print(saejax.__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"saejax: unknown command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](rest)
+    except UserError as error:
+        print(f"saejax {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"saejax {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(arguments: list[str]) -> int:
+    """`saejax train`: one run, a sweep (-m), or the continuation of a run (resume=RUN_DIR)."""
+    from saejax import config, manual, preflight
+
+    if wants_help(arguments):
+        print(manual.of_command("train", config.Config, TRAIN_EXAMPLES))
+        return 0
+    resumed = [a for a in arguments if a.startswith("resume=")]
+    if resumed:
+        run_dir = Path(resumed[-1].removeprefix("resume="))
+        overrides = [a for a in arguments if not a.startswith("resume=")]
+        _log_to_stderr()
+        return _finish_training(config.from_run(run_dir, overrides), run_dir, resume=True)
+    preflight.check(arguments)
+    _run_under_hydra(arguments)
+    return 0
+
+
+TRAIN_EXAMPLES = (
+    "saejax train",
+    "saejax train source=store source.path=data/smollm2 sae.d_sae=4608 sae.k=32 train.batch=1024",
+    "saejax train -m sae.k=16,32,64 seed=0,1",
+    "saejax train resume=runs/2026-01-31_120000",
+)
+
+
+def _run_under_hydra(arguments: list[str]) -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig
+
+    from saejax import config
+
+    config.register("train", config.Config)
+
+    def job(composed: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        multirun = hydra_config.mode == RunMode.MULTIRUN
+        try:
+            status = _finish_training(
+                config.to_object(composed), Path(hydra_config.runtime.output_dir), resume=False
+            )
+        except UserError as error:
+            if multirun:
+                raise  # the launcher marks this job as failed and goes on with the others
+            print(f"saejax train: {error}", file=sys.stderr)
+            status = 2
+        if status:
+            sys.exit(status)
+
+    before = sys.argv
+    sys.argv = ["saejax train", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="train")(job)()
+    finally:
+        sys.argv = before
+
+
+def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
+    from saejax import run
+
+    outcome = run.train(cfg, run_dir, resume=resume)  # pyright: ignore[reportArgumentType]
+    if outcome.signum is not None:
+        print(f"stopped at step {outcome.step}, saved; go on with: saejax train resume={run_dir}", file=sys.stderr)
+        return 128 + outcome.signum
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.evaluation.items())
+    print(f"done: {outcome.step} steps, {outcome.speed['tokens_per_second']:.0f} tokens/s; held-out {figures}")
+    print(f"next: saejax evaluate run={run_dir}   saejax report run={run_dir}")
+    return 0
+
+
+def harvest(arguments: list[str]) -> int:
+    """`saejax harvest`: activations of a language model into a store."""
+    from saejax import config, manual
+    from saejax.activations import harvest as harvesting
+
+    if wants_help(arguments):
+        examples = (
+            "saejax harvest path=data/smollm2",
+            "saejax harvest path=data/early hook=blocks.5.hook_resid_post n_tokens=100000",
+            "saejax harvest path=data/mine model=/models/llama text=files text.path=corpus/*.jsonl",
+        )
+        print(manual.of_command("harvest", harvesting.HarvestConfig, examples))
+        return 0
+    cfg = config.load("harvest", harvesting.HarvestConfig, arguments)
+    _log_to_stderr()
+    harvesting.harvest(cfg)
+    return 0
+
+
+def command_of(name: str, examples: tuple[str, ...]) -> Callable[[list[str]], int]:
+    """The command line of one function of `saejax.commands`: `NAMES[name]` is (config class, function)."""
+
+    def command(arguments: list[str]) -> int:
+        from saejax import commands, config, manual
+
+        root, function = commands.NAMES[name]
+        if wants_help(arguments):
+            print(manual.of_command(name, root, examples))
+            return 0
+        cfg = config.load(name, root, arguments)
+        _log_to_stderr()
+        print(function(cfg))
+        return 0
+
+    return command
+
+
+def store(arguments: list[str]) -> int:
+    """`saejax store info|verify PATH`."""
+    from saejax.activations import store as stores
+
+    if wants_help(arguments) or len(arguments) != 2 or arguments[0] not in ("info", "verify"):
+        print("usage: saejax store info PATH    what the store holds and where it is from")
+        print("       saejax store verify PATH  every checksum, size and count; status 1 if any is wrong")
+        return 0 if wants_help(arguments) else 2
+    return stores.command(arguments[0], Path(arguments[1]))
+
+
+def wants_help(arguments: list[str]) -> bool:
+    """Whether a command line asks for help."""
+    return any(a in ("-h", "--help") for a in arguments)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=os.environ.get("SAEJAX_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
+    for name in ("absl", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "harvest": harvest,
+    "train": train,
+    "evaluate": command_of(
+        "evaluate", ("saejax evaluate run=runs/X", "saejax evaluate run=runs/X rows=100000 language_model=false")
+    ),
+    "export": command_of("export", ("saejax export run=runs/X path=out/sae", "saejax export run=runs/X step=2000")),
+    "report": command_of("report", ("saejax report run=runs/X", "saejax report sweep=runs/sweep_X")),
+    "store": store,
+}

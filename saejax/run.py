@@ -1,0 +1,202 @@
+"""From a `Config` to a finished run directory: mesh, data, state, loop, record. And back: `load(run_dir)`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import saejax
+from saejax import checkpoint, config, sharding, tracking
+from saejax.activations.source import RowIterator
+from saejax.errors import UserError
+from saejax.evals import evaluate
+from saejax.sae import base, model
+from saejax.training import loop, memory, optim, state, step
+
+logger = logging.getLogger(__name__)
+
+
+def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Outcome:
+    """Run a training to its end or to a signal, and leave everything in its run directory.
+
+    Args:
+      cfg: see `config.Config`.
+      run_dir: made where missing. Without `resume` it must hold no checkpoint.
+      resume: go on from the newest checkpoint that can be read.
+
+    Returns:
+      How it ended.
+
+    Raises:
+      UserError: before any device work for impossible combinations; later for lack of memory, a full disk or a
+        loss that is no longer finite.
+    """
+    n_data, n_latent = cfg.mesh.shape(jax.device_count())
+    sharding.check_divides((n_data, n_latent), n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
+    mesh = sharding.make_mesh(n_data, n_latent)
+    _open_run_dir(cfg, run_dir, resume)
+
+    lane_sharding = NamedSharding(mesh, P(sharding.DATA))
+    lanes = _own_lanes(lane_sharding, cfg.train.n_lanes)
+    rows = cfg.source.open(
+        n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.seed
+    )
+    put = functools.partial(_put, lane_sharding, cfg.train.n_lanes)
+    tx = optim.make(cfg.optim, cfg.train.n_steps)
+    make_step = step.make(cfg.sae, tx, dead_window_tokens=cfg.train.dead_window_tokens)
+
+    checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint)
+    try:
+        first = next(rows)
+        n_batches = cfg.buffer.n_batches(cfg.train.batch)
+        shape = (cfg.train.n_lanes, n_batches, cfg.train.block_rows, cfg.source.d_in)
+        wanted = state.abstract(cfg.sae, tx, jax.ShapeDtypeStruct(shape, first.dtype), mesh=mesh)
+        compiled = memory.compile_step(make_step, wanted, lane_sharding)
+        if resume:
+            train_state, position = checkpoints.restore(wanted)
+            rows.set_state(position)
+        else:
+            records = [first, *(next(rows) for _ in range(n_batches - 1))]
+            train_state = state.create(
+                cfg.sae, tx, cfg.train, cfg.normalize, put(np.stack(records, axis=1)), seed=cfg.seed, mesh=mesh
+            )
+        tracker = tracking.Tracker(
+            run_dir, cfg.tracker, config.to_plain(cfg), start_step=int(train_state.step)
+        )
+        try:
+            outcome = loop.fit(
+                train_state,
+                compiled,
+                rows,
+                config=cfg.train,
+                save_every_steps=cfg.checkpoint.save_every_steps,
+                put=put,
+                evaluate=_evaluation(cfg, mesh),
+                learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps),
+                checkpoints=checkpoints,
+                tracker=tracker,
+            )
+        finally:
+            tracker.close()
+    finally:
+        checkpoints.close()
+    _write_record(cfg, run_dir, mesh, rows, outcome)
+    return outcome
+
+
+def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
+    """The SAE of a run, on one device, working in the data's own scale.
+
+    Args:
+      run_dir: as written by `train`.
+      step: which checkpoint; None takes the newest.
+
+    Returns:
+      A `saejax.sae.model.SAE`; `provenance` says from which run, step and data it is.
+
+    Raises:
+      UserError: not a run directory, or no such checkpoint.
+    """
+    run_dir = Path(run_dir)
+    cfg = config.from_run(run_dir)
+    found_step, arrays = checkpoint.load_arrays(run_dir, ("params", "normalizer"), step)
+    params = cfg.sae.fold(base.SAEParams(**arrays["params"]), **arrays["normalizer"])
+    provenance = {
+        "run": str(run_dir),
+        "step": found_step,
+        "tokens": found_step * cfg.train.batch,
+        "seed": cfg.seed,
+        "source": cfg.source.fingerprint(),
+    }
+    return model.SAE(cfg.sae, params, provenance)
+
+
+def _open_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resume and any((run_dir / "checkpoints").glob("[0-9]*")):
+        raise UserError(f"{run_dir} holds checkpoints already: go on with resume={run_dir}, or choose another directory")
+    if jax.process_index() == 0:
+        temporary = run_dir / "config.yaml.tmp"
+        temporary.write_text(config.to_yaml(cfg), encoding="utf-8")
+        temporary.replace(run_dir / "config.yaml")
+
+
+def _own_lanes(lane_sharding: NamedSharding, n_lanes: int) -> range:
+    """The lanes whose rows live on this process's devices."""
+    slices = [index[0] for index in lane_sharding.addressable_devices_indices_map((n_lanes,)).values()]
+    starts = [s.start or 0 for s in slices]
+    stops = [n_lanes if s.stop is None else s.stop for s in slices]
+    return range(min(starts), max(stops))
+
+
+def _put(lane_sharding: NamedSharding, n_lanes: int, record: np.ndarray) -> jax.Array:
+    return jax.make_array_from_process_local_data(lane_sharding, record, (n_lanes, *record.shape[1:]))
+
+
+def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
+    """Held-out metrics of a `TrainState`, compiled once."""
+    evaluator = evaluate.make_evaluator(cfg.sae, evaluate.light_metrics(), mesh)
+
+    def run(train_state: state.TrainState) -> dict[str, float]:
+        return evaluator.evaluate(
+            train_state.params,
+            cfg.source.heldout(cfg.train.batch, cfg.train.eval_rows),
+            mean=train_state.normalizer.mean,
+            scale=train_state.normalizer.scale,
+            batch_rows=cfg.train.batch,
+        )
+
+    return run
+
+
+def _write_record(
+    cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, outcome: loop.Outcome
+) -> None:
+    """run.json: with what, where and how fast."""
+    if jax.process_index() != 0:
+        return
+    record = {
+        "saejax": saejax.__version__,
+        "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+        "python": platform.python_version(),
+        "host": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "n_devices": jax.device_count(),
+        "n_processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "git_commit": _git_commit(),
+        "seed": cfg.seed,
+        "source": cfg.source.fingerprint(),
+        "epoch_rows": rows.n_rows,
+        "step": outcome.step,
+        "tokens": outcome.step * cfg.train.batch,
+        "finished": outcome.signum is None,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "peak_memory_bytes": memory.peak_bytes(),
+        **outcome.speed,
+        "evaluation": dict(outcome.evaluation),
+    }
+    temporary = run_dir / "run.json.tmp"
+    temporary.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+    temporary.replace(run_dir / "run.json")
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory, marked when there are uncommitted changes; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

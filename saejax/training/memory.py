@@ -1,0 +1,77 @@
+"""What a step needs before it runs, and what the process has used after it did."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from saejax.errors import UserError
+from saejax.training.state import TrainState
+from saejax.training.step import Step
+
+logger = logging.getLogger(__name__)
+
+
+def compile_step(step: Step, wanted: TrainState, lane_sharding: NamedSharding) -> Any:
+    """Compile the step ahead of time, say what it needs, and refuse what cannot fit.
+
+    Args:
+      step: pure, from `training.step.make`.
+      wanted: the state's shapes and shardings.
+      lane_sharding: of the record that each step takes.
+
+    Returns:
+      The compiled step; it donates the state.
+
+    Raises:
+      UserError: a device has less memory than the step needs.
+    """
+    lanes, _, block_rows, d_in = wanted.buffer.rows.shape
+    fresh = jax.ShapeDtypeStruct((lanes, block_rows, d_in), wanted.buffer.rows.dtype, sharding=lane_sharding)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    with jax.set_mesh(lane_sharding.mesh):
+        compiled = jitted.lower(wanted, fresh).compile()
+    analysis = compiled.memory_analysis()
+    if analysis is not None:
+        # Donated arguments and outputs share their bytes.
+        state_bytes = analysis.argument_size_in_bytes
+        need = state_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+        logger.info("memory per device: state and batch %s, step %s in all", _gib(state_bytes), _gib(need))
+        limit = _limit_bytes()
+        if limit is not None and need > limit:
+            raise UserError(
+                f"one step needs {_gib(need)} per device, there is {_gib(limit)}: lower train.batch, buffer.rows "
+                "or sae.d_sae, or raise mesh.latent"
+            )
+    return compiled
+
+
+def peak_bytes() -> int | None:
+    """Largest memory in use so far: of the first local device, or of the process where the device is the CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _limit_bytes() -> int | None:
+    """Memory of one device; fake CPU devices share what the machine has."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if device.platform == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    return None
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"

@@ -15,10 +15,10 @@ COPY conf conf
 COPY saejax saejax
 RUN accelerator="${ACCELERATOR#cpu}" \
     && pip install --constraint constraints.txt ".[${EXTRAS}]" ${accelerator:+"jax[${accelerator}]"} \
-    && useradd --create-home saejax \
+    && useradd --uid 1000 --create-home saejax \
     && install --directory --owner saejax /runs
 
-USER saejax
+USER 1000
 WORKDIR /runs
 ENTRYPOINT ["saejax"]
 CMD ["--help"]

@@ -1,7 +1,7 @@
 """Loss and gradients of one TopK batch: the sparse form that saejax trains with against the plain dense form.
 
-Both run in one process, turn by turn, on the same parameters and batch, so that whatever else the machine does
-hits both. Printed are median times and the median of the ratios of neighbouring turns with their quartiles.
+Both run in one process, turn by turn, on the same parameters and batch, so that whatever else the machine
+does hits both. Printed are median times and the median of the ratios of neighbouring turns with quartiles.
 The sparse form carries AuxK with nothing dead, as in most of a training run; the dense form has none.
 
     python benchmarks/step.py --d-in 768 --d-sae 16384 --batch 4096 --repeats 7

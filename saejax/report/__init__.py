@@ -1,0 +1,7 @@
+"""Run directories to pages that a person enjoys reading: `build` for one run, `build_sweep` for a sweep."""
+
+from saejax.report.latents import Examples, LatentPage, collect
+from saejax.report.page import build
+from saejax.report.sweep import build_sweep
+
+__all__ = ["Examples", "LatentPage", "build", "build_sweep", "collect"]

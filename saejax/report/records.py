@@ -1,0 +1,132 @@
+"""What a run directory says about its run: the only reader of its files here. Nothing missing is an error.
+
+First step of a report: run directory -> Run -> page.py (one run) or sweep.py (many runs).
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saejax.errors import UserError
+
+_MARKS = ("config.yaml", "metrics.jsonl", "run.json", "eval.json", ".hydra")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that one run directory holds, as plain Python values; what is absent is empty."""
+
+    path: Path
+    """The directory."""
+    config: dict[str, Any]
+    """config.yaml, nested."""
+    rows: list[dict[str, Any]]
+    """metrics.jsonl, one dict a line, in the order of the file."""
+    evaluation: dict[str, Any]
+    """eval.json: "metrics", "arrays", "definitions", "data"; empty before `saejax evaluate`."""
+    record: dict[str, Any]
+    """run.json: versions, device, commit, seeds, source fingerprint, speed."""
+    problems: tuple[str, ...]
+    """One sentence for every file that is there but could not be read."""
+
+    def metric(self, name: str) -> float | None:
+        """Best known value of a metric: from the evaluation, else last held out, else last in training."""
+        value = self.evaluation.get("metrics", {}).get(name)
+        if is_number(value):
+            return float(value)
+        return _first(self.last(f"eval/{name}"), self.last(f"train/{name}"))
+
+    def last(self, key: str) -> float | None:
+        """Last logged value of `key`, or None."""
+        for row in reversed(self.rows):
+            if is_number(row.get(key)):
+                return float(row[key])
+        return None
+
+
+def is_run(path: Path) -> bool:
+    """Returns whether a directory holds at least one file that only runs leave behind."""
+    return path.is_dir() and any((path / mark).exists() for mark in _MARKS)
+
+
+def read(path: str | Path) -> Run:
+    """Reads a run directory; absent files leave their field empty, broken ones are named in `problems`.
+
+    Raises:
+      UserError: `path` is no directory, or holds none of the files of a run.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"run={path}: no such directory")
+    if not is_run(path):
+        raise UserError(f"run={path}: no run directory (none of {', '.join(_MARKS[:4])} in it)")
+    problems: list[str] = []
+    return Run(
+        path=path,
+        config=_read_mapping(path / "config.yaml", yaml.safe_load, problems),
+        rows=_read_rows(path / "metrics.jsonl", problems),
+        evaluation=_read_mapping(path / "eval.json", json.loads, problems),
+        record=_read_mapping(path / "run.json", json.loads, problems),
+        problems=tuple(problems),
+    )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens nested dicts to dotted keys; lists stay values.
+
+    Example:
+      >>> flatten({"sae": {"type": "topk", "k": 32}, "seed": 0})
+      {'sae.type': 'topk', 'sae.k': 32, 'seed': 0}
+    """
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value read from JSON is a finite number (a bool is not)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _first(*values: float | None) -> float | None:
+    return next((v for v in values if v is not None), None)
+
+
+def _read_mapping(path: Path, parse: Any, problems: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        problems.append(f"{path.name} could not be read: {str(error).splitlines()[0]}")
+        return {}
+    if not isinstance(tree, dict):
+        problems.append(f"{path.name} holds no mapping")
+        return {}
+    return tree
+
+
+def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Reads whole lines; a run that was killed leaves a broken last one."""
+    if not path.exists():
+        return []
+    rows, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif line.strip():
+            broken += 1
+    if broken:
+        problems.append(f"{path.name}: {broken} broken line{'s' * (broken > 1)} skipped")
+    return rows

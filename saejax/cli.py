@@ -128,6 +128,7 @@ def _run_under_hydra(arguments: list[str]) -> None:
 def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
     from saejax import run
 
+    _quiet_libraries()
     outcome = run.train(cfg, run_dir, resume=resume)  # pyright: ignore[reportArgumentType]
     if outcome.signum is not None:
         print(f"stopped at step {outcome.step}, saved; go on with: saejax train resume={run_dir}", file=sys.stderr)
@@ -193,6 +194,11 @@ def wants_help(arguments: list[str]) -> bool:
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=os.environ.get("SAEJAX_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
+    _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Orbax and JAX log a page per checkpoint at INFO."""
     for name in ("absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -100,16 +100,16 @@ def schema(cls: type) -> DictConfig:
 
 def _thaw(node: Any) -> None:
     # OmegaConf marks the nodes of frozen dataclasses read-only, and then refuses YAML values and overrides. It does so
-    # again when it fills an absent member from its declared base class, which is therefore forgotten here.
+    # again when it fills a group from its declared base class, which is therefore forgotten here.
     OmegaConf.set_readonly(node, None)
     for key in node:
         child = node._get_node(key)
-        if OmegaConf.is_config(child):
-            if child._is_missing() or child._is_none():
-                child._metadata.ref_type = Any
-                child._set_flag("readonly", None)
-            else:
-                _thaw(child)
+        if key in GROUPS:
+            child._set_flag("readonly", None)
+            child._metadata.ref_type = Any
+            child._set_value("???")
+        elif OmegaConf.is_config(child):
+            _thaw(child)
 
 
 def _source_d_in(*, _root_: DictConfig) -> int:

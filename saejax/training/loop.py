@@ -106,17 +106,19 @@ def fit(
                 if pending is not None:
                     report(*pending)
                 pending = (number, metrics) if number % config.log_every_steps == 0 or number == last else None
+                evaluate_now = _due(number, config.eval_every_steps) or number == last
+                save_now = _due(number, save_every_steps) or number == last
+                if pending is not None and (evaluate_now or save_now):
+                    report(*pending)
+                    pending = None
                 fvu = None
-                if _due(number, config.eval_every_steps) or number == last:
+                if evaluate_now:
                     started = time.perf_counter()
                     evaluation = evaluate(state)
                     progress.pause(time.perf_counter() - started)
                     tracker.log(number, {f"eval/{name}": value for name, value in evaluation.items()})
                     fvu = evaluation.get("fvu")
-                if _due(number, save_every_steps) or number == last:
-                    if pending is not None:
-                        report(*pending)
-                        pending = None
+                if save_now:
                     checkpoints.save(number, state, position, fvu)
                 # One step runs ahead of the host, no more: memory stays bounded and a signal is seen at once.
                 jax.block_until_ready(previous)

@@ -76,5 +76,6 @@ def _by_groups(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int
 
 def _barrier_top_k(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
     """`lax.top_k` that XLA cannot rewrite: a slice of its result would turn it into a full sort."""
-    values, indices = lax.optimization_barrier(tuple(lax.top_k(a, k)))
-    return values, indices
+    values, indices = lax.top_k(a, k)
+    # One barrier each: around the pair, XLA (jaxlib 0.10.2) aborts when it compiles for several CPU devices.
+    return lax.optimization_barrier(values), lax.optimization_barrier(indices)

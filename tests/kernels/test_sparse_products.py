@@ -1,0 +1,114 @@
+"""Sparse products and their gradients against the dense algebra, on every mesh and in every form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.kernels import matmul, sparse_decode, sparse_encode
+
+B, K, D_SAE, D_IN = 16, 4, 32, 8
+# Sums of at most B * K = 64 products of O(1) numbers: 64 eps(float32) = 8e-6, doubled for either order.
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    indices = np.argsort(rng.random((B, D_SAE)), axis=1)[:, :K].astype(np.int32)
+    indices[0, 1] = indices[0, 0]  # a repeat adds up
+    return (
+        jnp.asarray(rng.standard_normal((B, K)), jnp.float32),
+        jnp.asarray(indices),
+        jnp.asarray(rng.standard_normal((D_SAE, D_IN)), jnp.float32),
+        jnp.asarray(rng.standard_normal((B, D_IN)), jnp.float32),
+    )
+
+
+def dense_code(values, indices):
+    return jnp.zeros((values.shape[0], D_SAE)).at[jnp.arange(values.shape[0])[:, None], indices].add(values)
+
+
+def test_decode_and_its_gradients_equal_the_dense_product(mesh, problem):
+    values, indices, W, cotangent = problem
+
+    def sparse(values, W):
+        return jnp.sum(sparse_decode.sparse_decode(values, indices, W) * cotangent)
+
+    def dense(values, W):
+        return jnp.sum((dense_code(values, indices) @ W) * cotangent)
+
+    recon = jax.jit(sparse_decode.sparse_decode)(values, indices, W)
+    grads = jax.jit(jax.grad(sparse, argnums=(0, 1)))(values, W)
+    np.testing.assert_allclose(recon, dense_code(values, indices) @ W, **TOLERANCE)
+    for mine, expected in zip(grads, jax.grad(dense, argnums=(0, 1))(values, W), strict=True):
+        np.testing.assert_allclose(mine, expected, **TOLERANCE)
+
+
+def test_cpu_and_accelerator_forms_agree(problem):
+    values, indices, W, y = problem
+    zeros = jnp.zeros_like(W)
+    pairs = [
+        (sparse_decode._combine, sparse_decode._combine_cpu, (values, indices, W)),
+        (sparse_decode._dot, sparse_decode._dot_cpu, (y, indices, W)),
+        (sparse_decode._accumulate, sparse_decode._accumulate_cpu, (zeros, values, indices, y)),
+    ]
+    for accelerator, cpu, args in pairs:
+        np.testing.assert_allclose(accelerator(*args), cpu(*args), **TOLERANCE)
+
+
+@pytest.mark.parametrize("b", [1, 31, 33, 64])
+def test_any_number_of_rows(b):
+    rng = np.random.default_rng(b)
+    indices = jnp.asarray(rng.integers(0, D_SAE, (b, K)), jnp.int32)
+    y, W = jnp.asarray(rng.standard_normal((b, D_IN))), jnp.asarray(rng.standard_normal((D_SAE, D_IN)))
+    expected = np.einsum("bd,bkd->bk", y, np.asarray(W)[np.asarray(indices)])
+    np.testing.assert_allclose(sparse_decode.dot_rows(y, indices, W), expected, **TOLERANCE)
+
+
+def test_encoder_gradient_equals_that_of_the_dense_chain(mesh, problem):
+    _, indices, W_dec, x = problem
+    indices = indices.at[0, 1].set((indices[0, 0] + 1) % D_SAE)
+    rng = np.random.default_rng(1)
+    weights = (
+        x,
+        W_dec.T,
+        jnp.asarray(rng.standard_normal(D_SAE), jnp.float32),
+        jnp.asarray(rng.standard_normal(D_IN), jnp.float32),
+    )
+    downstream = jnp.asarray(rng.standard_normal((B, K)), jnp.float32)
+
+    def chosen(x, W_enc, b_enc, b_dec):
+        pre_acts = (x - b_dec[None, :]) @ W_enc + b_enc[None, :]
+        return jax.nn.relu(jnp.take_along_axis(pre_acts, indices, axis=1))
+
+    def sparse(*weights):
+        fixed = jax.lax.stop_gradient(chosen(*weights))
+        return jnp.sum(sparse_encode.with_encoder_gradient(fixed, indices, *weights) * downstream)
+
+    def dense(*weights):
+        return jnp.sum(chosen(*weights) * downstream)
+
+    assert 0 < np.mean(chosen(*weights) > 0) < 1  # both sides of the ReLU are there
+    grads = jax.jit(jax.grad(sparse, argnums=(0, 1, 2, 3)))(*weights)
+    for mine, expected in zip(grads, jax.grad(dense, argnums=(0, 1, 2, 3))(*weights), strict=True):
+        np.testing.assert_allclose(mine, expected, **TOLERANCE)
+
+
+def test_pre_activations_are_the_affine_map(mesh, problem):
+    _, _, W_dec, x = problem
+    b_enc, b_dec = jnp.arange(D_SAE, dtype=jnp.float32) / D_SAE, jnp.ones(D_IN)
+    out = jax.jit(sparse_encode.pre_activations, static_argnums=4)(x, W_dec.T, b_enc, b_dec, "float32")
+    np.testing.assert_allclose(out, (x - 1) @ W_dec.T + b_enc[None, :], **TOLERANCE)
+
+
+def test_bfloat16_product_rounds_operands_only(problem):
+    _, _, W, x = problem
+    out = matmul.matmul(x, W.T, "bfloat16")
+    rounded = np.asarray(x.astype("bfloat16"), np.float32) @ np.asarray(W.astype("bfloat16"), np.float32).T
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, rounded, **TOLERANCE)
+    assert np.max(np.abs(out - x @ W.T)) > 1e-4  # the operands were rounded
+    grad = jax.grad(lambda x: jnp.sum(matmul.matmul(x, W.T, "bfloat16") ** 2) / 2)(x)
+    assert grad.dtype == jnp.float32
+    np.testing.assert_allclose(grad, (x @ W.T) @ W, rtol=0.05, atol=0.5)  # bfloat16: 2^-8 per operand

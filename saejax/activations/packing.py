@@ -8,6 +8,7 @@ short document, goes into the first row that is still open and has room.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -146,3 +147,23 @@ def positions(segments: Int32[np.ndarray, "*rows s"]) -> Int32[np.ndarray, "*row
     column = np.broadcast_to(np.arange(segments.shape[-1], dtype=np.int32), segments.shape)
     begins = np.diff(segments, axis=-1, prepend=-1) != 0
     return column - np.maximum.accumulate(np.where(begins, column, 0), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a pass over the rows tells before any is run: how many there are, and a checksum of all tokens."""
+
+    n_sequences: int
+    n_tokens: int
+    sha256: str
+
+
+def survey(sequences: Iterable[Sequence]) -> Survey:
+    """Counts rows and tokens; two streams with the same checksum hold the same rows."""
+    n_sequences = n_tokens = 0
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        n_sequences += 1
+        n_tokens += sequence.n_tokens
+        digest.update(np.stack([sequence.tokens, sequence.segments, sequence.documents()]).tobytes())
+    return Survey(n_sequences, n_tokens, digest.hexdigest())

@@ -60,15 +60,30 @@ class Writer:
     def _open_manifest(self, facts: dict) -> dict:
         wanted = {"format": store_format.FORMAT, "format_version": store_format.FORMAT_VERSION, **facts}
         wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they will read back
+        wanted["fingerprint"] = store_format.fingerprint(wanted)
+        begun = {**wanted, "complete": False, "rows": 0, "shards": []}
         file = self.path / store_format.MANIFEST
-        if not file.exists():
-            wanted["fingerprint"] = store_format.fingerprint(wanted)
-            begun = {**wanted, "complete": False, "rows": 0, "shards": []}
-            store_format.write_json(file, begun, keep_existing=True)
-        # Also right after writing: where two processes begin together, both go by the first one's manifest.
+        # Read also right after writing: of two processes that begin together, both go by the first.
+        store_format.write_json(file, begun, keep_existing=True)
         manifest = store_format.read_manifest(self.path)
-        check_same(wanted, manifest, self.path)
+        try:
+            check_same(wanted, manifest, self.path)
+        except UserError:
+            # Nothing is lost by changing one's mind before the first shard.
+            if store_format.published(self.path) or self._others_at_work():
+                raise
+            store_format.write_json(file, begun)
+            return begun
         return manifest
+
+    def _others_at_work(self) -> bool:
+        for file in self.path.glob(".writer-*.lock"):
+            if file.name != f".writer-{self.process}.lock":
+                try:
+                    _lock(file).close()
+                except UserError:
+                    return True
+        return False
 
     def missing(self) -> list[int]:
         """Shards of this process that are not published yet, in order."""

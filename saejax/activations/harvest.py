@@ -1,0 +1,303 @@
+"""From text and a language model to two activation stores, `<path>/train` and `<path>/heldout`.
+
+The first command of the data path: `text` -> `packing` -> `language_model` -> `sinks` -> `store`. The
+device computes one batch while the host writes the one before. What a shard holds depends only on the
+settings, so a harvest that was stopped is continued by the same command, and several processes share one
+harvest by taking turns in shards.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import math
+import pathlib
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jaxtyping import Array, Float
+
+from saejax.activations import language_model, packing, store, store_format, store_writer, text
+from saejax.activations.harvest_config import HarvestConfig
+from saejax.activations.sinks import Sink, calibrate, keep_mask
+from saejax.errors import UserError
+
+__all__ = ["HarvestConfig", "Sink", "harvest", "keep_mask"]
+
+logger = logging.getLogger(__name__)
+
+
+def harvest(
+    config: HarvestConfig, backend: language_model.LMBackend | None = None
+) -> dict[str, pathlib.Path]:
+    """Writes the activations of a language model on a text, or continues to, or finds that all is done.
+
+    Args:
+      config: what to read, run and write.
+      backend: the model, if it is loaded already; otherwise `config.model` is loaded.
+
+    Returns:
+      The directories of the stores by split: "train", "heldout". Where several processes share the
+      harvest, the stores are complete when the last of them returns.
+
+    Raises:
+      UserError: a setting cannot be, a store was begun with other settings, the dtype would overflow, or the
+        disk is full.
+      KeyboardInterrupt: on Ctrl-C or SIGTERM; what is published stays, the same call continues.
+    """
+    paths = {split: pathlib.Path(config.path).expanduser() / split for split in text.SPLITS}
+    common = {"harvest": config.settings(), "text": config.text.identity()}
+    begun = [manifest for path in paths.values() if (manifest := _begun(path))]
+    for manifest in begun:
+        store_writer.check_same(common, manifest, pathlib.Path(config.path))
+    if len(begun) == len(paths) and all(manifest["complete"] for manifest in begun):
+        logger.info("%s is complete: nothing to do", config.path)
+        return paths
+    if backend is None:
+        backend = language_model.load(config.model, dtype=config.model_dtype)
+    run = _Run(config, backend, common)
+    with _interruptible():
+        for split in text.SPLITS:
+            run.write(split, paths[split])
+    return paths
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Consecutive sequences of one shard; rows of padding fill it up, so that all batches have one shape."""
+
+    shard: int
+    first: int
+    sequences: list[packing.Sequence]
+    tokens: np.ndarray
+    segments: np.ndarray
+
+    @property
+    def positions(self) -> np.ndarray:
+        return packing.positions(self.segments)
+
+
+class _Run:
+    """One call of `harvest`: the model with everything derived from it and the settings."""
+
+    def __init__(self, config: HarvestConfig, backend: language_model.LMBackend, common: dict):
+        if backend.tokenizer is None:
+            raise UserError(
+                f"harvest.model {config.model} has no tokenizer: text cannot be harvested with it"
+            )
+        self.config, self.backend, self.tokenizer = config, backend, backend.tokenizer
+        self.d_in = backend.hook_width(config.hook)
+        self.packer = packing.Packer(config.context_length, _bos_id(config.bos, backend.tokenizer))
+        self.dtype = store_format.numpy_dtype(config.dtype.value)
+        if config.process is None or config.n_processes is None:
+            self.process, self.n_processes = jax.process_index(), jax.process_count()
+        else:
+            self.process, self.n_processes = config.process, config.n_processes
+        self.common = common | {
+            "hook": config.hook,
+            "model": backend.provenance,
+            "tokenizer": _tokenizer_identity(backend.tokenizer),
+            "special_token_policy": self.packer.policy(),
+            "dtype": config.dtype.value,
+            "d_in": self.d_in,
+            "context_length": config.context_length,
+            "shard_sequences": config.shard_sequences,
+        }
+        self.sink: Sink | None = None
+
+    def sequences(self, split: text.Split) -> Iterator[packing.Sequence]:
+        """The packed text of a split, from its beginning."""
+        limit = {"train": self.config.n_tokens, "heldout": self.config.heldout_tokens}[split]
+        documents = packing.encode_documents(self.config.text.documents(split), self._encode)
+        return packing.until(self.packer.pack(documents), limit)
+
+    def write(self, split: text.Split, path: pathlib.Path) -> None:
+        """Writes this process's shards of one store."""
+        survey = packing.survey(self.sequences(split))
+        if not survey.n_sequences:
+            raise UserError(
+                f"the text has no {split} document; text.heldout_share is {self.config.text.heldout_share}"
+            )
+        facts = self.common | {
+            "split": split,
+            "n_sequences": survey.n_sequences,
+            "n_tokens": survey.n_tokens,
+            "n_shards": math.ceil(survey.n_sequences / self.config.shard_sequences),
+            "tokens_sha256": survey.sha256,
+            "sink": self._sink(path).to_json(),
+        }
+        self._check_space(path, facts["n_shards"], survey)
+        with store.Writer(path, facts, process=self.process, n_processes=self.n_processes) as writer:
+            self.sink = Sink(**writer.manifest["sink"])
+            missing = writer.missing()
+            try:
+                self._write_shards(split, writer, missing)
+            except KeyboardInterrupt:
+                there = len(store_format.published(path))
+                logger.warning(
+                    "stopped: %d of %d shards of %s are published; run the same command to continue",
+                    there, facts["n_shards"], path,
+                )  # fmt: skip
+                raise
+            complete = writer.finish()
+        logger.info("%s", store.describe(path) if complete else f"{path}: waiting for the other processes")
+
+    def _write_shards(self, split: text.Split, writer: store.Writer, missing: list[int]) -> None:
+        batches = self._batches(self.sequences(split), set(missing))
+        results = _one_late(batches, self._dispatch)
+        label = f"harvest {split}"
+        with tqdm.tqdm(unit="tok", unit_scale=True, desc=label, disable=None) as progress:
+            progress.total = self._tokens_in(writer.manifest, len(missing))
+            # groupby asks for the next shard's first batch before a shard ends: no idle device while we sync.
+            for number, group in itertools.groupby(results, key=lambda result: result[0].shard):
+                with writer.shard(number) as shard:
+                    for batch, measured in group:
+                        shard.append(**self._content(batch, *measured))
+                        progress.update(sum(sequence.n_tokens for sequence in batch.sequences))
+
+    def _batches(self, sequences: Iterator[packing.Sequence], shards: set[int]) -> Iterator[_Batch]:
+        """The batches of some shards, in order."""
+        size, per_shard = self.config.batch_sequences, self.config.shard_sequences
+        last = max(shards, default=-1)
+        for first in itertools.count(0, size):
+            shard = first // per_shard
+            taken = list(itertools.islice(sequences, size))
+            if not taken or shard > last:
+                return
+            if shard in shards:
+                both = np.zeros((2, size, self.config.context_length), np.int32)
+                for place, sequence in enumerate(taken):
+                    both[:, place] = sequence.tokens, sequence.segments
+                yield _Batch(shard, first, taken, both[0], both[1])
+
+    def _dispatch(self, batch: _Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        captured = self.backend.capture(batch.tokens, batch.segments, (self.config.hook,))
+        return _measure(captured[self.config.hook], dtype=self.dtype)
+
+    def _content(self, batch: _Batch, rows: jax.Array, norms: jax.Array, peaks: jax.Array) -> dict:
+        """What the store gets of a batch; waits for the device."""
+        assert self.sink is not None
+        n, positions = len(batch.sequences), batch.positions
+        keep = keep_mask(np.asarray(norms), positions, batch.segments, self.sink)
+        kept_peaks = np.asarray(peaks)[keep]
+        if len(kept_peaks):
+            store_format.check_range(float(kept_peaks.max()), self.config.dtype.value, self.config.hook)
+        documents = np.zeros_like(batch.tokens)
+        documents[:n] = [sequence.documents() for sequence in batch.sequences]
+        numbers = np.broadcast_to(batch.first + np.arange(len(documents))[:, None], documents.shape)
+        index = np.stack([batch.tokens, positions, documents, numbers], axis=-1).astype(np.int32)
+        firsts = (batch.segments > 0) & (positions == 0) & self.sink.mask_position_zero
+        return {
+            "rows": np.asarray(rows)[keep],
+            "index": index[keep],
+            "tokens": np.stack([batch.tokens, batch.segments], axis=-1)[:n],
+            "segment_documents": [list(sequence.segment_documents) for sequence in batch.sequences],
+            "masked": {
+                "position_zero": int(firsts.sum()),
+                "sink": int(((batch.segments > 0) & ~keep & ~firsts).sum()),
+            },
+        }
+
+    def _sink(self, path: pathlib.Path) -> Sink:
+        """The rule of the store if it was begun, or of the other split; otherwise measured now."""
+        if manifest := _begun(path):
+            return Sink(**manifest["sink"])
+        if self.sink is None:
+            shards = set(range(self.config.sink_calibration_tokens + 1))
+            results = _one_late(self._batches(self.sequences("train"), shards), self._dispatch)
+            measured = ((np.asarray(out[1]), batch.positions, batch.segments) for batch, out in results)
+            self.sink = calibrate(self.config.sink(), measured)
+            logger.info("median norm at %s: %s", self.config.hook, self.sink.median_norm)
+        return self.sink
+
+    def _check_space(self, path: pathlib.Path, n_shards: int, survey: packing.Survey) -> None:
+        """Refuses a store that will not fit, before anything of it is written."""
+        share = 1 - len(store_format.published(path)) / n_shards
+        token_bytes = 6 * store_format.INT.itemsize  # a row of the index and a pair of `tokens`
+        needed = share * survey.n_tokens * (self.d_in * self.dtype.itemsize + token_bytes)
+        disk = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(disk).free
+        if needed > free:
+            raise UserError(
+                f"harvest.path {path} needs about {needed / 1e9:.3g} GB and has {free / 1e9:.3g} GB free; "
+                "lower harvest.n_tokens or choose another disk"
+            )
+
+    def _tokens_in(self, manifest: dict, n_shards: int) -> int:
+        share = n_shards * self.config.shard_sequences / manifest["n_sequences"]
+        return int(manifest["n_tokens"] * min(share, 1))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _begun(path: pathlib.Path) -> dict | None:
+    """The manifest of a store that has shards; before the first one nothing binds."""
+    return store.read_manifest(path) if store_format.published(path) else None
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _measure(h: Float[Array, "b s d"], *, dtype: np.dtype) -> tuple[Array, Array, Array]:
+    """The rows as stored, each token's norm and its largest absolute value, both float32."""
+    wide = h.astype(jnp.float32)
+    return h.astype(dtype), jnp.linalg.norm(wide, axis=-1), jnp.abs(wide).max(axis=-1)
+
+
+def _one_late(batches: Iterator[_Batch], dispatch: Callable) -> Iterator[tuple[_Batch, tuple]]:
+    """Hands out each batch with its result after the next one was dispatched, so the device never waits."""
+    waiting = None
+    for batch in batches:
+        result = batch, dispatch(batch)
+        if waiting is not None:
+            yield waiting
+        waiting = result
+    if waiting is not None:
+        yield waiting
+
+
+_BOS_TOKENS = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
+
+
+def _bos_id(bos: str, tokenizer) -> int | None:
+    """The id of the token that begins a segment."""
+    if bos == "none":
+        return None
+    if bos != "auto":
+        if (found := tokenizer.token_to_id(bos)) is None:
+            raise UserError(f"harvest.bos must be auto, none or a token of the model, got {bos!r}")
+        return found
+    # What the tokenizer itself puts in front of a text, else a token that models were trained to see there.
+    leading = tokenizer.encode("", add_special_tokens=True).ids
+    if leading:
+        return leading[0]
+    return next((i for token in _BOS_TOKENS if (i := tokenizer.token_to_id(token)) is not None), None)
+
+
+def _tokenizer_identity(tokenizer) -> dict:
+    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    return {"sha256": digest, "vocab_size": tokenizer.get_vocab_size()}
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM, which schedulers send, does what Ctrl-C does. Only the main thread may set that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,99 @@
+"""What a harvest can be told: `HarvestConfig`, the settings of `saejax harvest`."""
+
+import dataclasses
+
+from saejax.activations import packing
+from saejax.activations.sinks import Sink
+from saejax.activations.store_format import StoreDtype
+from saejax.activations.text import TextCorpus, Wikipedia
+from saejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """What `saejax harvest` reads, runs and writes."""
+
+    model: str = "smollm2"
+    """The language model: a Hugging Face directory, a `.gguf` file, or "smollm2" for the default model."""
+
+    model_dtype: str | None = None
+    """Number format of the model's weights; null is float32 on CPU and bfloat16 on accelerators."""
+
+    text: TextCorpus = dataclasses.field(default_factory=Wikipedia)
+    """What the model reads: wikipedia, pydoc, or files with a path; also how much of it is held out."""
+
+    hook: str = "blocks.15.hook_resid_post"
+    """Where activations are read, by its TransformerLens name; only the layers below it are run."""
+
+    path: str = "activations"
+    """Directory of the two stores, `train` and `heldout`."""
+
+    n_tokens: int | None = None
+    """Tokens of training text to run, rounded up to whole sequences; null is all of it."""
+
+    heldout_tokens: int | None = None
+    """Tokens of held-out text to run, rounded up to whole sequences; null is all of it."""
+
+    context_length: int = 256
+    """Tokens in a sequence, at least 2 and at most the model's context."""
+
+    batch_sequences: int = 8
+    """Sequences that the model runs at once; divides shard_sequences. No effect on what is stored."""
+
+    shard_sequences: int = 64
+    """Sequences in a shard: what is lost at most when a harvest is stopped. Thousands for large stores."""
+
+    dtype: StoreDtype = StoreDtype.bfloat16
+    """Number format of the stored rows; one that would overflow is refused."""
+
+    bos: str = "auto"
+    """Token that begins every segment: its text, "none", or "auto" for the one that the tokenizer knows."""
+
+    mask_position_zero: bool = True
+    """Whether the first token of every segment is left out; it is an attention sink in most models."""
+
+    sink_factor: float | None = 10.0
+    """Tokens with a norm above this multiple of the median are left out, above 1; null keeps all."""
+
+    sink_calibration_tokens: int = 4096
+    """Tokens at the beginning of the training text that the median is taken over, at least 1."""
+
+    process: int | None = None
+    """Number of this process among those that share the harvest; null is JAX's process index."""
+
+    n_processes: int | None = None
+    """How many processes share the harvest, each with its own model; null is JAX's process count."""
+
+    def __post_init__(self):
+        for name in ("batch_sequences", "shard_sequences", "n_tokens", "heldout_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"harvest.{name} must be positive, got {value}")
+        if self.shard_sequences % self.batch_sequences:
+            raise UserError(
+                f"harvest.shard_sequences must be a multiple of batch_sequences={self.batch_sequences}, "
+                f"got {self.shard_sequences}"
+            )
+        if (self.process is None) != (self.n_processes is None):
+            raise UserError("harvest.process and harvest.n_processes must be given together")
+        if self.process is not None and self.n_processes is not None:
+            if not 0 <= self.process < self.n_processes:
+                raise UserError(
+                    f"harvest.process must be in [0, n_processes={self.n_processes}), got {self.process}"
+                )
+        packing.Packer(self.context_length, bos_id=None)
+        self.sink()
+
+    def sink(self) -> Sink:
+        """The sink rule, its median not measured yet."""
+        return Sink(
+            factor=self.sink_factor,
+            mask_position_zero=self.mask_position_zero,
+            calibration_tokens=self.sink_calibration_tokens,
+        )
+
+    def settings(self) -> dict:
+        """The choices that the stores' content depends on, for the manifest."""
+        elsewhere = {"text", "path", "batch_sequences", "process", "n_processes"}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in elsewhere]
+        return {name: getattr(self, name) for name in names} | {"dtype": self.dtype.value}

@@ -31,7 +31,8 @@ class NormalizeConfig:
     """How rows are centred and scaled before training."""
 
     mode: NormMode = NormMode.auto
-    """auto: as the architecture prefers; none: as they are; sqrt_d: mean norm E||x|| = sqrt(d_in); unit: mean square norm E||x||^2 = 1."""
+    """auto: as the architecture prefers; none: as they are; sqrt_d: mean norm E||x|| = sqrt(d_in);
+    unit: mean square norm E||x||^2 = 1."""
     center: bool = False
     """Subtract the mean row before scaling."""
     rows: int = 65_536
@@ -58,7 +59,7 @@ def estimate(rows: Float[Array, "n d_in"], mode: NormMode, *, center: bool = Fal
 
     Args:
         rows: [n, d_in], any float dtype; may be sharded.
-        mode: what the average row shall have.
+        mode: what the average row shall have; `auto` must be resolved before.
         center: subtract the mean.
 
     Raises:
@@ -78,8 +79,8 @@ def _estimate(rows: Float[Array, "n d_in"], *, mode: NormMode, center: bool) -> 
     mean = jnp.zeros(d_in, jnp.float32)
     if center:
         mean = x.mean(0)
-        mean = mean + (x - mean).mean(0)  # a second pass takes out what float32 lost in the first
-    square_norms = jnp.square(x - mean).sum(-1)
+        mean = mean + (x - mean[None]).mean(0)  # a second pass takes out what float32 lost in the first
+    square_norms = jnp.square(x - mean[None]).sum(-1)
     match mode:
         case NormMode.none:
             scale = jnp.float32(1)
@@ -87,17 +88,21 @@ def _estimate(rows: Float[Array, "n d_in"], *, mode: NormMode, center: bool) -> 
             scale = jnp.sqrt(jnp.float32(d_in)) / jnp.sqrt(square_norms).mean()
         case NormMode.unit:
             scale = 1 / jnp.sqrt(square_norms.mean())
+        case _:
+            raise ValueError(f"{mode}: resolve it to the architecture's own mode first")
     return Normalizer(mean=mean, scale=scale)
 
 
 def apply(normalizer: Normalizer, x: Float[Array, "... d_in"]) -> Float[Array, "... d_in"]:
     """Into training scale: (x - mean) * scale, float32 whatever the dtype of x."""
-    return (x.astype(jnp.float32) - normalizer.mean) * normalizer.scale
+    x = jnp.asarray(x, jnp.float32)
+    return (x - jnp.broadcast_to(normalizer.mean, x.shape)) * normalizer.scale
 
 
 def invert(normalizer: Normalizer, y: Float[Array, "... d_in"]) -> Float[Array, "... d_in"]:
     """Back into the data's own scale: y / scale + mean, float32."""
-    return y.astype(jnp.float32) / normalizer.scale + normalizer.mean
+    y = jnp.asarray(y, jnp.float32)
+    return y / normalizer.scale + jnp.broadcast_to(normalizer.mean, y.shape)
 
 
 @partial(jax.jit, static_argnames="n_iter")
@@ -120,7 +125,7 @@ def geometric_median(rows: Float[Array, "n d_in"], n_iter: int = 100) -> Float[A
     floor = 1e-7 * jnp.sqrt(jnp.square(x).sum(-1).mean()) + jnp.finfo(jnp.float32).tiny
 
     def step(_, median):
-        distances = jnp.sqrt(jnp.square(x - median).sum(-1))
+        distances = jnp.sqrt(jnp.square(x - median[None]).sum(-1))
         weights = 1 / jnp.maximum(distances, floor)
         return weights @ x / weights.sum()
 

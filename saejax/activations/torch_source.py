@@ -1,8 +1,8 @@
-"""Any PyTorch model of `transformers` as a source of activations: decoders, BERT-like encoders, vision models.
+"""Any `transformers` model as a source of activations: decoders, BERT-like encoders, vision models.
 
-The breadth beside the JAX models of `language_model`: no architecture is refused, hooks are module paths of the torch
-model, and `capture` gives what the JAX models give. Needs the extra `torch`; nothing of it is imported before a model
-is loaded. Slower than the JAX models and on one device.
+The breadth beside the JAX models of `language_model`: no architecture is refused, hooks are module paths of
+the torch model, and `capture` gives what the JAX models give. Needs the extra `torch`; nothing of it is
+imported before a model is loaded. Slower than the JAX models and on one device.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ INSTALL = "pip install 'saejax[torch]'"
 class TorchModel:
     """A torch model on one device, read by forward hooks that stop the run once all hooks have fired.
 
-    Hooks are module paths as `model.named_modules()` lists them: `layers.3`, `encoder.layer.3`, `h.3.mlp`. The value is
-    the module's output, or its first entry where that is a tuple. Made by `load`.
+    Hooks are module paths as `model.named_modules()` lists them: `layers.3`, `encoder.layer.3`, `h.3.mlp`.
+    The value is the module's output, or its first entry where that is a tuple. Made by `load`.
     """
 
     def __init__(self, model: Any, *, tokenizer: Any, provenance: dict[str, Any]) -> None:
@@ -51,7 +51,8 @@ class TorchModel:
     def capture(
         self, tokens: Int[np.ndarray, "b s"], segments: Int[np.ndarray, "b s"], hooks: tuple[str, ...]
     ) -> dict[str, Float[np.ndarray, "b s _"]]:
-        """Activations of text at some hooks. Every segment runs as a sequence of its own: exact for any attention.
+        """Activations of text at some hooks; every segment runs as a sequence of its own, exact for any
+        attention.
 
         Args:
           tokens: int [b, s].
@@ -76,7 +77,9 @@ class TorchModel:
         out = {}
         for hook, value in found.items():
             if value.ndim != 3 or value.shape[:2] != alone.shape:
-                raise UserError(f"hook={hook!r} gives shape {value.shape} for tokens {alone.shape}, allowed: [b, s, width]")
+                raise UserError(
+                    f"hook={hook!r} gives {value.shape} for tokens {alone.shape}, allowed: [b, s, width]"
+                )
             out[hook] = np.zeros((*tokens.shape, value.shape[-1]), np.float32)
             for i, (row, start, stop) in enumerate(runs):
                 out[hook][row, start:stop] = value[i, : stop - start]
@@ -92,7 +95,7 @@ class TorchModel:
           hooks: module paths.
 
         Returns:
-          Hook -> float32 [b, patches, width]; a module with channels first, [b, width, h, w], gives h * w patches.
+          Hook -> float32 [b, patches, width]; channels first, [b, width, h, w], become h * w patches.
 
         Raises:
           UserError: an unknown module path, or an output with neither of these shapes.
@@ -113,7 +116,9 @@ class TorchModel:
         for hook in hooks:
             if hook not in self._modules or not hook:
                 near = [name for name in self._modules if name.count(".") <= 2 and name][:8]
-                raise UserError(f"hook={hook!r} is no module of the model, allowed for example: {', '.join(near)}")
+                raise UserError(
+                    f"hook={hook!r} is no module of the model, allowed for example: {', '.join(near)}"
+                )
 
         def watch(name: str) -> Any:
             def keep(_module: Any, _inputs: Any, output: Any) -> None:
@@ -139,7 +144,9 @@ class TorchModel:
                 handle.remove()
         unseen = [hook for hook in hooks if hook not in seen]
         if unseen:
-            raise UserError(f"hook={unseen[0]!r} never runs in the model's forward pass; choose another module")
+            raise UserError(
+                f"hook={unseen[0]!r} never runs in the model's forward pass; choose another module"
+            )
         return {hook: seen[hook] for hook in hooks}
 
 
@@ -161,20 +168,24 @@ def load(path_or_name: str | pathlib.Path, *, device: str = "cpu", dtype: str = 
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed, needed for torch models; install it with: {INSTALL}") from None
+        raise UserError(
+            f"{error.name} is missing, needed for torch models; install it with: {INSTALL}"
+        ) from None
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r} is not supported, allowed: float32, bfloat16, float16")
     name = str(path_or_name)
     try:
         model = transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model={name!r} cannot be loaded by transformers: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model={name!r} cannot be loaded by transformers: {str(error).splitlines()[0]}"
+        ) from None
     provenance = {"name": name, "family": model.config.model_type, "dtype": dtype, "backend": "torch"}
     return TorchModel(model, tokenizer=_tokenizer(name), provenance=provenance)
 
 
 def _tokenizer(name: str) -> Any:
-    """The fast tokenizer behind the transformers one, as the JAX models have it; None for models without text."""
+    """The fast tokenizer behind the transformers one, as JAX models have it; None for models without text."""
     import transformers
 
     try:

@@ -1,8 +1,9 @@
 """What harvesting and evaluation ask of a language model, and the JAX model that answers.
 
-`LMBackend` is the contract; `torch_source.py` answers its `capture` for models that have no JAX form. `LanguageModel`
-compiles the forward pass of `model.py`: only the layers below the highest hook run, activations come back sharded over
-`data`, and a batch that does not divide over the mesh is padded on the way in and cut on the way out.
+`LMBackend` is the contract; `torch_source.py` answers its `capture` for models that have no JAX form.
+`LanguageModel` compiles the forward pass of `model.py`: only the layers below the highest hook run,
+activations come back sharded over `data`, and a batch that does not divide over the mesh is padded on the
+way in and cut on the way out.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class LMBackend(Protocol):
 class LanguageModel:
     """A decoder-only transformer in JAX, weights on their devices. Made by `loading.load`.
 
-    Segments are int32 [b, s]: 0 is padding, equal numbers side by side are one document. Attention never leaves a
-    segment and positions restart in each. What comes back at padding is finite and means nothing.
+    Segments are int32 [b, s]: 0 is padding, equal numbers side by side are one document. Attention never
+    leaves a segment and positions restart in each. What comes back at padding is finite and means nothing.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class LanguageModel:
 
         Args:
           h: the new activation. `upper(lower(tokens, ...), tokens, ...)` equals `logits(tokens, ...)`.
-          tokens: int [b, s]; only read where the hook lies inside a branch, whose residual stream is then recomputed.
+          tokens: int [b, s]; needed where the hook lies in a branch: its residual stream is recomputed.
           segments: int [b, s].
           hook: the place.
 
@@ -171,7 +172,7 @@ class LanguageModel:
             )
         if host.shape[1] > self.config.context_length:
             raise UserError(
-                f"sequences of {host.shape[1]} tokens exceed the model's context, allowed: {self.config.context_length}"
+                f"{host.shape[1]} tokens exceed the model's context, allowed: {self.config.context_length}"
             )
         return self._padded(host.astype(np.int32)), self._padded(host_segments.astype(np.int32))
 

@@ -1,7 +1,7 @@
 """What a decoder-only transformer is, as one set of switches; every supported family is a point in it.
 
-`families.py` fills it from a Hugging Face `config.json`, `gguf_file.py` from GGUF metadata, `model.py` computes with
-it. It is hashable, so that it can be a static argument of compiled functions.
+`families.py` fills it from a Hugging Face `config.json`, `gguf_file.py` from GGUF metadata, `model.py`
+computes with it. It is hashable, so that it can be a static argument of compiled functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rope:
     theta: float
     """Base of the geometric row of wavelengths."""
     scaling: Literal["default", "linear", "llama3", "divisors"] = "default"
-    """default: none; linear: every frequency / factor; llama3: only low ones; divisors: each by its own number."""
+    """linear: every frequency / factor; llama3: only the low ones; divisors: each by its own number."""
     factor: float = 1.0
     """How much longer the context became (linear, llama3)."""
     low_freq_factor: float = 1.0
@@ -61,7 +61,7 @@ class Rope:
         return plain
 
     def _llama3(self, plain: Float[np.ndarray, " d_half"]) -> Float[np.ndarray, " d_half"]:
-        """Blend kept and stretched frequencies linearly in the number of turns inside the original context."""
+        """Blend kept and stretched frequencies, linearly in the turns inside the original context."""
         turns = self.original_context * plain / np.float32(2 * math.pi)
         kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
         return (kept * plain + (1 - kept) * plain / self.factor).astype(np.float32)
@@ -72,7 +72,7 @@ class ModelConfig:
     """One decoder-only transformer; sizes are in units of coordinates, heads, layers or tokens as named."""
 
     family: str
-    """Name of the family as Hugging Face writes it: llama, mistral, gpt2, qwen2, qwen3, gemma2, gemma3_text."""
+    """`model_type` of Hugging Face: llama, mistral, gpt2, qwen2, qwen3, gemma2, gemma3_text."""
     d_model: int
     """Width of the residual stream."""
     n_layers: int
@@ -106,7 +106,7 @@ class ModelConfig:
     rope_local: Rope | None = None
     """Rotary positions of sliding-window layers where they differ (Gemma 3)."""
     windows: tuple[int, ...] = ()
-    """Per layer: tokens a query sees, itself included; 0 sees all before it. Empty means all layers see all."""
+    """Per layer: tokens a query sees, itself included; 0 means all before it, empty means 0 everywhere."""
     attn_scale: float
     """Factor on query-key products, mostly 1 / sqrt(d_head)."""
     attn_softcap: float | None = None

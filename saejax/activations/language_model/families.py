@@ -1,7 +1,8 @@
-"""Reads a Hugging Face `config.json` into `ModelConfig`; a field that would change the numbers is never ignored.
+"""Reads a Hugging Face `config.json` into `ModelConfig`, ignoring no field that would change the numbers.
 
-One row of `_FAMILIES` per rotary family says what its files leave out; GPT-2 has its own reader. GGUF metadata is
-translated to the same keys first (`gguf_file.py`), so every rule about a family stands here once.
+One row of `_FAMILIES` per rotary family says what its files leave out; GPT-2 has its own reader. GGUF
+metadata is translated to the same keys first (`gguf_file.py`), so every rule about a family stands here
+once.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def _windows(family: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
         unknown = set(kinds) - {"sliding_attention", "full_attention"}
         if unknown:
             raise UserError(
-                f"config.json: layer_types holds {sorted(unknown)[0]!r}, allowed: sliding_attention, full_attention"
+                f"config.json: layer_types={sorted(unknown)[0]!r}, allowed: sliding_attention, full_attention"
             )
         return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
     if family.startswith("qwen"):
@@ -187,7 +188,7 @@ def _windows(family: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _rope(raw: Mapping[str, Any], kind: str) -> Rope:
-    """Rotary positions of one kind of layer, from `rope_parameters` (new files) or `rope_theta` + `rope_scaling`."""
+    """Rotary positions of one kind of layer: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
     local = kind == "sliding_attention"
     theta = raw["rope_local_base_freq"] if local else raw["rope_theta"]
     given = raw.get("rope_parameters")
@@ -198,9 +199,7 @@ def _rope(raw: Mapping[str, Any], kind: str) -> Rope:
     scaling = given.get("rope_type", given.get("type", "default"))
     theta = float(given.get("rope_theta", theta))
     if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"config.json: partial_rotary_factor={given['partial_rotary_factor']} is not supported, allowed: 1.0"
-        )
+        raise UserError(f"config.json: partial_rotary_factor={given['partial_rotary_factor']}, allowed: 1.0")
     if scaling == "default":
         return Rope(theta=theta)
     if scaling == "divisors":

@@ -1,7 +1,8 @@
-"""A GGUF file as a source of weights and configuration: metadata under Hugging Face's keys, tensors dequantised.
+"""A GGUF file as a source: metadata under Hugging Face's keys, tensors dequantised.
 
-The file names tensors its own way, stores llama's query and key rows permuted, GPT-2's matrices transposed and
-Gemma's norm gains with 1 added; all of that is undone here, so that nothing after this file knows the format.
+The file names tensors its own way, stores llama's query and key rows permuted, GPT-2's matrices transposed
+and Gemma's norm gains with 1 added; all of that is undone here, so that nothing after this file knows the
+format.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class GGUFFile:
         self.architecture = str(self.metadata.get("general.architecture"))
         if self.architecture not in _FAMILY:
             raise UserError(
-                f"{path.name}: general.architecture={self.architecture!r} is not supported, allowed: {', '.join(_FAMILY)}"
+                f"{path.name}: general.architecture={self.architecture!r}, allowed: {', '.join(_FAMILY)}"
             )
         self._raw = {tensor.name: tensor for tensor in reader.tensors}
         self._names = {self._translated(name): name for name in self._raw if name != _ROPE_DIVISORS}
@@ -174,7 +175,7 @@ class GGUFFile:
         )
 
     def _translated(self, raw: str) -> str:
-        """The file's tensor name as Hugging Face writes it; a name without translation stays and is refused later."""
+        """A tensor's name as Hugging Face writes it; one without translation stays and is refused later."""
         gpt2 = self.architecture == "gpt2"
         top = _GPT2_TOP if gpt2 else _TOP
         layer = (

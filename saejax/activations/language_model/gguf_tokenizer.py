@@ -11,7 +11,7 @@ from saejax.errors import UserError
 
 _SPACE = "\u2581"  # SentencePiece writes a space so
 _CONTROL, _USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`
-# How byte-level BPE cuts text before merging, by `tokenizer.ggml.pre`; `{digits}` is the longest run of digits.
+# How byte-level BPE cuts text before merging, by `tokenizer.ggml.pre`; `{digits}` is a run of digits.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|{digits}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

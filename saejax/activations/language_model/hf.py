@@ -1,4 +1,4 @@
-"""A Hugging Face model directory as a source of weights, configuration and tokenizer; read with safetensors only."""
+"""A Hugging Face directory as a source of weights, configuration and tokenizer; safetensors only."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Names of the places inside a model whose activations can be read or replaced, as TransformerLens names them.
+"""Names of the places in a model that can be read or replaced, as TransformerLens names them.
 
-`blocks.{layer}.{site}`. A block touches its sites in the order of `SITES`; `model.py` calls them, `backend.py` reads
-and replaces them.
+`blocks.{layer}.{site}`. A block touches its sites in the order of `SITES`; `model.py` calls them,
+`backend.py` reads and replaces them.
 """
 
 from __future__ import annotations
@@ -67,5 +67,5 @@ def parse(name: str, config: ModelConfig) -> Hook:
 
 
 def width(hook: Hook, config: ModelConfig) -> int:
-    """Coordinates of the activation at a hook: d_model, except inside attention (heads side by side) and MLP."""
+    """Coordinates at a hook: d_model, except inside attention (heads side by side) and MLP."""
     return {Z: config.n_heads * config.d_head, MLP_POST: config.d_mlp}.get(hook.site, config.d_model)

@@ -1,4 +1,4 @@
-"""Finds a language model by path or name and loads it: a Hugging Face directory, a GGUF file, or the default."""
+"""Loads a language model by path or name: a Hugging Face directory, a GGUF file, or the default."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def load(
     """A language model with its weights on the devices.
 
     Args:
-      path_or_name: a directory with config.json, safetensors and tokenizer.json; a `.gguf` file; or `smollm2`.
+      path_or_name: directory with config.json, safetensors, tokenizer.json; a `.gguf` file; or `smollm2`.
       mesh: axes `data` (batch) and `latent` (heads and MLP units); None is one device.
-      dtype: float32, bfloat16 or float16 of the matrices; by default float32 on CPU, bfloat16 on accelerators.
+      dtype: float32, bfloat16 or float16, of the matrices; default float32 on CPU, else bfloat16.
 
     Returns:
       The model.

@@ -1,8 +1,8 @@
 """The forward pass of every supported family: `flax.nnx` modules over a stack of equal blocks.
 
 The blocks are one module whose parameters carry a leading layer axis. A run over layers [first, last) is a
-`lax.scan`, so compile time does not grow with depth, and nothing outside the range is computed. Weights come from
-`weights.py`; `backend.py` compiles what stands here.
+`lax.scan`, so compile time does not grow with depth, and nothing outside the range is computed. Weights come
+from `weights.py`; `backend.py` compiles what stands here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Context:
     positions: jax.Array
     """[b, s] int32, from 0 in every segment."""
     tables: tuple[tuple[jax.Array, jax.Array], ...]
-    """Cosine and sine [b, s, d_head / 2] float32 of the full layers and, where they differ, of the window layers."""
+    """Cosine and sine [b, s, d_head / 2] of the full layers and, where they differ, the window layers."""
 
 
 jax.tree_util.register_dataclass(Context, ["segments", "positions", "tables"], [])
@@ -170,7 +170,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm and head; parameters are created as zeros and filled by `weights.load`."""
+    """Embedding, blocks, final norm and head; parameters are zeros until `weights.load` fills them."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

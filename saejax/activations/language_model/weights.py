@@ -1,8 +1,8 @@
 """Fills a model's parameters from files, leaf by leaf and shard by shard, straight onto the mesh.
 
-A file format gives a `TensorSource`: tensors under the names that Hugging Face gives them (`hf.py` reads safetensors,
-`gguf_file.py` dequantises). The tables here say which of them make up each of our leaves and how a leaf is sharded.
-No host ever holds more than one leaf's local shards.
+A file format gives a `TensorSource`: tensors under the names that Hugging Face gives them (`hf.py` reads
+safetensors, `gguf_file.py` dequantises). The tables here say which of them make up each of our leaves and
+how a leaf is sharded. No host ever holds more than one leaf's local shards.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _GPT2 = {
     "blocks.mlp.W_out": Tensor("h.{}.mlp.c_proj.weight"),
     "blocks.mlp.b_out": Tensor("h.{}.mlp.c_proj.bias"),
 }
-# Tensor parallelism: heads and MLP units over `latent`; the axis, counted from the end, by the leaf's last name.
+# Tensor parallelism over `latent`: by the leaf's last name, the axis counted from the end.
 _SHARDED_AXIS = {
     "W_E": 2, "W_U": 1, "W_Q": 1, "W_K": 1, "W_V": 1, "W_O": 2, "b_Q": 1, "b_K": 1, "b_V": 1,
     "W_gate": 1, "W_in": 1, "W_out": 2, "b_gate": 1, "b_in": 1,
@@ -141,7 +141,7 @@ def load(config: ModelConfig, source: TensorSource, *, mesh: Mesh | None, dtype:
 def leaf_sharding(
     config: ModelConfig, name: str, shape: tuple[int, ...], mesh: Mesh | None
 ) -> jax.sharding.Sharding:
-    """Where a leaf lives: whole heads, MLP units or vocabulary rows over `latent`, if they divide; else replicated."""
+    """Whole heads, MLP units or vocabulary rows over `latent` if they divide; else replicated."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     last, n = name.split(".")[-1], mesh.shape.get(LATENT, 1)

@@ -1,7 +1,8 @@
 """Every family against transformers: logits, hidden states and the activations inside blocks.
 
-Tolerance: float32 keeps 6e-8 relative; three layers of sums of 32 to 96 terms in another order give errors of some
-1e-6 on values up to about 10. 1e-4 absolute leaves a margin of ten and is far below any wrong formula.
+Tolerance: float32 keeps 6e-8 relative; three layers of sums of 32 to 96 terms in another order give errors
+of some 1e-6 on values up to about 10. 1e-4 absolute leaves a margin of ten and is far below any wrong
+formula.
 """
 
 import json
@@ -45,8 +46,16 @@ def _torch_activations(model, tokens: np.ndarray) -> tuple[np.ndarray, dict[str,
         keep(f"blocks.{i}.attn.hook_z", attention.c_proj if gpt2 else attention.o_proj, given=True)
         keep(f"blocks.{i}.mlp.hook_post", layer.mlp.c_proj if gpt2 else layer.mlp.down_proj, given=True)
         keep(f"blocks.{i}.hook_attn_out", layer.post_attention_layernorm if gemma else attention, given=False)
-        keep(f"blocks.{i}.hook_mlp_out", layer.post_feedforward_layernorm if gemma else layer.mlp, given=False)
-        before_mlp = layer.ln_2 if gpt2 else layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
+        keep(
+            f"blocks.{i}.hook_mlp_out", layer.post_feedforward_layernorm if gemma else layer.mlp, given=False
+        )
+        before_mlp = (
+            layer.ln_2
+            if gpt2
+            else layer.pre_feedforward_layernorm
+            if gemma
+            else layer.post_attention_layernorm
+        )
         keep(f"blocks.{i}.hook_resid_mid", before_mlp, given=True)
     with torch.no_grad():
         logits = model(input_ids=torch.as_tensor(tokens, dtype=torch.long), use_cache=False).logits.numpy()
@@ -90,8 +99,13 @@ def test_gemma3_text_inside_the_multimodal_directory(tiny, tokens: np.ndarray, t
 
     path, _ = tiny("gemma3")
     raw = json.loads((path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": raw, "vision_config": {}}))
-    weights = {k.replace("model.", "language_model.model.", 1): v for k, v in load_file(path / "model.safetensors").items()}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": raw, "vision_config": {}})
+    )
+    weights = {
+        k.replace("model.", "language_model.model.", 1): v
+        for k, v in load_file(path / "model.safetensors").items()
+    }
     weights["vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
     save_file(weights, tmp_path / "model.safetensors")
     one, two = (language_model.load(p).logits(tokens, np.ones_like(tokens)) for p in (path, tmp_path))
@@ -125,7 +139,10 @@ def _change_config(path, target, **fields) -> None:
     [
         ({"model_type": "mamba"}, "model_type='mamba'.*llama"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type='dynamic'",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"hidden_act": "mish"}, "'mish'"),

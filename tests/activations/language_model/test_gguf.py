@@ -27,15 +27,20 @@ GEMMA_NAMES = ROTARY_NAMES | {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 GPT2_NAMES = {
-    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm", "ln_2": "ffn_norm",
-    "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm",
+    "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
 
 
 def permuted(rows: np.ndarray, n_heads: int) -> np.ndarray:
     """llama.cpp's order of query and key rows: coordinate i of a head beside coordinate i + d_head / 2."""
     d_head = len(rows) // n_heads
-    order = [h * d_head + i + half * (d_head // 2) for h in range(n_heads) for i in range(d_head // 2) for half in (0, 1)]
+    order = [
+        h * d_head + i + half * (d_head // 2)
+        for h in range(n_heads)
+        for i in range(d_head // 2)
+        for half in (0, 1)
+    ]
     return rows[order]
 
 
@@ -60,7 +65,9 @@ def write(path: pathlib.Path, directory: pathlib.Path, arch: str) -> None:
             writer.add_key_length(raw["head_dim"])
     if gemma:
         writer.add_sliding_window(raw["sliding_window"])
-        writer.add_array(f"{arch}.attention.sliding_window_pattern", [t.startswith("s") for t in raw["layer_types"]])
+        writer.add_array(
+            f"{arch}.attention.sliding_window_pattern", [t.startswith("s") for t in raw["layer_types"]]
+        )
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if raw[key] is not None:
                 writer.add_float32(f"{arch}.{key}", raw[key])
@@ -77,7 +84,9 @@ def _tensor(name: str, tensor: np.ndarray, arch: str, raw: dict) -> tuple[str, n
     parts = name.removeprefix("model.").removeprefix("transformer.").split(".")
     prefix, middle = (f"blk.{parts[1]}.", parts[2:-1]) if parts[0] in ("layers", "h") else ("", parts[:-1])
     if arch == "llama" and middle[-1] in ("q_proj", "k_proj"):
-        tensor = permuted(tensor, raw["num_attention_heads" if middle[-1] == "q_proj" else "num_key_value_heads"])
+        tensor = permuted(
+            tensor, raw["num_attention_heads" if middle[-1] == "q_proj" else "num_key_value_heads"]
+        )
     if arch == "gpt2" and middle[-1].startswith("c_") and tensor.ndim == 2:
         tensor = tensor.T
     if arch.startswith("gemma") and name.endswith("norm.weight"):
@@ -87,7 +96,8 @@ def _tensor(name: str, tensor: np.ndarray, arch: str, raw: dict) -> tuple[str, n
 
 # Gemma's scale on attention scores is no metadata: the rows whose scale is d_head^-0.5 can be compared.
 @pytest.mark.parametrize(
-    ("name", "arch"), [("llama", "llama"), ("llama-tied", "llama"), ("gpt2", "gpt2"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
+    ("name", "arch"),
+    [("llama", "llama"), ("llama-tied", "llama"), ("gpt2", "gpt2"), ("qwen2", "qwen2"), ("qwen3", "qwen3")],
 )
 def test_equals_the_directory(name: str, arch: str, tiny, tokens: np.ndarray, tmp_path) -> None:
     directory, _ = tiny(name)
@@ -106,7 +116,10 @@ def test_gemma_weights_and_switches(name: str, arch: str, tiny, tmp_path) -> Non
     one, two = language_model.load(directory), language_model.load(tmp_path / "tiny.gguf")
     assert two.config.windows == one.config.windows
     assert two.config.attn_scale == 16**-0.5
-    assert (two.config.attn_softcap, two.config.logit_softcap) == (one.config.attn_softcap, one.config.logit_softcap)
+    assert (two.config.attn_softcap, two.config.logit_softcap) == (
+        one.config.attn_softcap,
+        one.config.logit_softcap,
+    )
     import jax
 
     for left, right in zip(jax.tree.leaves(one.state), jax.tree.leaves(two.state), strict=True):
@@ -158,7 +171,11 @@ def test_refuses_other_architectures(tmp_path) -> None:
         language_model.load(tmp_path / "other.gguf")
 
 
-TEXT = ["Hello world, it's 2024!\n\n  Two  spaces\tand a tab; d'accord?", "naïve café — 東京 1234567 I'LL", "def f(x):\n    return x"]
+TEXT = [
+    "Hello world, it's 2024!\n\n  Two  spaces\tand a tab; d'accord?",
+    "naïve café — 東京 1234567 I'LL",
+    "def f(x):\n    return x",
+]
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
@@ -176,11 +193,24 @@ def test_byte_level_tokenizer_round_trips(pre: str) -> None:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.encode("<|end|>").ids == [0]
     assert tokenizer.encode("the").tokens == ["th", "e"]
-    assert ("12" in tokenizer.encode("12").tokens) == (pre in ("gpt-2", "llama-bpe"))  # the others cut at each digit
+    assert ("12" in tokenizer.encode("12").tokens) == (
+        pre in ("gpt-2", "llama-bpe")
+    )  # the others cut at each digit
 
 
 def test_sentencepiece_tokenizer_merges_by_score() -> None:
-    pieces = ["<unk>", "<s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "c", "ab", "bc", "\u2581a"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "c",
+        "ab",
+        "bc",
+        "\u2581a",
+    ]
     metadata = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": pieces,
@@ -208,7 +238,9 @@ def test_directory_tokenizer(tiny, tmp_path) -> None:
 
     shutil.copytree(tiny("llama")[0], tmp_path / "model")
     assert language_model.load(tmp_path / "model").tokenizer is None
-    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "model" / "tokenizer.json"))
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(tmp_path / "model" / "tokenizer.json")
+    )
     assert language_model.load(tmp_path / "model").tokenizer.encode("b").ids == [1]
 
 

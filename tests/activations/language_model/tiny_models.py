@@ -13,7 +13,11 @@ LLAMA3 = dict(
 MODELS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", SIZES),
     "llama-tied": ("LlamaConfig", "LlamaForCausalLM", SIZES | dict(tie_word_embeddings=True)),
-    "llama-biased": ("LlamaConfig", "LlamaForCausalLM", SIZES | dict(attention_bias=True, mlp_bias=True, head_dim=16)),
+    "llama-biased": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        SIZES | dict(attention_bias=True, mlp_bias=True, head_dim=16),
+    ),
     "llama-llama3": ("LlamaConfig", "LlamaForCausalLM", SIZES | dict(rope_parameters=LLAMA3)),
     "llama-linear": (
         "LlamaConfig",

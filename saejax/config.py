@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _MEMBERS = (arrays, store_source, synthetic, l1, topk)
 
 # Groups of which a config picks one member; each registry fills itself where its members are defined.
 GROUPS: dict[str, dict[str, type]] = {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}
+
+_ROOTS: set[type] = set()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,7 @@ def register(name: str, root: type) -> None:
       name: of the root's file in conf/, without .yaml.
       root: its dataclass.
     """
+    _ROOTS.add(root)
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=root)
     _thaw(store.repo[f"{name}_schema.yaml"].node)
@@ -113,6 +117,9 @@ def _thaw(node: Any) -> None:
 
 
 def _source_d_in(*, _root_: DictConfig) -> int:
+    missing = sorted(OmegaConf.missing_keys(_root_.source))
+    if missing:
+        raise UserError(f"{missing[0]} must be given, say {missing[0]}=...")
     return OmegaConf.to_object(_root_.source).d_in  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -146,10 +153,10 @@ def to_object(composed: DictConfig) -> Any:
     Raises:
       UserError: a missing value, a wrong type, an unknown key or an impossible combination, in one line.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise UserError(f"{', '.join(missing)} must be given, say {missing[0]}=...")
     try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise UserError(f"{', '.join(missing)} must be given, say {missing[0]}=...")
         return OmegaConf.to_object(composed)
     except dataclasses.FrozenInstanceError as error:
         key = str(error).split("'")[1]
@@ -161,16 +168,32 @@ def to_object(composed: DictConfig) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    """The message of Hydra or OmegaConf without its layout, with the allowed keys where a key is unknown."""
-    cause = error.__cause__
-    lines = [line.strip() for part in (error, cause) if part for line in str(part).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
-    text = "; ".join(dict.fromkeys(lines))
-    for registry in GROUPS.values():
-        for cls in registry.values():
-            if f"not in '{cls.__name__}'" in text:
-                text += f"; {cls.__name__} has {', '.join(f.name for f in dataclasses.fields(cls))}"
-    return text.replace("    ", " ")
+    """The message of Hydra or OmegaConf as one line: the key or choice as typed, what is wrong, what is allowed."""
+    text = "\n".join(str(part) for part in (error, error.__cause__) if part)
+    raised_by_us = re.search(r"UserError raised while resolving interpolation: (.*)", text)
+    if raised_by_us:
+        return raised_by_us[1]
+    choice = re.search(r"Could not find '(\w+)/(.*?)'\s+Available options in '\w+':\s+(.*?)\n(?:Config|$)", text, re.S)
+    if choice:
+        allowed = [name for name in choice[3].split() if not name.endswith("_schema")]
+        return f"{choice[1]}={choice[2]}: no such choice; there are {', '.join(allowed)}"
+    unknown = re.search(r"Key '(\w+)' not in '(\w+)'", text)
+    key = re.search(r"full_key: (\S+)", text)
+    if unknown and key:
+        return f"unknown key {key[1]}; {unknown[2]} has {', '.join(_fields(unknown[2]))}"
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("object_type", "reference_type", "full_key", "Error merging"))]
+    return (f"{key[1]}: " if key else "") + "; ".join(dict.fromkeys(lines))
+
+
+def _fields(class_name: str) -> list[str]:
+    """Names of the fields of a config class that may stand at a key."""
+    known = [cls for registry in GROUPS.values() for cls in registry.values()]
+    known += [f.default_factory for f in dataclasses.fields(Config)] + [Config, *_ROOTS]
+    for cls in known:
+        if getattr(cls, "__name__", None) == class_name:
+            return [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    return []
 
 
 def to_yaml(config: Any) -> str:

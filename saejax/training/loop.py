@@ -75,62 +75,92 @@ def fit(
     """
     first, last = int(state.step), config.n_steps
     progress = Progress(first, last, config.batch, show=jax.process_index() == 0)
+    log = _Log(config, tracker, progress, learning_rate)
     evaluation: dict[str, float] = {}
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    number = first
-
-    def report(number: int, metrics: dict[str, jax.Array]) -> None:
-        values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
-        values |= {f"train/{name}": value for name, value in progress.lap().items()}
-        values["train/lr"] = float(learning_rate(number - 1))
-        tracker.log(number, {"tokens": number * config.batch} | values)
-        progress.show(values)
-        if not math.isfinite(values["train/loss"]):
-            raise UserError(
-                f"loss is {values['train/loss']} at step {number}; lower optim.lr or check the activations "
-                f"(last checkpoint: step {checkpoints.latest_step})"
-            )
-
+    number, position = first, rows.get_state()
+    previous: jax.Array | None = None
     try:
         with interrupt.watch() as stop:
-            position = rows.get_state()
             fresh = put(next(rows)) if first < last else None
-            previous: jax.Array | None = None
             while number < last and not stop:
                 state, metrics = step(state, fresh)  # pyright: ignore[reportArgumentType]
-                number += 1
-                position = rows.get_state()
+                number, position = number + 1, rows.get_state()
                 started = time.perf_counter()
                 fresh = put(next(rows)) if number < last else None
                 progress.step(time.perf_counter() - started)
-                if pending is not None:
-                    report(*pending)
-                pending = (number, metrics) if number % config.log_every_steps == 0 or number == last else None
-                evaluate_now = _due(number, config.eval_every_steps) or number == last
-                save_now = _due(number, save_every_steps) or number == last
-                if pending is not None and (evaluate_now or save_now):
-                    report(*pending)
-                    pending = None
+                log.flush()
+                if _due(number, config.log_every_steps) or number == last:
+                    log.hold(number, metrics)
                 fvu = None
-                if evaluate_now:
-                    started = time.perf_counter()
-                    evaluation = evaluate(state)
-                    progress.pause(time.perf_counter() - started)
-                    tracker.log(number, {f"eval/{name}": value for name, value in evaluation.items()})
+                if _due(number, config.eval_every_steps) or number == last:
+                    log.flush()
+                    evaluation = _evaluate(evaluate, state, number, progress, tracker)
                     fvu = evaluation.get("fvu")
-                if save_now:
+                if _due(number, save_every_steps) or number == last:
+                    log.flush()
                     checkpoints.save(number, state, position, fvu)
                 # One step runs ahead of the host, no more: memory stays bounded and a signal is seen at once.
                 jax.block_until_ready(previous)
                 previous = metrics["loss"]
+            log.flush()
             if first == last:
-                evaluation = evaluate(state)
+                evaluation = dict(evaluate(state))
             if number < last:
                 checkpoints.save(number, state, position, None)
             checkpoints.wait()
+    except FloatingPointError as error:
+        raise UserError(f"{error}; the last checkpoint is of step {checkpoints.latest_step}") from error
     finally:
         progress.close()
     return Outcome(state, number, stop.signum if number < last else None, evaluation, progress.total())
+
+
+class _Log:
+    """Metrics read one step late, when the device has long computed them."""
+
+    def __init__(
+        self, config: TrainConfig, tracker: Tracker, progress: Progress, learning_rate: Callable[[int], Any]
+    ) -> None:
+        self._config, self._tracker, self._progress = config, tracker, progress
+        self._learning_rate = learning_rate
+        self._held: tuple[int, dict[str, jax.Array]] | None = None
+
+    def hold(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        """Keep the metrics of a step until they are flushed."""
+        self._held = (number, metrics)
+
+    def flush(self) -> None:
+        """Write what is held.
+
+        Raises:
+          FloatingPointError: the loss is not finite, so that no broken state gets saved.
+        """
+        if self._held is None:
+            return
+        (number, metrics), self._held = self._held, None
+        values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+        values |= {f"train/{name}": value for name, value in self._progress.lap().items()}
+        values["train/lr"] = float(self._learning_rate(number - 1))
+        self._tracker.log(number, {"tokens": number * self._config.batch} | values)
+        self._progress.show(values)
+        if not math.isfinite(values["train/loss"]):
+            raise FloatingPointError(
+                f"train/loss is {values['train/loss']} at step {number}: lower optim.lr, or look at the activations"
+            )
+
+
+def _evaluate(
+    evaluate: Callable[[TrainState], dict[str, float]],
+    state: TrainState,
+    number: int,
+    progress: Progress,
+    tracker: Tracker,
+) -> dict[str, float]:
+    started = time.perf_counter()
+    evaluation = dict(evaluate(state))
+    progress.pause(time.perf_counter() - started)
+    tracker.log(number, {f"eval/{name}": value for name, value in evaluation.items()})
+    return evaluation
 
 
 def _due(number: int, every: int | None) -> bool:

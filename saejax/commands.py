@@ -1,0 +1,174 @@
+"""The commands that start from a finished run: evaluate, export, report. Each is a config class and a function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from saejax import config, interop, run, sharding
+from saejax.activations import harvest, language_model, store, store_source
+from saejax.errors import UserError
+from saejax.evals import evaluate as evaluation
+from saejax.report import corpus, latents, page, sweep
+from saejax.sae import model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Judge the SAE of a run on rows that training never saw; writes eval.json into the run directory."""
+
+    run: str
+    """Run directory."""
+    step: int | None = None
+    """Checkpoint; null takes the newest."""
+    rows: int | None = None
+    """Held-out rows at most; null takes all of them."""
+    batch: int = 4096
+    """Rows per compiled call, at least 1; no effect on the figures."""
+    language_model: bool = True
+    """Whether the SAE is spliced into its language model, where the activations are from one that can be loaded."""
+    splice_sequences: int | None = 48
+    """Held-out sequences for the splice at most; null takes all of them."""
+    splice_batch: int = 4
+    """Sequences per compiled call of the splice, at least 1; no effect on the figures."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "batch", "splice_sequences", "splice_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write the SAE of a run in another tool's format; scales are folded in, so it works on plain activations."""
+
+    run: str
+    """Run directory."""
+    path: str | None = None
+    """Directory to write; null takes export_<format> inside the run directory."""
+    format: str = "saelens"
+    """Format: saelens."""
+    step: int | None = None
+    """Checkpoint; null takes the newest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """One self-contained HTML page: of a run, or of a sweep with a table and a Pareto plot."""
+
+    run: str | None = None
+    """Run directory; give this or sweep."""
+    sweep: str | None = None
+    """Directory of a sweep; give this or run."""
+    out: str | None = None
+    """File to write; null takes report.html in the directory."""
+    latents: latents.LatentPage = dataclasses.field(default_factory=latents.LatentPage)
+    """How many latents are shown, and how much of each."""
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.sweep is None):
+            raise UserError("report needs exactly one of run=RUN_DIR and sweep=SWEEP_DIR")
+
+
+def evaluate(cfg: EvaluateConfig) -> str:
+    """Measure a run and write its eval.json.
+
+    Args:
+      cfg: see `EvaluateConfig`.
+
+    Returns:
+      The numbers, one on a line.
+    """
+    run_dir = Path(cfg.run)
+    sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
+    n_data = jax.device_count()
+    mesh = sharding.make_mesh(n_data) if n_data > 1 else None
+    result = evaluation.evaluate(sae, trained.source, batch_rows=cfg.batch, max_rows=cfg.rows, mesh=mesh)
+    result.data.update({"source": trained.source.fingerprint(), "step": sae.provenance["step"]})
+    if cfg.language_model and (heldout := _heldout_store(trained)) is not None:
+        backend = _backend(heldout)
+        if backend is not None:
+            result = result.joined(_spliced(sae, backend, heldout, cfg))
+    evaluation.write_json(result, run_dir / "eval.json")
+    lines = [f"  {name:<32} {value:.6g}" for name, value in result.items()]
+    return "\n".join([f"held-out metrics of {run_dir}, step {sae.provenance['step']}:", *lines])
+
+
+def export(cfg: ExportConfig) -> str:
+    """Write a run's SAE in another format.
+
+    Args:
+      cfg: see `ExportConfig`.
+
+    Returns:
+      A line that says where.
+    """
+    path = Path(cfg.path) if cfg.path else Path(cfg.run) / f"export_{cfg.format}"
+    written = interop.export(run.load(cfg.run, cfg.step), path, cfg.format)
+    return f"written: {written}"
+
+
+def report(cfg: ReportConfig) -> str:
+    """Build the page of a run or of a sweep.
+
+    Args:
+      cfg: see `ReportConfig`.
+
+    Returns:
+      A line that says where.
+    """
+    if cfg.sweep is not None:
+        return f"report: {sweep.build_sweep(cfg.sweep, out=cfg.out)}"
+    run_dir = Path(str(cfg.run))
+    sae, trained = run.load(run_dir), config.from_run(run_dir)
+    examples = None
+    if (heldout := _heldout_store(trained)) is not None:
+        backend = _backend(heldout)
+        resid = heldout.manifest["hook"].split(".")[-1].startswith("hook_resid")
+        examples = latents.collect(
+            sae,
+            corpus.StoreCorpus(heldout.path),
+            None if backend is None or backend.tokenizer is None else backend.tokenizer.decode,
+            settings=cfg.latents,
+            unembedding=backend.unembedding() if backend is not None and resid else None,
+        )
+    return f"report: {page.build(run_dir, sae=sae, examples=examples, out=cfg.out)}"
+
+
+def _heldout_store(trained: config.Config) -> store.Reader | None:
+    """The held-out activations of a run that was trained on a store."""
+    if not isinstance(trained.source, store_source.Store):
+        return None
+    return store.Reader(Path(trained.source.path) / "heldout")
+
+
+def _backend(heldout: store.Reader) -> language_model.LanguageModel | None:
+    """The language model behind a store, where it can still be loaded."""
+    name = heldout.manifest["harvest"]["model"]
+    try:
+        return _loaded(name)
+    except UserError as error:
+        logger.warning("without the language model %s: %s", name, error)
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str) -> language_model.LanguageModel:
+    return language_model.load(name)
+
+
+NAMES: dict[str, tuple[type, Callable[[Any], str]]] = {
+    "evaluate": (EvaluateConfig, evaluate),
+    "export": (ExportConfig, export),
+    "report": (ReportConfig, report),
+}

@@ -1,0 +1,133 @@
+"""Nothing is lost: killed, stopped and resumed runs end as the one that was never interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from saejax import config, run
+from saejax.errors import UserError
+from saejax.sae import base
+from tests.training import runs
+
+# The command line of `runs.compose(architecture, 100)`, checkpoints kept so that step 50 can be looked at.
+COMMAND = [
+    "train.n_tokens=51200", "train.batch=512", "buffer.rows=4096", "train.log_every_steps=1", "train.eval_rows=512",
+    "train.dead_after_tokens=1024", "train.eval_every_steps=null", "checkpoint.save_every_steps=50",
+    "checkpoint.keep_last=5", "sae.d_sae=1024",
+]  # fmt: skip
+
+
+def start(architecture: str, run_dir, *overrides: str) -> subprocess.Popen:
+    """A run in a process of its own, on one device."""
+    sizes = [o for o in runs.SIZES[architecture] if "d_sae" not in o]
+    code = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    arguments = ["train", *sizes, *COMMAND, f"hydra.run.dir={run_dir}", *overrides]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE
+    )
+
+
+def resume(run_dir) -> int:
+    """Go on with a run in a process of its own."""
+    code = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", code, "train", f"resume={run_dir}"]).returncode
+
+
+def interrupt(process: subprocess.Popen, run_dir, at_step: int, signum: int) -> bool:
+    """Send a signal once a checkpoint of `at_step` exists; False when the run was over before."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "checkpoints" / str(at_step)).exists():
+            process.send_signal(signum)
+            break
+        time.sleep(0.002)
+    process.wait(60)
+    return not (run_dir / "checkpoints" / "100").exists()
+
+
+def assert_equal_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("architecture", sorted(base.ARCHITECTURES))
+def test_killed_and_resumed_equals_straight_bit_for_bit(architecture, tmp_path):
+    straight = tmp_path / "straight"
+    assert start(architecture, straight).wait(240) == 0
+    for attempt in range(5):
+        killed = tmp_path / f"killed{attempt}"
+        if interrupt(start(architecture, killed), killed, 50, signal.SIGKILL):
+            break
+    else:
+        pytest.fail("the run was over before it could be killed, five times")
+    assert_equal_bits(runs.saved(killed, 50), runs.saved(straight, 50))
+    assert resume(killed) == 0
+    assert_equal_bits(runs.saved(killed, 100), runs.saved(straight, 100))
+    # The loader went on where it was, so every logged loss is the same, each step once.
+    assert runs.logged(killed, "step") == runs.logged(straight, "step")
+    assert runs.logged(killed, "train/loss") == runs.logged(straight, "train/loss")
+
+
+def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(tmp_path):
+    for attempt in range(5):
+        run_dir = tmp_path / f"stopped{attempt}"
+        process = start("topk", run_dir)
+        if interrupt(process, run_dir, 50, signal.SIGTERM):
+            break
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"saejax train resume={run_dir}" in process.stderr.read().decode()
+    stopped_at = max(int(p.name) for p in (run_dir / "checkpoints").iterdir())
+    assert stopped_at == runs.logged(run_dir, "step")[-1] or stopped_at > 50
+    assert resume(run_dir) == 0
+    assert runs.logged(run_dir, "train/loss").__len__() == 100
+
+
+def test_a_checkpoint_goes_onto_other_meshes_and_one_device(tmp_path):
+    cfg = runs.compose("topk", 20, "mesh.data=4", "mesh.latent=2", "checkpoint.keep_last=9")
+    runs.train(tmp_path, cfg)
+    before = runs.saved(tmp_path)
+    losses = runs.logged(tmp_path, "train/loss")
+    for n_data, n_latent in ((2, 1), (1, 1)):
+        again = config.from_run(
+            tmp_path, [f"mesh.data={n_data}", f"mesh.latent={n_latent}", f"train.n_tokens={128 * 20}"]
+        )
+        outcome = runs.train(tmp_path, again, resume=True)
+        assert outcome.step == 20
+        devices = outcome.state.params.W_enc.sharding.device_set
+        assert len(devices) == n_data * n_latent
+        np.testing.assert_array_equal(outcome.state.params.W_enc, before["['params']['W_enc']"])
+        np.testing.assert_array_equal(outcome.state.buffer.rows, before["['buffer']['rows']"])
+    assert runs.logged(tmp_path, "train/loss") == losses
+    # For analysis no mesh is needed at all, and the normaliser is folded in.
+    sae = run.load(tmp_path)
+    rows = next(iter(cfg.source.heldout(64, 64)))
+    normalized = (rows - before["['normalizer']['mean']"]) * before["['normalizer']['scale']"]
+    params = base.SAEParams(**{n: before[f"['params']['{n}']"] for n in ("W_enc", "b_enc", "W_dec", "b_dec")})
+    recon = cfg.sae.decode(params, cfg.sae.encode(params, normalized))
+    expected = recon / before["['normalizer']['scale']"] + before["['normalizer']['mean']"]
+    np.testing.assert_allclose(sae(rows), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_finished_directory_is_not_overwritten(tmp_path):
+    cfg = runs.compose("topk", 4)
+    runs.train(tmp_path, cfg)
+    with pytest.raises(UserError, match="holds checkpoints already: go on with resume="):
+        runs.train(tmp_path, cfg)
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    cfg = runs.compose("topk", 8, "checkpoint.save_every_steps=4", "checkpoint.keep_last=5")
+    runs.train(tmp_path, cfg)
+    for file in (tmp_path / "checkpoints" / "8" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    outcome = runs.train(tmp_path, cfg, resume=True)
+    assert outcome.step == 8
+    assert "checkpoint 8 cannot be read" in caplog.text
+    assert len(runs.logged(tmp_path, "train/loss")) == 8

@@ -90,9 +90,7 @@ class _Run:
 
     def __init__(self, config: HarvestConfig, backend: language_model.LMBackend, common: dict):
         if backend.tokenizer is None:
-            raise UserError(
-                f"harvest.model {config.model} has no tokenizer: text cannot be harvested with it"
-            )
+            raise UserError(f"model {config.model} has no tokenizer: text cannot be harvested with it")
         self.config, self.backend, self.tokenizer = config, backend, backend.tokenizer
         self.d_in = backend.hook_width(config.hook)
         self.packer = packing.Packer(config.context_length, _bos_id(config.bos, backend.tokenizer))
@@ -112,6 +110,7 @@ class _Run:
             "shard_sequences": config.shard_sequences,
         }
         self.sink: Sink | None = None
+        self._ahead: dict[int, tuple[jax.Array, jax.Array, jax.Array]] = {}
 
     def sequences(self, split: text.Split) -> Iterator[packing.Sequence]:
         """The packed text of a split, from its beginning."""
@@ -139,7 +138,8 @@ class _Run:
             self.sink = Sink(**writer.manifest["sink"])
             missing = writer.missing()
             try:
-                self._write_shards(split, writer, missing)
+                if missing:
+                    self._write_shards(split, writer, missing)
             except KeyboardInterrupt:
                 there = len(store_format.published(path))
                 logger.warning(
@@ -147,6 +147,7 @@ class _Run:
                     there, facts["n_shards"], path,
                 )  # fmt: skip
                 raise
+            self._ahead.clear()
             complete = writer.finish()
         logger.info("%s", store.describe(path) if complete else f"{path}: waiting for the other processes")
 
@@ -179,8 +180,14 @@ class _Run:
                 yield _Batch(shard, first, taken, both[0], both[1])
 
     def _dispatch(self, batch: _Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Starts the device on a batch; what the calibration has computed is not computed again."""
+        if (ahead := self._ahead.pop(batch.first, None)) is not None:
+            return ahead
         captured = self.backend.capture(batch.tokens, batch.segments, (self.config.hook,))
-        return _measure(captured[self.config.hook], dtype=self.dtype)
+        result = _measure(captured[self.config.hook], dtype=self.dtype)
+        if self.sink is None:
+            self._ahead[batch.first] = result
+        return result
 
     def _content(self, batch: _Batch, rows: jax.Array, norms: jax.Array, peaks: jax.Array) -> dict:
         """What the store gets of a batch; waits for the device."""
@@ -227,8 +234,8 @@ class _Run:
         free = shutil.disk_usage(disk).free
         if needed > free:
             raise UserError(
-                f"harvest.path {path} needs about {needed / 1e9:.3g} GB and has {free / 1e9:.3g} GB free; "
-                "lower harvest.n_tokens or choose another disk"
+                f"path {path} needs about {needed / 1e9:.3g} GB and has {free / 1e9:.3g} GB free; "
+                "lower n_tokens or choose another disk"
             )
 
     def _tokens_in(self, manifest: dict, n_shards: int) -> int:
@@ -272,7 +279,7 @@ def _bos_id(bos: str, tokenizer) -> int | None:
         return None
     if bos != "auto":
         if (found := tokenizer.token_to_id(bos)) is None:
-            raise UserError(f"harvest.bos must be auto, none or a token of the model, got {bos!r}")
+            raise UserError(f"bos must be auto, none or a token of the model, got {bos!r}")
         return found
     # What the tokenizer itself puts in front of a text, else a token that models were trained to see there.
     leading = tokenizer.encode("", add_special_tokens=True).ids

@@ -68,19 +68,17 @@ class HarvestConfig:
         for name in ("batch_sequences", "shard_sequences", "n_tokens", "heldout_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"harvest.{name} must be positive, got {value}")
+                raise UserError(f"{name} must be positive, got {value}")
         if self.shard_sequences % self.batch_sequences:
             raise UserError(
-                f"harvest.shard_sequences must be a multiple of batch_sequences={self.batch_sequences}, "
+                f"shard_sequences must be a multiple of batch_sequences={self.batch_sequences}, "
                 f"got {self.shard_sequences}"
             )
         if (self.process is None) != (self.n_processes is None):
-            raise UserError("harvest.process and harvest.n_processes must be given together")
+            raise UserError("process and n_processes must be given together")
         if self.process is not None and self.n_processes is not None:
             if not 0 <= self.process < self.n_processes:
-                raise UserError(
-                    f"harvest.process must be in [0, n_processes={self.n_processes}), got {self.process}"
-                )
+                raise UserError(f"process must be in [0, n_processes={self.n_processes}), got {self.process}")
         packing.Packer(self.context_length, bos_id=None)
         self.sink()
 

@@ -53,7 +53,7 @@ class Packer:
 
     def __post_init__(self):
         if self.context_length < 2:
-            raise UserError(f"harvest.context_length must be at least 2, got {self.context_length}")
+            raise UserError(f"context_length must be at least 2, got {self.context_length}")
 
     def pack(self, documents: Iterable[tuple[int, list[int]]]) -> Iterator[Sequence]:
         """Packs (document number, token ids) into rows.

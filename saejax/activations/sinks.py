@@ -37,11 +37,9 @@ class Sink:
 
     def __post_init__(self):
         if self.factor is not None and not self.factor > 1:
-            raise UserError(f"harvest.sink_factor must be above 1 or null, got {self.factor}")
+            raise UserError(f"sink_factor must be above 1 or null, got {self.factor}")
         if self.calibration_tokens < 1:
-            raise UserError(
-                f"harvest.sink_calibration_tokens must be positive, got {self.calibration_tokens}"
-            )
+            raise UserError(f"sink_calibration_tokens must be positive, got {self.calibration_tokens}")
 
     def to_json(self) -> dict:
         """The manifest's `sink` entry; `Sink(**entry)` reads it back."""
@@ -100,6 +98,6 @@ def calibrate(sink: Sink, measured: Iterable[tuple[np.ndarray, np.ndarray, np.nd
     median = float(np.median(np.concatenate(norms))) if norms else float("nan")
     if not (np.isfinite(median) and median > 0):
         raise UserError(
-            f"the activations' median norm is {median}: sinks cannot be told; set harvest.sink_factor=null"
+            f"the activations' median norm is {median}: sinks cannot be told; set sink_factor=null"
         )
     return dataclasses.replace(sink, median_norm=median)

@@ -95,7 +95,7 @@ def check_range(peak: float, dtype: str, hook: str) -> None:
     >>> check_range(65504.0, "float16", "blocks.3.hook_resid_post")
     >>> check_range(7e4, "float16", "blocks.3.hook_resid_post")
     Traceback (most recent call last):
-    saejax.errors.UserError: harvest.dtype is float16, but |x| reaches 70000 at blocks.3.hook_resid_post ...
+    saejax.errors.UserError: dtype is float16, but |x| reaches 70000 at blocks.3.hook_resid_post ...
     """
     if not np.isfinite(peak):
         raise UserError(f"activations at {hook} are not finite (|x| reaches {peak}): the model overflowed")
@@ -103,7 +103,7 @@ def check_range(peak: float, dtype: str, hook: str) -> None:
         stored = np.float32(peak).astype(numpy_dtype(dtype))
     if not np.isfinite(np.float32(stored)):
         raise UserError(
-            f"harvest.dtype is {dtype}, but |x| reaches {peak:.6g} at {hook} and {dtype} ends at "
+            f"dtype is {dtype}, but |x| reaches {peak:.6g} at {hook} and {dtype} ends at "
             f"{float(ml_dtypes.finfo(numpy_dtype(dtype)).max):.6g}; use bfloat16 or float32"
         )
 

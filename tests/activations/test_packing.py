@@ -89,5 +89,5 @@ def test_encoding_keeps_the_order_over_its_batches():
 
 
 def test_context_of_one_token_is_refused():
-    with pytest.raises(UserError, match="harvest.context_length must be at least 2, got 1"):
+    with pytest.raises(UserError, match="context_length must be at least 2, got 1"):
         packing.Packer(context_length=1, bos_id=None)

@@ -212,7 +212,7 @@ def test_full_disk_is_said_and_nothing_is_half_published(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"harvest": {"hook": "blocks.1.hook_resid_post", "model": "tiny"}}, "harvest.hook is 'blocks.1"),
+        ({"harvest": {"hook": "blocks.1.hook_resid_post", "model": "tiny"}}, "hook is 'blocks.1"),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16', but .* was begun with 'float32'"),
         ({"sink": {"factor": None, "median_norm": 1.5}}, "sink.factor is None, but .* was begun with 10.0"),
     ],

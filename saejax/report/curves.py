@@ -79,7 +79,7 @@ def _panel(rows: list[dict[str, Any]], name: str) -> Panel:
         if points:
             series.append(_thin(label, *np.asarray(sorted(points), float).T))
     title, note = MAIN.get(name, (name.replace("_", " "), ""))
-    return Panel(name, title, note, series, log_y=_wants_log(series))
+    return Panel(name, title, note, series, log_y=name != "tokens_per_second" and _wants_log(series))
 
 
 def _thin(label: str, x: np.ndarray, y: np.ndarray) -> Series:

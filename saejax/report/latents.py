@@ -15,7 +15,7 @@ from saejax.report import decoder, search, snippets
 from saejax.report.corpus import Corpus
 from saejax.sae.model import SAE
 
-_CANDIDATES = 4
+_CANDIDATES = 8
 """Rows kept per snippet shown, because only one of each document is shown."""
 _NEIGHBOURS = 6
 

@@ -94,7 +94,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"human": _human, "share": _share, "visible": _visible, "shade": _shade}
+    env.filters |= {"human": _human, "brief": _brief, "share": _share, "visible": _visible, "shade": _shade}
     return env
 
 
@@ -225,6 +225,10 @@ def _human(value: Any) -> str:
         if isinstance(value, (int, float)) and not isinstance(value, bool)
         else str(value)
     )
+
+
+def _brief(value: float) -> str:
+    return plot.human(value, digits=3)
 
 
 def _share(value: float) -> str:

@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 
 from saejax.report import curves
 
-_W, _H = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
+_W, _H = 380, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +127,12 @@ def scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str) 
         body.append(Markup('<path class="front" d="{}"/>').format(_path([(x(a), y(b)) for a, b in front])))
     for p in points:
         ring = " ring" if p.front else ""
-        body.append(_dot(x(p.x), y(p.y), 5.0, f"c{p.group % 6}{ring}", p.note))
+        body.append(_dot(x(p.x), y(p.y), 3.6, f"c{p.group % 6}{ring}", p.note))
     return _svg(body, title)
 
 
-def human(value: float) -> str:
-    """Formats a number for people: three to four significant digits, k and M for large ones.
+def human(value: float, digits: int = 4) -> str:
+    """Formats a number for people: `digits` significant digits, k and M for large ones.
 
     Example:
       >>> human(0.23456), human(1_250_000), human(32), human(0.0000123)
@@ -146,7 +146,7 @@ def human(value: float) -> str:
             return f"{value / (1e3 if unit == 'k' else bound):.3g}{unit}"
     if value == int(value):
         return str(int(value))
-    return f"{value:.2e}" if size < 1e-4 else f"{value:.4g}"
+    return f"{value:.2e}" if size < 1e-4 else f"{value:.{digits}g}"
 
 
 def _grid(x: _Axis, y: _Axis, x_label: str, y_label: str) -> Markup:

@@ -34,10 +34,10 @@ class Run:
     """One sentence for every file that is there but could not be read."""
 
     def metric(self, name: str) -> float | None:
-        """Best known value of a metric: from the evaluation, else last held out, else last in training."""
-        value = self.evaluation.get("metrics", {}).get(name)
-        if is_number(value):
-            return float(value)
+        """Best known value: of the evaluation, the run's record, last held out, last in training."""
+        for value in (self.evaluation.get("metrics", {}).get(name), self.record.get(name)):
+            if is_number(value):
+                return float(value)
         return _first(self.last(f"eval/{name}"), self.last(f"train/{name}"))
 
     def last(self, key: str) -> float | None:

@@ -63,10 +63,18 @@ def _content(number: int, sequence, rng) -> dict:
 def write_run(path, *, k=K, seed=0, fvu=0.2, l0=3.0, lr=0.001, evaluated=True, rows=60):
     """Writes a run directory; `evaluated` False leaves eval.json out, `rows` 0 leaves the metrics out."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.yaml").write_text(f"sae:\n  type: topk\n  d_sae: {D_SAE}\n  k: {k}\noptim:\n  lr: {lr}\nseed: {seed}\n")
+    (path / "config.yaml").write_text(
+        f"sae:\n  type: topk\n  d_sae: {D_SAE}\n  k: {k}\noptim:\n  lr: {lr}\nseed: {seed}\n"
+    )
     lines = []
     for step in range(1, rows + 1):
-        train = {"loss": 1 / step, "fvu": fvu + 1 / step, "l0": l0, "dead_share": 0.01, "tokens_per_second": 9e3}
+        train = {
+            "loss": 1 / step,
+            "fvu": fvu + 1 / step,
+            "l0": l0,
+            "dead_share": 0.01,
+            "tokens_per_second": 9e3,
+        }
         row = {"step": step, "tokens": 64 * step} | {f"train/{key}": value for key, value in train.items()}
         lines.append(row | ({"eval/fvu": fvu + 0.9 / step, "eval/l0": l0} if step % 20 == 0 else {}))
     if rows:
@@ -78,7 +86,10 @@ def write_run(path, *, k=K, seed=0, fvu=0.2, l0=3.0, lr=0.001, evaluated=True, r
         evaluation = {
             "metrics": {"fvu": fvu, "l0": l0, "dead_share": 1 / D_SAE},
             "arrays": {key: value.tolist() for key, value in arrays.items()},
-            "definitions": {"fvu": "Squared error over variance; both summed over the set.", "l0": "<b>mean</b>"},
+            "definitions": {
+                "fvu": "Squared error over variance; both summed over the set.",
+                "l0": "<b>mean</b>",
+            },
             "data": {"rows": 4096},
         }
         (path / "eval.json").write_text(json.dumps(evaluation))

@@ -23,7 +23,7 @@ document.querySelectorAll("svg[data-series]").forEach((svg) => {
     const x = (event.clientX - box.left) / scale;
     const near = series.map((s) => [s.label, s.points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a))]);
     const at = near.map(([, point]) => point[0]).reduce((a, b) => (Math.abs(b - x) < Math.abs(a - x) ? b : a));
-    cursor.setAttribute("d", `M${at} 12V210`);
+    cursor.setAttribute("d", `M${at} 10V200`);
     tip.textContent = near.map(([label, point]) => `${label} ${point[2]} at ${point[1]}`).join("  ·  ");
     tip.hidden = false;
     tip.style.top = `${box.top - frame.top - 4}px`;

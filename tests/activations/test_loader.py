@@ -1,0 +1,149 @@
+"""The stream of blocks: same rows for every split over processes, every block once an epoch, exact resume."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from saejax.activations.loader import open_rows
+from saejax.activations.source import RowIterator
+from saejax.activations.store_source import Store
+from saejax.activations.synthetic import Synthetic
+from saejax.errors import UserError
+
+N_LANES, BLOCK_ROWS, D_IN = 4, 5, 3
+
+
+def numbered(n: int, dtype=np.float32) -> np.ndarray:
+    """Rows [n, D_IN] that carry their own number."""
+    return np.repeat(np.arange(n, dtype=np.float32)[:, None], D_IN, axis=1).astype(dtype)
+
+
+def open_numbered(n=118, lanes=range(N_LANES), seed=0, prefetch=2):
+    return open_rows(
+        numbered(n), n_lanes=N_LANES, block_rows=BLOCK_ROWS, lanes=lanes, seed=seed, prefetch=prefetch
+    )
+
+
+def open_synthetic(lanes=range(N_LANES), seed=0, prefetch=2):
+    source = Synthetic(d_in=8, n_features=16)
+    return source.open(n_lanes=N_LANES, block_rows=BLOCK_ROWS, lanes=lanes, seed=seed, prefetch=prefetch)
+
+
+def take(stream, n: int) -> np.ndarray:
+    return np.stack([next(stream) for _ in range(n)])
+
+
+OPENERS = pytest.mark.parametrize("open_stream", [open_numbered, open_synthetic])
+
+
+@OPENERS
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_any_split_of_lanes_over_processes_reads_the_same_stream(open_stream, n_processes):
+    whole = take(open_stream(), 20)
+    share = N_LANES // n_processes
+    parts = [take(open_stream(lanes=range(p * share, (p + 1) * share)), 20) for p in range(n_processes)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@OPENERS
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_restored_position_continues_exactly(open_stream, prefetch):
+    stream = open_stream(prefetch=prefetch)
+    take(stream, 9)  # in the middle of the second epoch, with records read ahead
+    state = json.loads(json.dumps(stream.get_state()))
+    expected = take(stream, 10)
+    assert state["position"] == 9 and type(state["position"]) is int
+    fresh = open_stream(prefetch=3 - prefetch)
+    fresh.set_state(state)
+    np.testing.assert_array_equal(take(fresh, 10), expected)
+    stream.set_state(state)
+    np.testing.assert_array_equal(take(stream, 10), expected)
+
+
+@OPENERS
+def test_a_process_of_another_split_continues_the_same_stream(open_stream):
+    stream = open_stream()
+    take(stream, 7)
+    expected = next(stream)
+    part = open_stream(lanes=range(2, 4))
+    part.set_state({**stream.get_state(), "position": 7})
+    np.testing.assert_array_equal(next(part), expected[2:4])
+
+
+@OPENERS
+def test_a_position_in_another_stream_is_refused(open_stream):
+    state = open_stream(seed=1).get_state()
+    with pytest.raises(UserError, match="resume needs the same data"):
+        open_stream(seed=0).set_state(state)
+
+
+def test_every_epoch_reads_every_block_once_in_an_order_of_its_own():
+    n_blocks, epochs = 23, 4  # 118 rows: 23 blocks and a tail of 3; 23 is no multiple of the 4 lanes
+    records = take(open_numbered(), n_blocks * epochs // N_LANES)
+    starts = records[..., 0, 0].ravel()
+    np.testing.assert_array_equal(
+        records[..., 0], starts.reshape(-1, N_LANES, 1) + np.arange(BLOCK_ROWS, dtype=np.float32)
+    )
+    orders = starts.reshape(epochs, n_blocks)
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), BLOCK_ROWS * np.arange(n_blocks))
+    assert len({tuple(order) for order in orders}) == epochs
+    assert open_numbered().n_rows == 115
+
+
+def test_blocks_are_shuffled_uniformly():
+    """Mean place of each block over many epochs: (n - 1) / 2 with variance (n^2 - 1) / 12 per epoch."""
+    n_blocks, epochs = 8, 400
+    starts = take(open_numbered(40, prefetch=0), n_blocks * epochs // N_LANES)[..., 0, 0].ravel()
+    places = np.argsort(starts.reshape(epochs, n_blocks), axis=1)
+    error = np.sqrt((n_blocks**2 - 1) / 12 / epochs)
+    np.testing.assert_allclose(places.mean(axis=0), (n_blocks - 1) / 2, atol=5 * error)
+
+
+def test_seeds_give_other_orders_of_the_same_blocks():
+    first, second = (take(open_numbered(seed=seed), 23)[..., 0, 0].ravel() for seed in (0, 1))
+    assert (first != second).any()
+    np.testing.assert_array_equal(np.sort(first), np.sort(second))
+
+
+def test_bfloat16_rows_pass_unchanged():
+    rows = numbered(100, ml_dtypes.bfloat16)
+    stream = open_rows(rows, n_lanes=2, block_rows=10, lanes=range(2), seed=0)
+    record = next(stream)
+    assert record.dtype == ml_dtypes.bfloat16 and record.shape == (2, 10, D_IN)
+    assert isinstance(stream, RowIterator)
+
+
+def test_too_little_data_is_refused_and_a_dropped_tail_is_logged(caplog):
+    with pytest.raises(UserError, match=r"19 training rows: a step takes 20 \(4 lanes x 5 rows\)"):
+        open_numbered(19)
+    with caplog.at_level("INFO", logger="saejax.activations.loader"):
+        open_numbered(118)
+    assert "the last 3 of 118 rows" in caplog.text
+
+
+@pytest.mark.parametrize("lanes", [range(0), range(2, 6)])
+def test_lanes_outside_the_run_are_refused(lanes):
+    with pytest.raises(UserError, match="lanes = "):
+        open_numbered(lanes=lanes)
+
+
+def test_an_error_in_the_reading_thread_reaches_the_caller():
+    class Broken:
+        shape, dtype = (100, D_IN), np.dtype(np.float32)
+
+        def __getitem__(self, rows):
+            raise UserError("row 3 is broken")
+
+    with pytest.raises(UserError, match="row 3 is broken"):
+        next(open_rows(Broken(), n_lanes=2, block_rows=10, lanes=range(2), seed=0))
+
+
+def test_a_store_without_heldout_rows_says_what_to_do(tmp_path):
+    source = Store(path=str(tmp_path))
+    with pytest.raises(UserError, match="no train/ store in it; saejax harvest"):
+        source.open(n_lanes=2, block_rows=2, lanes=range(2), seed=0)
+    with pytest.raises(UserError, match="no heldout/ store in it"):
+        next(source.heldout(4))

@@ -1,18 +1,15 @@
 """The evaluation loop: rows in, every metric's sums on the devices, numbers once at the end.
 
-One compiled update serves every batch: the last one is padded with rows of weight 0. Its rows are split over the mesh
-axis `data`, and what leaves it is replicated, so the partial sums of the shards are added inside the compiled program. The
-sums of a few batches at a time are float32 and int32; the host merges these chunks in float64 and int64, one chunk late, so
-that neither size of the data nor precision of the devices shows in the result.
+One compiled update serves every batch: the last one is padded with rows of weight 0. Rows are split over the mesh
+axis `data`, and what leaves the update is replicated, so the partial sums of the shards are added inside the compiled
+program. Over a few batches these sums are float32 and int32; the host merges such chunks in float64 and int64, one chunk
+late, so that neither the size of the data nor the precision of the devices shows in the result.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,40 +22,23 @@ from jaxtyping import Array, Float
 from saejax import sharding
 from saejax.errors import UserError
 from saejax.evals import metric, reconstruction, recovery, shrinkage, sparsity
+from saejax.evals.result import EvalResult, write_json
 from saejax.sae import base
+
+__all__ = [
+    "EvalResult",
+    "Evaluator",
+    "default_metrics",
+    "evaluate",
+    "evaluate_rows",
+    "light_metrics",
+    "make_evaluator",
+    "recovered",
+    "write_json",
+]
 
 _CHUNK_BATCHES = 16
 """Batches summed in float32 before the host takes over: few enough that rounding stays below 1e-6."""
-
-
-class EvalResult(dict[str, float]):
-    """The metrics of one evaluation: a flat dict of numbers, with what does not fit into one beside it.
-
-    Attributes:
-      arrays: Metrics that are arrays (`firing_rate`, `gain`, the density histogram), by flat key.
-      definitions: One exact sentence for each key of the numbers and of the arrays.
-      data: What was evaluated: rows, batch_rows, and what the caller adds.
-    """
-
-    def __init__(
-        self,
-        metrics: dict[str, float],
-        *,
-        arrays: dict[str, np.ndarray] | None = None,
-        definitions: dict[str, str] | None = None,
-        data: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(metrics)
-        self.arrays, self.definitions, self.data = arrays or {}, definitions or {}, data or {}
-
-    def joined(self, other: "EvalResult") -> "EvalResult":
-        """Returns both results as one; keys of `other` win where both have one."""
-        return EvalResult(
-            {**self, **other},
-            arrays={**self.arrays, **other.arrays},
-            definitions={**self.definitions, **other.definitions},
-            data={**self.data, **other.data},
-        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,15 +142,12 @@ class Evaluator:
         return tuple(m.merge(a, b) for m, a, b in zip(self.metrics, merged, wide, strict=True))
 
     def _result(self, states: Any, data: dict[str, Any]) -> EvalResult:
+        """The numbers of merged sums."""
         values, definitions = {}, {}
         for m, state in zip(self.metrics, states, strict=True):
             values.update(m.compute(state))
             definitions.update(m.definitions())
-        arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
-        numbers = {key: float(value) for key, value in values.items() if key not in arrays}
-        return EvalResult(
-            numbers, arrays=arrays, definitions={key: definitions[key] for key in values}, data=data
-        )
+        return EvalResult.of(values, definitions, data)
 
 
 def default_metrics() -> tuple[metric.Metric, ...]:
@@ -298,33 +275,7 @@ def evaluate(
 def recovered(sae: Any, features: Float[np.ndarray, "n_features d_in"]) -> EvalResult:
     """Returns how well the decoder of an SAE recovers known features, as a result to join with others."""
     values = recovery.dictionary_recovery(np.asarray(sae.params.W_dec), np.asarray(features))
-    arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
-    numbers = {key: float(value) for key, value in values.items() if key not in arrays}
-    return EvalResult(numbers, arrays=arrays, definitions=dict(recovery.DEFINITIONS))
-
-
-def write_json(result: EvalResult, path: str | os.PathLike[str]) -> None:
-    """Writes a result as `{"metrics", "arrays", "definitions", "data"}`, all of it or nothing; NaN becomes null."""
-    content = {
-        "metrics": {key: _plain(value) for key, value in result.items()},
-        "arrays": {key: _plain(value.tolist()) for key, value in result.arrays.items()},
-        "definitions": result.definitions,
-        "data": result.data,
-    }
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value: numbers that JSON cannot write become None."""
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return EvalResult.of(values, recovery.DEFINITIONS)
 
 
 def _first_rows(blocks: Iterable[Any], max_rows: int | None) -> Iterator[np.ndarray]:

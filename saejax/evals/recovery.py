@@ -1,7 +1,7 @@
 """Whether a dictionary holds the true features, where these are known: matching, and the level of chance.
 
-Directions are compared by |cos|. The scores therefore do not change when latents are permuted, rescaled or flipped in sign;
-a latent of an SAE is never negative, so a flipped direction is worth a look at `match_cos`, which keeps the sign.
+Directions are compared by |cos|. The scores therefore do not change when latents are permuted, rescaled or flipped in
+sign. A latent of an SAE is never negative, so a flipped direction is worth a look at `match_cos`, which keeps the sign.
 
 Sources:
   O'Neill and Klindt, Compute optimal inference and provable amortisation gap in sparse autoencoders, 2024
@@ -55,9 +55,7 @@ def dictionary_recovery(
       (1.0, [1, 2, 0])
     """
     if dictionary.shape[-1] != features.shape[-1]:
-        raise UserError(
-            f"the true features have width {features.shape[-1]}, the SAE has d_in={dictionary.shape[-1]}"
-        )
+        raise UserError(f"the true features have width {features.shape[-1]}, the SAE has d_in={dictionary.shape[-1]}")
     truth = _unit(features)
     signed = _unit(dictionary) @ truth.T
     match = _matched(np.abs(signed))

@@ -9,7 +9,7 @@ Three different numbers for the same codes, and none of them is called just "shr
 An unbiased imperfect reconstruction has gamma 1 and an l2_ratio below 1.
 
 Sources:
-  Rajamanoharan et al., Improving dictionary learning with gated sparse autoencoders, 2024 (arXiv:2404.16014), for gamma.
+  Rajamanoharan et al., Improving dictionary learning with gated sparse autoencoders, 2024 (arXiv:2404.16014): gamma.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Int
 
 from saejax.errors import UserError
 from saejax.evals import metric
@@ -66,13 +66,15 @@ class Firing(metric.Metric):
         return FiringState(rows=jnp.zeros((), jnp.int32), count=zeros, lead=zeros, trail=zeros, silent=silent)
 
     def update(self, state: FiringState, batch: metric.EvalBatch) -> FiringState:
-        # Inside a piece no longer than the shortest window, no window fits between two firings.
-        rows = batch.weight.shape[0]
-        step = min(self.windows, default=rows)
-        for start in range(0, rows, step):
-            piece = jax.tree.map(lambda a, start=start: a[start : start + step], (batch.encoding, batch.weight))
-            state = self.merge(state, self._observe(*piece))
-        return state
+        # Inside a piece no longer than the shortest window, no window fits between two firings. Pieces are masks, not
+        # slices: XLA partitions a scatter wrongly where its rows do not divide over the devices.
+        place = jnp.arange(batch.weight.shape[0])
+        length = min(self.windows, default=len(place))
+
+        def add_piece(piece: Int[Array, ""], state: FiringState) -> FiringState:
+            return self.merge(state, self._observe(batch.encoding, (batch.weight > 0) & (place // length == piece)))
+
+        return jax.lax.fori_loop(0, -(-len(place) // length), add_piece, state)
 
     def merge(self, a: FiringState, b: FiringState) -> FiringState:
         a_never, b_never = a.lead == a.rows, b.trail == b.rows
@@ -127,13 +129,13 @@ class Firing(metric.Metric):
             "log10_density_edges": "Edges of the bins of log10_density_hist.",
         }
 
-    def _observe(self, encoding: base.Encoding, weight: Float[Array, "b"]) -> FiringState:
-        """The state of one piece of a batch; padding, wherever it stands, takes no place."""
-        real = weight > 0
+    def _observe(self, encoding: base.Encoding, real: Bool[Array, "b"]) -> FiringState:
+        """The state of some rows of a batch; the others, padding among them, take no place."""
         rows = jnp.sum(real, dtype=jnp.int32)
         place = jnp.cumsum(real, dtype=jnp.int32) - 1
         if encoding.latents is None:
-            on, slots, zeros = (encoding.values > 0) & real[:, None], encoding.indices, jnp.zeros(encoding.d_sae, int)
+            on, slots = (encoding.values > 0) & real[:, None], encoding.indices
+            zeros = jnp.zeros(encoding.d_sae, jnp.int32)
             count = zeros.at[slots].add(on.astype(jnp.int32))
             first = (zeros + rows).at[slots].min(jnp.where(on, place[:, None], rows))
             last = (zeros - 1).at[slots].max(jnp.where(on, place[:, None], -1))

@@ -1,0 +1,71 @@
+"""What an evaluation hands over: numbers by flat key, arrays, definitions, and the file `eval.json`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class EvalResult(dict[str, float]):
+    """The metrics of one evaluation: a flat dict of numbers, with what does not fit into one beside it.
+
+    Attributes:
+      arrays: Metrics that are arrays (`firing_rate`, `gain`, the density histogram), by flat key.
+      definitions: One exact sentence for each key of the numbers and of the arrays.
+      data: What was evaluated: rows, batch_rows, and what the caller adds.
+    """
+
+    def __init__(
+        self,
+        metrics: dict[str, float],
+        *,
+        arrays: dict[str, np.ndarray] | None = None,
+        definitions: dict[str, str] | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(metrics)
+        self.arrays, self.definitions, self.data = arrays or {}, definitions or {}, data or {}
+
+    def joined(self, other: "EvalResult") -> "EvalResult":
+        """Returns both results as one; keys of `other` win where both have one."""
+        return EvalResult(
+            {**self, **other},
+            arrays={**self.arrays, **other.arrays},
+            definitions={**self.definitions, **other.definitions},
+            data={**self.data, **other.data},
+        )
+
+    @classmethod
+    def of(
+        cls, values: dict[str, float | np.ndarray], definitions: dict[str, str], data: dict[str, Any] | None = None
+    ) -> "EvalResult":
+        """Sorts values into numbers and arrays and keeps the definitions of those that are there."""
+        arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
+        numbers = {key: float(value) for key, value in values.items() if key not in arrays}
+        return cls(numbers, arrays=arrays, definitions={key: definitions[key] for key in values}, data=data)
+
+
+def write_json(result: EvalResult, path: str | os.PathLike[str]) -> None:
+    """Writes a result as `{"metrics", "arrays", "definitions", "data"}`, all of it or nothing; NaN becomes null."""
+    content = {
+        "metrics": {key: _plain(value) for key, value in result.items()},
+        "arrays": {key: _plain(value.tolist()) for key, value in result.arrays.items()},
+        "definitions": result.definitions,
+        "data": result.data,
+    }
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: numbers that JSON cannot write become None."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

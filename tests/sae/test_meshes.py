@@ -1,0 +1,78 @@
+"""Fifty Adam steps give the same losses and the same selections on every mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from saejax import sae, sharding
+
+MESHES = [(1, 1), (8, 1), (4, 2), (2, 4), (1, 8)]
+D_IN, D_SAE, B, STEPS = 16, 64, 32, 50
+CONFIGS = {
+    # Up to 20 latents are dead at once: AuxK runs with fewer and with more than k_aux of them.
+    "topk": sae.TopK(d_in=D_IN, d_sae=D_SAE, k=4, k_aux=3),
+    # 20 latents exceed the 8 that one of eight shards holds.
+    "topk wide": sae.TopK(d_in=D_IN, d_sae=D_SAE, k=20, k_aux=12),
+    "l1": sae.L1(d_in=D_IN, d_sae=D_SAE, l1_coef=0.3, l1_warmup_steps=10),
+}
+TX = optax.adam(3e-3)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(config, params, opt, quiet, x, n):
+    """One step; a latent is dead when it has not fired for three."""
+    grad = jax.value_and_grad(config.loss, has_aux=True)
+    (loss, aux), grads = grad(params, x, dead=quiet >= 3, step=n)
+    updates, opt = TX.update(config.project(params, grads), opt, params)
+    params = config.constrain(optax.apply_updates(params, updates))
+    quiet = jnp.where(aux.encoding.fired(), 0, quiet + 1)
+    return params, opt, quiet, loss, aux.encoding.indices, jnp.sum(quiet >= 3)
+
+
+def run(config, shape):
+    """Returns the losses, the selections and the numbers of dead latents of all steps."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((40, D_IN)) / np.sqrt(D_IN)
+    codes = rng.random((STEPS, B, 40)) * (rng.random((STEPS, B, 40)) < 0.1)
+    data = (codes @ features).astype(np.float32)
+    params = config.init(jax.random.key(0))
+    losses, chosen, dead = [], [], []
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        state = (params, TX.init(params), {"tokens_since_fired": jnp.zeros(D_SAE, jnp.int32)})
+        params, opt, liveness = jax.device_put(state, sharding.tree_shardings(mesh, state))
+        quiet = liveness["tokens_since_fired"]
+        for n, x in enumerate(data):
+            x = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("data")))
+            params, opt, quiet, loss, indices, n_dead = step(config, params, opt, quiet, x, n)
+            losses.append(float(loss))
+            dead.append(int(n_dead))
+            chosen.append(indices)
+    return np.array(losses), jax.device_get(chosen), dead
+
+
+@functools.lru_cache
+def reference(name):
+    return run(CONFIGS[name], (1, 1))
+
+
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_losses_and_selections(name, shape):
+    losses, chosen, dead = run(CONFIGS[name], shape)
+    expected, expected_chosen, expected_dead = reference(name)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert dead == expected_dead
+    for n, (mine, other) in enumerate(zip(chosen, expected_chosen, strict=True)):
+        np.testing.assert_array_equal(mine, other, err_msg=f"step {n}")
+
+
+def test_the_run_learns_and_uses_both_forms_of_aux_k():
+    losses, _, dead = reference("topk")
+    assert losses[-1] < 0.7 * losses[0]
+    assert 0 in dead and any(0 < n <= 3 for n in dead) and any(n > 3 for n in dead)

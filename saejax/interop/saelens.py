@@ -139,9 +139,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: no valid JSON ({error})") from None
     if not isinstance(config, dict) or not isinstance(config.get("metadata"), dict):
-        raise UserError(
-            f"{path}: must hold a mapping with a mapping `metadata`; SAELens writes it since 6.0.0"
-        )
+        raise UserError(f"{path}: must hold a mapping with a mapping `metadata`; SAELens writes it since 6.0.0")
     version = str(config["metadata"].get("sae_lens_version"))
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise UserError(f"{path}: metadata.sae_lens_version must be at least 6.0.0, got {version}")
@@ -153,9 +151,7 @@ def _sparsifier(path: pathlib.Path, config: dict[str, Any]) -> base.Sparsifier:
     where = path / CONFIG
     architecture = config.get("architecture")
     if architecture not in _ARCHITECTURES:
-        raise UserError(
-            f"{where}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture}"
-        )
+        raise UserError(f"{where}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture}")
     allowed = _KEYS | (_TOPK_KEYS if architecture == "topk" else set())
     _same_keys(where, set(config), allowed, optional={"device", "dtype", "reshape_activations"})
     for key, fits in (
@@ -166,9 +162,7 @@ def _sparsifier(path: pathlib.Path, config: dict[str, Any]) -> base.Sparsifier:
     ):
         value = config.get(key, fits[0])
         if not any(value is f or (isinstance(f, str) and value == f) for f in fits):
-            raise UserError(
-                f"{where}: {key} must be {' or '.join(json.dumps(f) for f in fits)}, got {value!r}"
-            )
+            raise UserError(f"{where}: {key} must be {' or '.join(json.dumps(f) for f in fits)}, got {value!r}")
     sizes = {key: config[key] for key in ("d_in", "d_sae", "k") if key in config}
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool):
@@ -193,17 +187,14 @@ def _read_weights(path: pathlib.Path, sparsifier: base.Sparsifier) -> base.SAEPa
             raise UserError(f"{path}: {name} must have shape {shape}, got {weights[name].shape}")
         if not jnp.issubdtype(weights[name].dtype, jnp.floating):
             raise UserError(f"{path}: {name} must be floating point, got {weights[name].dtype}")
-    return base.SAEParams(**{name: value.astype(jnp.float32) for name, value in weights.items()})
+    W_enc, b_enc, W_dec, b_dec = (weights[name].astype(jnp.float32) for name in shapes)
+    return base.SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
 
 
-def _same_keys(
-    where: pathlib.Path, found: set[str], wanted: set[str], optional: set[str] | None = None
-) -> None:
+def _same_keys(where: pathlib.Path, found: set[str], wanted: set[str], optional: set[str] | None = None) -> None:
     unknown, missing = sorted(found - wanted), sorted(wanted - found - (optional or set()))
     if unknown or missing:
-        wrong = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(
-            missing
-        )
+        wrong = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(missing)
         raise UserError(f"{where}: {'; '.join(wrong)} (allowed: {', '.join(sorted(wanted))})")
 
 

@@ -85,11 +85,7 @@ class StoreCorpus:
         found = [(row, int(index[here, 1]))]
         for step in (-1, 1):
             at = here
-            while (
-                0 <= at + step < len(index)
-                and same[at + step]
-                and step * (index[at + step, 1] - index[at, 1]) > 0
-            ):
+            while 0 <= at + step < len(index) and same[at + step] and step * (index[at + step, 1] - index[at, 1]) > 0:
                 at += step
                 found.append((start + at, int(index[at, 1])))
         return found

@@ -108,8 +108,9 @@ def collect(
     """
     settings = settings or LatentPage()
     _check(sae, corpus, firing_rate, unembedding)
-    if firing_rate is None:
+    if firing_rate is None and corpus is not None:
         firing_rate = search.firing_rate(sae, corpus, max_rows=settings.max_rows)
+    assert firing_rate is not None  # `_check` made sure of one or the other
     ids = choose(firing_rate, settings.n_latents, settings.seed)
     if not len(ids):
         return Examples([], 0)
@@ -141,9 +142,7 @@ def choose(rate: Float[np.ndarray, "d_sae"], n: int, seed: int) -> Int[np.ndarra
 def _check(sae: SAE, corpus: Corpus | None, rate: np.ndarray | None, unembedding: Array | None) -> None:
     d_in, d_sae = sae.sparsifier.d_in, sae.sparsifier.d_sae
     if corpus is None and rate is None:
-        raise UserError(
-            "report: latents need rows or firing rates; `saejax evaluate run=...` measures the rates"
-        )
+        raise UserError("report: latents need rows or firing rates; `saejax evaluate run=...` measures the rates")
     if rate is not None and rate.shape != (d_sae,):
         raise UserError(f"report: firing_rate has shape {rate.shape}, the SAE has d_sae={d_sae} latents")
     if unembedding is not None and unembedding.shape[0] != d_in:
@@ -163,9 +162,9 @@ def _texts(
     for n, latent in enumerate(ids.tolist()):
         count = int(found.count[n])
         mean, largest = (float(found.total[n]) / count, float(found.top[n, 0])) if count else (None, None)
-        boards = ((found.top_rows[n], settings.n_top), (found.draw_rows[n], settings.n_random))
+        boards = (found.top_rows[n], settings.n_top), (found.draw_rows[n], settings.n_random)
         top, random = (
-            snippets.cut(sae, corpus, decode, latent, rows, n=many, **around)
+            snippets.cut(sae, corpus, decode, latent, np.asarray(rows), n=many, **around)
             if decode is not None and many
             else []
             for rows, many in boards

@@ -195,9 +195,7 @@ def _cosine(sae: SAE | None) -> dict[str, Any] | None:
     real, chance = decoder.nearest_cosines(sae.params.W_dec)
     low = min(0.0, float(min(real.min(), chance.min())))
     bins = np.linspace(low, 1.0, 51)
-    layers = [
-        (name, np.histogram(c.clip(low, 1.0), bins)[0]) for name, c in (("decoder", real), ("random", chance))
-    ]
+    layers = [(name, np.histogram(c.clip(low, 1.0), bins)[0]) for name, c in (("decoder", real), ("random", chance))]
     chart = plot.histogram(bins, layers, title="Cosine to the nearest other latent", x_label="cosine")
     medians = float(np.median(real)), float(np.median(chance))
     return {
@@ -220,11 +218,7 @@ def _commands(path: Path) -> Mapping[str, str]:
 
 
 def _human(value: Any) -> str:
-    return (
-        plot.human(float(value))
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-        else str(value)
-    )
+    return plot.human(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def _brief(value: float) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup, escape
 
 from saejax.report import curves
@@ -69,8 +70,8 @@ def line_chart(panel: curves.Panel, *, x_label: str) -> Markup:
 
 
 def histogram(
-    edges: Sequence[float],
-    layers: Sequence[tuple[str, Sequence[float]]],
+    edges: npt.ArrayLike,
+    layers: Sequence[tuple[str, npt.ArrayLike]],
     *,
     title: str,
     x_label: str,
@@ -85,11 +86,13 @@ def histogram(
       x_label: Under the axis.
       y_label: What is counted.
     """
-    top = max([1.0, *(float(max(counts)) for _, counts in layers if len(counts))])
+    edges = np.asarray(edges, float)
+    heights = [(label, np.asarray(counts, float)) for label, counts in layers]
+    top = max([1.0, *(float(counts.max()) for _, counts in heights)])
     x = _Axis(float(edges[0]), float(edges[-1]), _LEFT, _W - _RIGHT)
     y = _Axis(0.0, top * 1.05, _H - _BOTTOM, _TOP)
     body = [_grid(x, y, x_label, y_label)]
-    for number, (label, counts) in enumerate(layers):
+    for number, (label, counts) in enumerate(heights):
         if number == 0:
             body += [
                 _bar(x(a), x(b), y(c), y(0), f"{label}: {human(c)} in {human(a)} to {human(b)}")
@@ -153,15 +156,13 @@ def _grid(x: _Axis, y: _Axis, x_label: str, y_label: str) -> Markup:
     parts = []
     for tick in y.ticks():
         parts.append(
-            Markup(
-                '<path class="grid" d="M{} {:.1f}H{}"/><text class="ty" x="{}" y="{:.1f}">{}</text>'
-            ).format(_LEFT, y(tick), _W - _RIGHT, _LEFT - 7, y(tick) + 4, human(tick))
+            Markup('<path class="grid" d="M{} {:.1f}H{}"/><text class="ty" x="{}" y="{:.1f}">{}</text>').format(
+                _LEFT, y(tick), _W - _RIGHT, _LEFT - 7, y(tick) + 4, human(tick)
+            )
         )
     for tick in x.ticks():
         parts.append(
-            Markup('<text class="tx" x="{:.1f}" y="{}">{}</text>').format(
-                x(tick), _H - _BOTTOM + 17, human(tick)
-            )
+            Markup('<text class="tx" x="{:.1f}" y="{}">{}</text>').format(x(tick), _H - _BOTTOM + 17, human(tick))
         )
     parts.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(_LEFT, _H - _BOTTOM, _W - _RIGHT))
     parts.append(Markup('<text class="lx" x="{}" y="{}">{}</text>').format(_W - _RIGHT, _H - 5, x_label))
@@ -172,9 +173,7 @@ def _grid(x: _Axis, y: _Axis, x_label: str, y_label: str) -> Markup:
 
 def _svg(body: Sequence[Markup], title: str, *, data: Any = None) -> Markup:
     extra = Markup(' data-series="{}"').format(json.dumps(data)) if data else Markup("")
-    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"{}>').format(
-        _W, _H, title, extra
-    )
+    head = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}"{}>').format(_W, _H, title, extra)
     return head + Markup("").join(body) + Markup("</svg>")
 
 

@@ -36,7 +36,7 @@ class Run:
     def metric(self, name: str) -> float | None:
         """Best known value: of the evaluation, the run's record, last held out, last in training."""
         for value in (self.evaluation.get("metrics", {}).get(name), self.record.get(name)):
-            if is_number(value):
+            if value is not None and is_number(value):
                 return float(value)
         return _first(self.last(f"eval/{name}"), self.last(f"train/{name}"))
 

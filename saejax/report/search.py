@@ -41,9 +41,7 @@ class Boards:
     total: jax.Array
 
 
-def search(
-    sae: SAE, corpus: Corpus, ids: Int[np.ndarray, "n"], *, keep: int, max_rows: int, seed: int
-) -> Boards:
+def search(sae: SAE, corpus: Corpus, ids: Int[np.ndarray, "n"], *, keep: int, max_rows: int, seed: int) -> Boards:
     """Streams up to `max_rows` rows once and returns the winners, as NumPy arrays.
 
     Args:
@@ -108,9 +106,7 @@ def _update(
     )
 
 
-def _merge(
-    best: jax.Array, rows: jax.Array, new: jax.Array, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _merge(best: jax.Array, rows: jax.Array, new: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
     values = jnp.concatenate([best, new], axis=1)
     where = jnp.concatenate([rows, jnp.broadcast_to(number[None, :], new.shape)], axis=1)
     values, at = jax.lax.top_k(values, best.shape[1])  # ties: the earlier row, as it stands further left

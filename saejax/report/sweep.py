@@ -99,9 +99,7 @@ def find(root: Path) -> list[Path]:
 
     walk(root, 1)
     if not found:
-        raise UserError(
-            f"sweep={root}: no run directory in it (none holds config.yaml, metrics.jsonl or run.json)"
-        )
+        raise UserError(f"sweep={root}: no run directory in it (none holds config.yaml, metrics.jsonl or run.json)")
     return sorted(found, key=lambda p: [(not s.isdigit(), int(s) if s.isdigit() else 0, s) for s in p.parts])
 
 

@@ -77,9 +77,7 @@ class TorchModel:
         out = {}
         for hook, value in found.items():
             if value.ndim != 3 or value.shape[:2] != alone.shape:
-                raise UserError(
-                    f"hook={hook!r} gives {value.shape} for tokens {alone.shape}, allowed: [b, s, width]"
-                )
+                raise UserError(f"hook={hook!r} gives {value.shape} for tokens {alone.shape}, allowed: [b, s, width]")
             out[hook] = np.zeros((*tokens.shape, value.shape[-1]), np.float32)
             for i, (row, start, stop) in enumerate(runs):
                 out[hook][row, start:stop] = value[i, : stop - start]
@@ -116,9 +114,7 @@ class TorchModel:
         for hook in hooks:
             if hook not in self._modules or not hook:
                 near = [name for name in self._modules if name.count(".") <= 2 and name][:8]
-                raise UserError(
-                    f"hook={hook!r} is no module of the model, allowed for example: {', '.join(near)}"
-                )
+                raise UserError(f"hook={hook!r} is no module of the model, allowed for example: {', '.join(near)}")
 
         def watch(name: str) -> Any:
             def keep(_module: Any, _inputs: Any, output: Any) -> None:
@@ -144,9 +140,7 @@ class TorchModel:
                 handle.remove()
         unseen = [hook for hook in hooks if hook not in seen]
         if unseen:
-            raise UserError(
-                f"hook={unseen[0]!r} never runs in the model's forward pass; choose another module"
-            )
+            raise UserError(f"hook={unseen[0]!r} never runs in the model's forward pass; choose another module")
         return {hook: seen[hook] for hook in hooks}
 
 
@@ -168,18 +162,14 @@ def load(path_or_name: str | pathlib.Path, *, device: str = "cpu", dtype: str = 
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(
-            f"{error.name} is missing, needed for torch models; install it with: {INSTALL}"
-        ) from None
+        raise UserError(f"{error.name} is missing, needed for torch models; install it with: {INSTALL}") from None
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r} is not supported, allowed: float32, bfloat16, float16")
     name = str(path_or_name)
     try:
         model = transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model={name!r} cannot be loaded by transformers: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"model={name!r} cannot be loaded by transformers: {str(error).splitlines()[0]}") from None
     provenance = {"name": name, "family": model.config.model_type, "dtype": dtype, "backend": "torch"}
     return TorchModel(model, tokenizer=_tokenizer(name), provenance=provenance)
 

@@ -47,9 +47,7 @@ def test_encoder_documents_are_as_if_alone(tokens: np.ndarray, tmp_path) -> None
     assert packed.shape == (2, 12, 16)
     for row, part in ((0, slice(0, 5)), (0, slice(5, 9)), (1, slice(0, 12))):
         with torch.no_grad():
-            alone = model.model(
-                torch.as_tensor(tokens[row, part][None], dtype=torch.long), output_hidden_states=True
-            )
+            alone = model.model(torch.as_tensor(tokens[row, part][None], dtype=torch.long), output_hidden_states=True)
         np.testing.assert_allclose(packed[row, part], alone.hidden_states[2][0].numpy(), atol=1e-5, rtol=0)
 
 
@@ -68,9 +66,7 @@ def test_images_give_patches(tmp_path) -> None:
 
 
 def test_stops_after_the_hook(tokens: np.ndarray, tmp_path) -> None:
-    path = saved(
-        "GPT2Model", "GPT2Config", tmp_path, vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32
-    )
+    path = saved("GPT2Model", "GPT2Config", tmp_path, vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=32)
     model = torch_source.load(path)
     ran: list[int] = []
     for i, block in enumerate(model.model.h):

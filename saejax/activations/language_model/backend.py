@@ -92,9 +92,7 @@ class LanguageModel:
         """
         return hooks_.width(hooks_.parse(hook, self.config), self.config)
 
-    def capture(
-        self, tokens: Tokens, segments: Tokens, hooks: tuple[str, ...]
-    ) -> dict[str, Float[Array, "b s _"]]:
+    def capture(self, tokens: Tokens, segments: Tokens, hooks: tuple[str, ...]) -> dict[str, Float[Array, "b s _"]]:
         """Activations at some hooks; no layer above the highest one is run.
 
         Args:
@@ -162,18 +160,12 @@ class LanguageModel:
         """Checked tokens and segments on the devices."""
         host, host_segments = np.asarray(tokens), np.asarray(segments)
         if host.ndim != 2 or host.shape != host_segments.shape:
-            raise UserError(
-                f"tokens {host.shape} and segments {host_segments.shape} must have one shape [b, s]"
-            )
+            raise UserError(f"tokens {host.shape} and segments {host_segments.shape} must have one shape [b, s]")
         if host.size and not 0 <= host.min() <= host.max() < self.config.vocab_size:
             wrong = host.min() if host.min() < 0 else host.max()
-            raise UserError(
-                f"token {wrong} is outside the vocabulary, allowed: 0 to {self.config.vocab_size - 1}"
-            )
+            raise UserError(f"token {wrong} is outside the vocabulary, allowed: 0 to {self.config.vocab_size - 1}")
         if host.shape[1] > self.config.context_length:
-            raise UserError(
-                f"{host.shape[1]} tokens exceed the model's context, allowed: {self.config.context_length}"
-            )
+            raise UserError(f"{host.shape[1]} tokens exceed the model's context, allowed: {self.config.context_length}")
         return self._padded(host.astype(np.int32)), self._padded(host_segments.astype(np.int32))
 
     def _padded(self, x: jax.Array | np.ndarray) -> jax.Array:

@@ -151,9 +151,7 @@ class ModelConfig:
             raise UserError(f"model.d_head={self.d_head} must be even for rotary positions")
         for rope in (self.rope, self.rope_local):
             if rope is not None and rope.scaling == "divisors" and len(rope.divisors) != self.d_head // 2:
-                raise UserError(
-                    f"rope_freqs.weight holds {len(rope.divisors)} numbers, allowed: {self.d_head // 2}"
-                )
+                raise UserError(f"rope_freqs.weight holds {len(rope.divisors)} numbers, allowed: {self.d_head // 2}")
 
     def window(self, layer: int) -> int:
         """Tokens that a query of `layer` sees; 0 means all before it."""

@@ -203,9 +203,7 @@ def _rope(raw: Mapping[str, Any], kind: str) -> Rope:
     if scaling == "default":
         return Rope(theta=theta)
     if scaling == "divisors":
-        return Rope(
-            theta=theta, scaling="divisors", divisors=tuple(float(d) for d in _need(given, "divisors"))
-        )
+        return Rope(theta=theta, scaling="divisors", divisors=tuple(float(d) for d in _need(given, "divisors")))
     if scaling == "linear":
         return Rope(theta=theta, scaling="linear", factor=float(_need(given, "factor")))
     if scaling == "llama3":
@@ -224,9 +222,7 @@ def _rope(raw: Mapping[str, Any], kind: str) -> Rope:
 
 def _activation(name: str) -> str:
     if name not in _ACTIVATIONS:
-        raise UserError(
-            f"config.json: activation {name!r} is not supported, allowed: {', '.join(_ACTIVATIONS)}"
-        )
+        raise UserError(f"config.json: activation {name!r} is not supported, allowed: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 

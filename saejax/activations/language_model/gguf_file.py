@@ -93,18 +93,14 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
         self.architecture = str(self.metadata.get("general.architecture"))
         if self.architecture not in _FAMILY:
-            raise UserError(
-                f"{path.name}: general.architecture={self.architecture!r}, allowed: {', '.join(_FAMILY)}"
-            )
+            raise UserError(f"{path.name}: general.architecture={self.architecture!r}, allowed: {', '.join(_FAMILY)}")
         self._raw = {tensor.name: tensor for tensor in reader.tensors}
         self._names = {self._translated(name): name for name in self._raw if name != _ROPE_DIVISORS}
         self._cache: dict[str, np.ndarray] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight with its shape, under Hugging Face's names and orientation."""
-        shapes = {
-            name: tuple(int(n) for n in self._raw[raw].shape[::-1]) for name, raw in self._names.items()
-        }
+        shapes = {name: tuple(int(n) for n in self._raw[raw].shape[::-1]) for name, raw in self._names.items()}
         return {name: shape[::-1] if self._is_conv1d(name) else shape for name, shape in shapes.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -151,9 +147,7 @@ class GGUFFile:
         d_head = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         rotated = self._meta("rope.dimension_count")
         if rotated not in (None, d_head):
-            raise UserError(
-                f"{self.name}: rope.dimension_count={rotated} is not supported, allowed: {d_head}"
-            )
+            raise UserError(f"{self.name}: rope.dimension_count={rotated} is not supported, allowed: {d_head}")
         kind = self._meta("rope.scaling.type")
         if _ROPE_DIVISORS in self._raw:
             divisors = self._dequantise(_ROPE_DIVISORS).ravel().tolist()
@@ -178,13 +172,7 @@ class GGUFFile:
         """A tensor's name as Hugging Face writes it; one without translation stays and is refused later."""
         gpt2 = self.architecture == "gpt2"
         top = _GPT2_TOP if gpt2 else _TOP
-        layer = (
-            _GPT2_IN_LAYER
-            if gpt2
-            else _GEMMA_IN_LAYER
-            if self.architecture.startswith("gemma")
-            else _IN_LAYER
-        )
+        layer = _GPT2_IN_LAYER if gpt2 else _GEMMA_IN_LAYER if self.architecture.startswith("gemma") else _IN_LAYER
         stem, _, kind = raw.rpartition(".")
         if stem in top:
             return f"{top[stem]}.{kind}"
@@ -213,9 +201,7 @@ class GGUFFile:
         if self.architecture == "llama" and ".q_proj." in name:
             return _unpermuted(found, self._meta("attention.head_count"))
         if self.architecture == "llama" and ".k_proj." in name:
-            return _unpermuted(
-                found, self._meta("attention.head_count_kv") or self._meta("attention.head_count")
-            )
+            return _unpermuted(found, self._meta("attention.head_count_kv") or self._meta("attention.head_count"))
         if self.architecture.startswith("gemma") and name.endswith("norm.weight"):
             return found - 1
         return found

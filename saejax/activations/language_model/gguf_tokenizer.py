@@ -86,9 +86,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
         merges += [(-score, vocab[left], vocab[right], (left, right)) for left, right in pairs]
     merges.sort()
     unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    model = models.BPE(
-        vocab, [merge[-1] for merge in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
+    model = models.BPE(vocab, [merge[-1] for merge in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
     tokenizer.normalizer = normalizers.Sequence(

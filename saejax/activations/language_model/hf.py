@@ -14,9 +14,7 @@ import tokenizers
 from saejax.errors import UserError
 
 # Classes with a language-model head prefix the decoder's names; multimodal Gemma 3 nests the text model.
-_PREFIX = re.compile(
-    r"^(model\.language_model\.|language_model\.model\.|language_model\.|transformer\.|model\.)"
-)
+_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.|transformer\.|model\.)")
 # In the files but no part of the text model: constants that code recomputes, and the image half of Gemma 3.
 _NOT_WEIGHTS = re.compile(
     r"(^|\.)(vision_tower|multi_modal_projector)\.|rotary_emb\.inv_freq$|^h\.\d+\.attn\.(masked_)?bias$"
@@ -65,9 +63,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     if not file.is_file():
-        raise UserError(
-            f"model={str(path)!r} holds no config.json; allowed: a Hugging Face directory or a .gguf file"
-        )
+        raise UserError(f"model={str(path)!r} holds no config.json; allowed: a Hugging Face directory or a .gguf file")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -90,6 +86,4 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
         return [path / name for name in names]
     if single.is_file():
         return [single]
-    raise UserError(
-        f"model={str(path)!r} holds no model.safetensors; pickled weights (.bin, .pt) are not loaded"
-    )
+    raise UserError(f"model={str(path)!r} holds no model.safetensors; pickled weights (.bin, .pt) are not loaded")

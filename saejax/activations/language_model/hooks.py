@@ -57,9 +57,7 @@ def parse(name: str, config: ModelConfig) -> Hook:
     """
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     if match is None or match[2] not in SITES:
-        raise UserError(
-            f"hook={name!r} is unknown, allowed: blocks.<layer>. followed by one of {', '.join(SITES)}"
-        )
+        raise UserError(f"hook={name!r} is unknown, allowed: blocks.<layer>. followed by one of {', '.join(SITES)}")
     layer = int(match[1])
     if layer >= config.n_layers:
         raise UserError(f"hook={name!r}: layer {layer} does not exist, allowed: 0 to {config.n_layers - 1}")

@@ -13,9 +13,7 @@ from saejax.activations.language_model import families, gguf_file, gguf_tokenize
 from saejax.activations.language_model.backend import LanguageModel
 from saejax.errors import UserError
 
-_HASHED_BYTES = (
-    4 * 2**30
-)  # larger models are identified by the sizes of their files: hashing would take minutes
+_HASHED_BYTES = 4 * 2**30  # larger models are identified by the sizes of their files: hashing would take minutes
 
 
 def load(
@@ -40,9 +38,7 @@ def load(
     if path.is_dir():
         raw = hf.read_config(path)
         source, tokenizer = hf.SafetensorsDirectory(path), hf.read_tokenizer(path)
-        files = [
-            file for file in (path / "config.json", path / "tokenizer.json") if file.is_file()
-        ] + source.files
+        files = [file for file in (path / "config.json", path / "tokenizer.json") if file.is_file()] + source.files
     elif path.is_file() and path.suffix == ".gguf":
         source = gguf_file.GGUFFile(path)
         raw, tokenizer, files = source.hf_config(), gguf_tokenizer.build(source.metadata, path.name), [path]

@@ -23,9 +23,7 @@ from saejax.activations.language_model.config import ModelConfig
 Touch = Callable[[str, jax.Array], jax.Array]
 """Called by a block at each of its sites with (site, value); what it returns goes on."""
 
-_QUERY_CHUNK = (
-    1024  # longer sequences attend in pieces, so that scores take [b, heads, 1024, s], not [b, heads, s, s]
-)
+_QUERY_CHUNK = 1024  # longer sequences attend in pieces, so that scores take [b, heads, 1024, s], not [b, heads, s, s]
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

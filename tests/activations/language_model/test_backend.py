@@ -69,9 +69,7 @@ def test_only_the_layers_below_the_hook_run(tiny, tokens: np.ndarray) -> None:
         run = jax.make_jaxpr(
             lambda state, t: backend._capture(state, t, PACKED, config=lm.config, mesh=None, hooks=place)
         )(lm.state, tokens)
-        return [
-            eqn.params["length"] for eqn in run.eqns[0].params["jaxpr"].eqns if eqn.primitive.name == "scan"
-        ]
+        return [eqn.params["length"] for eqn in run.eqns[0].params["jaxpr"].eqns if eqn.primitive.name == "scan"]
 
     assert turns("blocks.0.hook_resid_pre") == []
     assert turns("blocks.1.hook_resid_pre") == [1]
@@ -86,9 +84,7 @@ def test_splice_of_the_unchanged_activation_is_the_model(site: str, tiny, tokens
     for layer in (0, 2):
         hook = f"blocks.{layer}.{site}"
         h = lm.lower(tokens, PACKED, hook)
-        np.testing.assert_allclose(
-            lm.upper(h, tokens, PACKED, hook), wanted, atol=TOLERANCE, rtol=0, err_msg=hook
-        )
+        np.testing.assert_allclose(lm.upper(h, tokens, PACKED, hook), wanted, atol=TOLERANCE, rtol=0, err_msg=hook)
         assert np.abs(lm.upper(0 * h, tokens, PACKED, hook) - wanted).max() > 0.01  # and the place matters
 
 
@@ -101,13 +97,9 @@ def test_sharded_equals_unsharded(name: str, tiny, tokens: np.ndarray) -> None:
     for hook in wanted:
         np.testing.assert_allclose(left[hook], right[hook], atol=TOLERANCE, rtol=0, err_msg=hook)
         assert right[hook].sharding.spec[0] == "data"
-    np.testing.assert_allclose(
-        one.logits(tokens, PACKED), many.logits(tokens, PACKED), atol=TOLERANCE, rtol=0
-    )
+    np.testing.assert_allclose(one.logits(tokens, PACKED), many.logits(tokens, PACKED), atol=TOLERANCE, rtol=0)
     h = many.lower(tokens, PACKED, wanted[0])
-    np.testing.assert_allclose(
-        many.upper(h, tokens, PACKED, wanted[0]), one.logits(tokens, PACKED), atol=TOLERANCE
-    )
+    np.testing.assert_allclose(many.upper(h, tokens, PACKED, wanted[0]), one.logits(tokens, PACKED), atol=TOLERANCE)
     # Weights are split, and a batch that the mesh does not divide still works.
     assert any(leaf.sharding.spec != jax.P() for leaf in jax.tree.leaves(many.state))
     odd = many.capture(tokens[:3], PACKED[:3], wanted)[wanted[0]]

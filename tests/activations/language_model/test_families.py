@@ -46,15 +46,9 @@ def _torch_activations(model, tokens: np.ndarray) -> tuple[np.ndarray, dict[str,
         keep(f"blocks.{i}.attn.hook_z", attention.c_proj if gpt2 else attention.o_proj, given=True)
         keep(f"blocks.{i}.mlp.hook_post", layer.mlp.c_proj if gpt2 else layer.mlp.down_proj, given=True)
         keep(f"blocks.{i}.hook_attn_out", layer.post_attention_layernorm if gemma else attention, given=False)
-        keep(
-            f"blocks.{i}.hook_mlp_out", layer.post_feedforward_layernorm if gemma else layer.mlp, given=False
-        )
+        keep(f"blocks.{i}.hook_mlp_out", layer.post_feedforward_layernorm if gemma else layer.mlp, given=False)
         before_mlp = (
-            layer.ln_2
-            if gpt2
-            else layer.pre_feedforward_layernorm
-            if gemma
-            else layer.post_attention_layernorm
+            layer.ln_2 if gpt2 else layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
         )
         keep(f"blocks.{i}.hook_resid_mid", before_mlp, given=True)
     with torch.no_grad():
@@ -99,12 +93,9 @@ def test_gemma3_text_inside_the_multimodal_directory(tiny, tokens: np.ndarray, t
 
     path, _ = tiny("gemma3")
     raw = json.loads((path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "gemma3", "text_config": raw, "vision_config": {}})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": raw, "vision_config": {}}))
     weights = {
-        k.replace("model.", "language_model.model.", 1): v
-        for k, v in load_file(path / "model.safetensors").items()
+        k.replace("model.", "language_model.model.", 1): v for k, v in load_file(path / "model.safetensors").items()
     }
     weights["vision_tower.patch.weight"] = np.zeros((2, 2), np.float32)
     save_file(weights, tmp_path / "model.safetensors")

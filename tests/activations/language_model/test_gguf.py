@@ -28,7 +28,8 @@ GEMMA_NAMES = ROTARY_NAMES | {
 }
 GPT2_NAMES = {
     "wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm",
-    "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+    "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
 
 
@@ -36,10 +37,7 @@ def permuted(rows: np.ndarray, n_heads: int) -> np.ndarray:
     """llama.cpp's order of query and key rows: coordinate i of a head beside coordinate i + d_head / 2."""
     d_head = len(rows) // n_heads
     order = [
-        h * d_head + i + half * (d_head // 2)
-        for h in range(n_heads)
-        for i in range(d_head // 2)
-        for half in (0, 1)
+        h * d_head + i + half * (d_head // 2) for h in range(n_heads) for i in range(d_head // 2) for half in (0, 1)
     ]
     return rows[order]
 
@@ -65,9 +63,7 @@ def write(path: pathlib.Path, directory: pathlib.Path, arch: str) -> None:
             writer.add_key_length(raw["head_dim"])
     if gemma:
         writer.add_sliding_window(raw["sliding_window"])
-        writer.add_array(
-            f"{arch}.attention.sliding_window_pattern", [t.startswith("s") for t in raw["layer_types"]]
-        )
+        writer.add_array(f"{arch}.attention.sliding_window_pattern", [t.startswith("s") for t in raw["layer_types"]])
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if raw[key] is not None:
                 writer.add_float32(f"{arch}.{key}", raw[key])
@@ -84,9 +80,7 @@ def _tensor(name: str, tensor: np.ndarray, arch: str, raw: dict) -> tuple[str, n
     parts = name.removeprefix("model.").removeprefix("transformer.").split(".")
     prefix, middle = (f"blk.{parts[1]}.", parts[2:-1]) if parts[0] in ("layers", "h") else ("", parts[:-1])
     if arch == "llama" and middle[-1] in ("q_proj", "k_proj"):
-        tensor = permuted(
-            tensor, raw["num_attention_heads" if middle[-1] == "q_proj" else "num_key_value_heads"]
-        )
+        tensor = permuted(tensor, raw["num_attention_heads" if middle[-1] == "q_proj" else "num_key_value_heads"])
     if arch == "gpt2" and middle[-1].startswith("c_") and tensor.ndim == 2:
         tensor = tensor.T
     if arch.startswith("gemma") and name.endswith("norm.weight"):
@@ -193,9 +187,7 @@ def test_byte_level_tokenizer_round_trips(pre: str) -> None:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.encode("<|end|>").ids == [0]
     assert tokenizer.encode("the").tokens == ["th", "e"]
-    assert ("12" in tokenizer.encode("12").tokens) == (
-        pre in ("gpt-2", "llama-bpe")
-    )  # the others cut at each digit
+    assert ("12" in tokenizer.encode("12").tokens) == (pre in ("gpt-2", "llama-bpe"))  # the others cut at each digit
 
 
 def test_sentencepiece_tokenizer_merges_by_score() -> None:
@@ -238,9 +230,7 @@ def test_directory_tokenizer(tiny, tmp_path) -> None:
 
     shutil.copytree(tiny("llama")[0], tmp_path / "model")
     assert language_model.load(tmp_path / "model").tokenizer is None
-    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
-        str(tmp_path / "model" / "tokenizer.json")
-    )
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "model" / "tokenizer.json"))
     assert language_model.load(tmp_path / "model").tokenizer.encode("b").ids == [1]
 
 

@@ -1,5 +1,6 @@
 """The default model on real text against transformers' own GGUF loader and forward pass."""
 
+import pathlib
 import pydoc_data.topics
 
 import numpy as np
@@ -29,21 +30,15 @@ def test_matches_transformers_on_real_text(
     lm: language_model.LanguageModel, tokens: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    path = smollm2.find()
-    reference = transformers.LlamaForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
+    reference = _reference(smollm2.find())
     with torch.no_grad():
-        out = reference.eval()(input_ids=torch.as_tensor(tokens, dtype=torch.long), output_hidden_states=True)
+        out = reference(input_ids=torch.as_tensor(tokens, dtype=torch.long), output_hidden_states=True)
     ones = np.ones_like(tokens)
     logits, wanted = np.asarray(lm.logits(tokens, ones)), out.logits.numpy()
     hooks = tuple(f"blocks.{i}.hook_resid_pre" for i in range(lm.config.n_layers))
     found = lm.capture(tokens, ones, hooks)
-    # hidden_states[i] is the input of block i; the last entry is after the final norm and is judged by the logits.
-    pairs = [
-        (np.asarray(found[hook]), h.numpy()) for hook, h in zip(hooks, out.hidden_states[:-1], strict=True)
-    ]
+    # hidden_states[i] is the input of block i; the last entry is after the final norm, judged by the logits.
+    pairs = [(np.asarray(found[hook]), h.numpy()) for hook, h in zip(hooks, out.hidden_states[:-1], strict=True)]
     absolute = max(np.abs(ours - theirs).max() for ours, theirs in pairs)
     relative = max(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) for ours, theirs in pairs)
     agreement = (logits.argmax(-1) == wanted.argmax(-1)).mean()
@@ -53,9 +48,23 @@ def test_matches_transformers_on_real_text(
         print(f"hidden states: max difference {absolute:.2e}, largest relative (norms) {relative:.2e}")
         print(f"largest hidden value {max(np.abs(theirs).max() for _, theirs in pairs):.0f}")
     assert agreement >= 0.999
-    # float32 keeps 6e-8 relative; 30 layers of sums of up to 1,536 terms leave room for about a hundred roundings.
+    # float32 keeps 6e-8 relative; 30 layers of sums of up to 1,536 terms leave room for a hundred roundings.
     assert relative < 1e-5
     assert np.abs(logits - wanted).max() < 1e-3
+
+
+def _reference(path: pathlib.Path):
+    """transformers' model, filled by its own reader of GGUF files."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert missing in ([], ["lm_head.weight"]) and not unexpected
+    model.tie_weights()
+    return model
 
 
 def test_tokenizer_is_the_models_own(lm: language_model.LanguageModel) -> None:

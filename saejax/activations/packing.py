@@ -17,7 +17,7 @@ from jaxtyping import Int32
 from saejax.errors import UserError
 
 Encode = Callable[[list[str]], list[list[int]]]
-_DOCUMENTS_AT_ONCE = 64  # a batch large enough for the tokeniser's threads
+_CHARACTERS_AT_ONCE = 2**18  # enough for the tokeniser's threads, little to have read in vain at a limit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,11 +115,13 @@ class _OpenRow:
 def encode_documents(documents: Iterable, encode: Encode) -> Iterator[tuple[int, list[int]]]:
     """Tokenises documents (objects with `number` and `text`), several at a time, in order."""
     batch: list = []
+    characters = 0
     for document in documents:
         batch.append(document)
-        if len(batch) == _DOCUMENTS_AT_ONCE:
+        characters += len(document.text)
+        if characters >= _CHARACTERS_AT_ONCE:
             yield from _encoded(batch, encode)
-            batch = []
+            batch, characters = [], 0
     yield from _encoded(batch, encode)
 
 

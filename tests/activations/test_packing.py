@@ -41,9 +41,7 @@ def test_every_token_arrives_once_in_its_document(bos, open_rows, context_length
         pieces = sorted(found.pop(document, []))  # ids rise along a document, so pieces sort into its order
         assert sum(pieces, []) == ids
         room = context_length - (bos is not None)
-        assert [len(piece) for piece in pieces[:-1]] == [room] * (len(pieces) - 1), (
-            "cut only where it must be"
-        )
+        assert [len(piece) for piece in pieces[:-1]] == [room] * (len(pieces) - 1), "cut only where it must be"
     assert not found
 
 
@@ -82,7 +80,8 @@ def test_until_ends_with_the_row_that_reaches_the_limit():
     assert len(list(packing.until(rows, None))) == 10
 
 
-def test_encoding_keeps_the_order_over_its_batches():
+def test_encoding_keeps_the_order_over_its_batches(monkeypatch):
+    monkeypatch.setattr(packing, "_CHARACTERS_AT_ONCE", 20)
     documents = [text.Document(i, "", str(i)) for i in range(150)]
     encoded = list(packing.encode_documents(documents, lambda texts: [[int(t)] for t in texts]))
     assert encoded == [(i, [i]) for i in range(150)]

@@ -6,6 +6,7 @@ The two lie side by side under one path and hold different documents.
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from saejax.activations import store
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, open_rows
 from saejax.activations.source import ActivationSource, register
 from saejax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @register
@@ -56,8 +59,11 @@ class Store(ActivationSource):
         self, *, n_lanes: int, block_rows: int, lanes: range, seed: int, prefetch: int = PREFETCH_RECORDS
     ) -> Stream:
         """Blocks of the training store as published now, shuffled anew each epoch."""
+        reader = self.reader("train")
+        if not reader.complete:
+            log.warning("the harvest of %s is not finished: training on its first %d rows", self.path, reader.n_rows)
         return open_rows(
-            _StoreRows(self.reader("train")),
+            _StoreRows(reader),
             n_lanes=n_lanes,
             block_rows=block_rows,
             lanes=lanes,

@@ -8,7 +8,6 @@ import pytest
 
 from saejax.activations.loader import open_rows
 from saejax.activations.source import RowIterator
-from saejax.activations.store_source import Store
 from saejax.activations.synthetic import Synthetic
 from saejax.errors import UserError
 
@@ -21,9 +20,7 @@ def numbered(n: int, dtype=np.float32) -> np.ndarray:
 
 
 def open_numbered(n=118, lanes=range(N_LANES), seed=0, prefetch=2):
-    return open_rows(
-        numbered(n), n_lanes=N_LANES, block_rows=BLOCK_ROWS, lanes=lanes, seed=seed, prefetch=prefetch
-    )
+    return open_rows(numbered(n), n_lanes=N_LANES, block_rows=BLOCK_ROWS, lanes=lanes, seed=seed, prefetch=prefetch)
 
 
 def open_synthetic(lanes=range(N_LANES), seed=0, prefetch=2):
@@ -139,11 +136,3 @@ def test_an_error_in_the_reading_thread_reaches_the_caller():
 
     with pytest.raises(UserError, match="row 3 is broken"):
         next(open_rows(Broken(), n_lanes=2, block_rows=10, lanes=range(2), seed=0))
-
-
-def test_a_store_without_heldout_rows_says_what_to_do(tmp_path):
-    source = Store(path=str(tmp_path))
-    with pytest.raises(UserError, match="no train/ store in it; saejax harvest"):
-        source.open(n_lanes=2, block_rows=2, lanes=range(2), seed=0)
-    with pytest.raises(UserError, match="no heldout/ store in it"):
-        next(source.heldout(4))

@@ -13,7 +13,7 @@ import yaml
 
 from saejax.errors import UserError
 
-_MARKS = ("config.yaml", "metrics.jsonl", "run.json", "eval.json", ".hydra")
+_MARKS = ("config.yaml", "metrics.jsonl", "run.json", "eval.json", "train.log", ".hydra")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

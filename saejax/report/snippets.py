@@ -72,7 +72,9 @@ def cut(
 def pieces(
     tokens: Int[np.ndarray, "w"], acts: Float[np.ndarray, "w"], decode: Decode, centre: int
 ) -> tuple[list[tuple[str, float | None]], int]:
-    """Decodes token by token; tokens that hold only a part of a character are joined until they decode.
+    """Cuts the decoded text at the tokens; tokens that hold only a part of a character are joined.
+
+    A token's text is what it adds to the text before it: many tokenizers drop the space before a lone token.
 
     Args:
       tokens: Token ids.
@@ -84,16 +86,16 @@ def pieces(
       (text, largest activation or None) of each piece, and the number of the piece that holds `centre`.
     """
     out: list[tuple[str, float | None]] = []
-    start = peak = 0
+    before, start, peak = "", 0, 0
     for place in range(len(tokens)):
-        text = decode(tokens[start : place + 1].tolist())
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        so_far = decode(tokens[: place + 1].tolist())
+        whole = not so_far.endswith("\N{REPLACEMENT CHARACTER}")
         if whole or place + 1 - start == _MAX_TOKENS_PER_CHARACTER or place + 1 == len(tokens):
             known = acts[start : place + 1][~np.isnan(acts[start : place + 1])]
             if start <= centre <= place:
                 peak = len(out)
-            out.append((text, float(known.max()) if len(known) else None))
-            start = place + 1
+            out.append((so_far[len(before) :], float(known.max()) if len(known) else None))
+            before, start = so_far, place + 1
     return out, peak
 
 

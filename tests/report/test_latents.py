@@ -106,6 +106,12 @@ def test_pieces_join_parts_of_a_character():
     tokens = np.asarray(list("aé日".encode()))
     acts = np.asarray([1.0, 2.0, np.nan, 0.0, 5.0, 4.0])
     assert snippets.pieces(tokens, acts, decode_bytes, 4) == ([("a", 1.0), ("é", 2.0), ("日", 5.0)], 2)
+
+    def decode_words(tokens):  # as tokenizers do that mark the start of words
+        return "".join(" ab"[t : t + 1] if t < 3 else " word" for t in tokens).removeprefix(" ")
+
+    words, nothing = np.asarray([3, 3, 1]), np.zeros(3)
+    assert [t for t, _ in snippets.pieces(words, nothing, decode_words, 0)[0]] == ["word", " word", "a"]
     broken = np.asarray([0xE6, 0x97])
     assert snippets.pieces(broken, np.zeros(2), decode_bytes, 0)[0] == [("\ufffd", 0.0)]
 

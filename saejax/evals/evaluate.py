@@ -2,8 +2,8 @@
 
 One compiled update serves every batch: the last one is padded with rows of weight 0. Rows are split over the mesh
 axis `data`, and what leaves the update is replicated, so the partial sums of the shards are added inside the compiled
-program. Over a few batches these sums are float32 and int32; the host merges such chunks in float64 and int64, one chunk
-late, so that neither the size of the data nor the precision of the devices shows in the result.
+program. Over a few batches these sums are float32 and int32; the host merges such chunks in float64 and int64, one
+chunk late, so that neither the size of the data nor the precision of the devices shows in the result.
 """
 
 import contextlib
@@ -66,8 +66,8 @@ class Evaluator:
         params: base.SAEParams,
         batches: Iterable[Float[np.ndarray, "_ d_in"]],
         *,
-        mean: Float[Array, "d_in"] | None = None,
-        scale: Float[Array, ""] | None = None,
+        mean: Float[Array, "d_in"] | np.ndarray | None = None,
+        scale: Float[Array, ""] | np.floating | None = None,
         batch_rows: int | None = None,
     ) -> EvalResult:
         """Measures one set of parameters on finite data.

@@ -21,7 +21,9 @@ from saejax.evals import metric
 from saejax.evals.result import EvalResult
 
 Tokens = Int[np.ndarray, "b s"]
-Keep = Callable[[Float[Array, "b s"], Int[np.ndarray, "b s"], Int[np.ndarray, "b s"]], Bool[Array, "b s"]]
+Keep = Callable[
+    [Float[Array, "b s"], Int[np.ndarray, "b s"], Int[np.ndarray, "b s"]], Bool[Array, "b s"] | Bool[np.ndarray, "b s"]
+]
 
 _PREDICTIONS = "over all predictions made inside a segment, those made at its position 0 left out"
 _KEPT = "at the kept positions, the masked ones staying clean"
@@ -70,14 +72,14 @@ def evaluate_language_model(
     Raises:
       UserError: there is nothing to predict.
     """
-    keep = _not_first if keep is None else keep
+    mask: Keep = _not_first if keep is None else keep
     if mean is None:
         batches = list(batches)
-        mean = _mean_activation(backend, batches, hook, keep)
+        mean = _mean_activation(backend, batches, hook, mask)
     sums, n_predictions, n_kept, n_tokens = {}, 0, 0, 0
     for tokens, segments in batches:
         h = backend.lower(tokens, segments, hook)
-        kept = _kept(h, segments, keep)
+        kept = _kept(h, segments, mask)
         variants = {
             "spliced": lambda h: sae(h),
             "zero": lambda h: jnp.zeros_like(h),
@@ -155,7 +157,7 @@ def _mean_activation(
     backend: Any, batches: Iterable[tuple[Tokens, Tokens]], hook: str, keep: Keep
 ) -> Float[np.ndarray, "d_in"]:
     """Mean of the kept activations, summed over batches in float64."""
-    total, rows = np.float64(0.0), 0
+    total, rows = np.zeros(backend.hook_width(hook)), 0
     for tokens, segments in batches:
         h = backend.lower(tokens, segments, hook)
         kept = _kept(h, segments, keep)

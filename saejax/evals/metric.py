@@ -90,7 +90,7 @@ def dot(a: Float[Array, "b d_in"], b: Float[Array, "b d_in"]) -> Float[Array, "b
     return jnp.sum(a * b, axis=-1)
 
 
-def ratio(numerator: float, denominator: float) -> float:
+def ratio(numerator: Any, denominator: Any) -> float:
     """Quotient of two sums as a Python float; NaN, never an error, where the denominator is 0.
 
     Example:

@@ -14,6 +14,8 @@ from jaxtyping import Float
 
 from saejax.errors import UserError
 
+_CHANCE_STREAM = 0x6D6363
+
 DEFINITIONS: dict[str, str] = {
     "mcc": "Mean |cos| between decoder rows and true features over the one-to-one matching that maximises it "
     "(Hungarian), over the smaller of both numbers of directions.",
@@ -61,7 +63,8 @@ def dictionary_recovery(
     match = _matched(np.abs(signed))
     partnered = match >= 0
     cos = np.where(partnered, signed[match, np.arange(len(truth))], 0.0)
-    rng = np.random.default_rng(seed)
+    # Synthetic features may come from the plain seed: the same draws again would put chance at 1.
+    rng = np.random.default_rng((seed, _CHANCE_STREAM))
     chance = [np.abs(_unit(rng.standard_normal(dictionary.shape)) @ truth.T) for _ in range(n_chance)]
     return {
         "mcc": float(np.abs(cos[partnered]).mean()),

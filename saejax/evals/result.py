@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ class EvalResult(dict[str, float]):
 
     @classmethod
     def of(
-        cls, values: dict[str, float | np.ndarray], definitions: dict[str, str], data: dict[str, Any] | None = None
+        cls,
+        values: Mapping[str, float | np.ndarray],
+        definitions: Mapping[str, str],
+        data: dict[str, Any] | None = None,
     ) -> "EvalResult":
         """Sorts values into numbers and arrays and keeps the definitions of those that are there."""
         arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}

@@ -143,6 +143,7 @@ def _pull(
         latents = jnp.where(real, encoding.latents, 0.0)
         projected = jnp.matmul(error, W_dec.T, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(latents * projected, axis=0), jnp.sum(latents**2, axis=0)
+    assert encoding.values is not None and encoding.indices is not None
     values = jnp.where(real, encoding.values, 0.0)
     # One slot at a time: gathering all k decoder rows of a batch at once would take k times its memory.
     projected = jax.lax.map(lambda slot: metric.dot(error, W_dec[slot]), encoding.indices.T).T

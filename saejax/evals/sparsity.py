@@ -134,6 +134,7 @@ class Firing(metric.Metric):
         rows = jnp.sum(real, dtype=jnp.int32)
         place = jnp.cumsum(real, dtype=jnp.int32) - 1
         if encoding.latents is None:
+            assert encoding.values is not None and encoding.indices is not None
             on, slots = (encoding.values > 0) & real[:, None], encoding.indices
             zeros = jnp.zeros(encoding.d_sae, jnp.int32)
             count = zeros.at[slots].add(on.astype(jnp.int32))

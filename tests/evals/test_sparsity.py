@@ -1,0 +1,84 @@
+"""Counts of firing, dead and dense latents, against numpy on the dense latents."""
+
+import numpy as np
+import pytest
+
+from saejax.errors import UserError
+from saejax.evals import evaluate, sparsity
+
+
+def replay(make_sae, fires: np.ndarray, kind: str = "dense", batch_rows: int | None = None, **options):
+    """Firing metrics of an SAE whose latents are exactly the 0/1 pattern `fires` [rows, latents]."""
+    n = fires.shape[1]
+    eye, zero = np.eye(n, dtype=np.float32), np.zeros(n, np.float32)
+    sae = make_sae(kind, d_in=n, d_sae=n, k=n, W_enc=eye, b_enc=zero, W_dec=eye, b_dec=zero)
+    return evaluate.evaluate_rows(sae, [fires.astype(np.float32)], (sparsity.Firing(**options),), batch_rows=batch_rows)
+
+
+def brute_force_dead(fires: np.ndarray, window: int) -> float:
+    """Slides the window over the rows one by one."""
+    silent = [~fires[i : i + window].any(0) for i in range(len(fires) - window + 1)]
+    return float(np.mean(silent))
+
+
+def test_against_numpy(sae, forward, rows):
+    result = evaluate.evaluate_rows(sae, [rows], (sparsity.Firing(windows=()),), batch_rows=32)
+    latents, _ = forward(sae, rows)
+    fires = latents > 0
+    rate = fires.mean(0)
+    assert result["l0"] == pytest.approx(fires.sum(1).mean(), rel=1e-12)
+    assert result["dead_share"] == (rate == 0).mean() and result["dense_share"] == (rate > 0.1).mean()
+    np.testing.assert_array_equal(result.arrays["firing_rate"], rate)
+    edges = result.arrays["log10_density_edges"]
+    wanted, _ = np.histogram(np.log10(rate[rate > 0]), bins=edges)
+    np.testing.assert_array_equal(result.arrays["log10_density_hist"], wanted)
+    assert result.arrays["log10_density_hist"].sum() == (rate > 0).sum()
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("batch_rows", [16, 100])
+def test_dead_windows_against_sliding_one_by_one(make_sae, kind, batch_rows):
+    """Latents from always to never firing, bursts, and edges that fire only on the first and on the last row."""
+    rng = np.random.default_rng(0)
+    fires = rng.random((301, 12)) < np.array([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0, 0, 0, 0])
+    fires[120:180, 8] = True
+    fires[0, 9] = fires[-1, 10] = True
+    windows = (7, 40, 300, 301, 302)
+    result = replay(make_sae, fires, kind, batch_rows, windows=windows)
+    for w in windows[:-1]:
+        assert result[f"dead_share_{w}"] == pytest.approx(brute_force_dead(fires, w), rel=1e-12), w
+    assert result["dead_share_301"] == result["dead_share"] == 1 / 12
+    assert "dead_share_302" not in result and "dead_share_302" not in result.definitions
+
+
+def test_the_latent_made_dead_is_the_one_reported(sae, rows):
+    params = sae.params
+    sae.params = params.replace(b_enc=params.b_enc.at[:].set(1.0).at[11].set(-1e9))
+    sae.params = sae.params.replace(W_enc=params.W_enc * 0.01)
+    result = evaluate.evaluate_rows(sae, [np.tile(rows, (4, 1))], (sparsity.Firing(windows=(100,)),), batch_rows=64)
+    never = np.flatnonzero(result.arrays["firing_rate"] == 0)
+    assert 11 in never
+    if sae.config.name == "test-dense":
+        assert never.tolist() == [11] and result["dead_share"] == 1 / 16
+        assert result["dead_share_1e2"] == 1 / 16 and result["dense_share"] == 15 / 16
+
+
+def test_window_keys_and_default_windows(make_sae):
+    result = replay(make_sae, np.ones((50, 3), bool))
+    assert set(result) == {"l0", "dead_share", "dense_share"}
+    assert set(sparsity.Firing().definitions()) >= {"dead_share_1e5", "dead_share_1e6", "dead_share_1e7"}
+
+
+def test_a_rate_below_the_histogram_is_in_its_first_bin():
+    state = sparsity.FiringState(
+        rows=np.int64(10**12), count=np.array([1]), lead=np.array([5]), trail=np.array([10**12 - 6]),
+        silent=np.zeros((0, 1), np.int64),
+    )  # fmt: skip
+    assert sparsity.Firing(windows=()).compute(state)["log10_density_hist"][0] == 1
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(UserError, match="eval.windows"):
+        sparsity.Firing(windows=(1,))
+    with pytest.raises(UserError, match="eval.dense_above"):
+        sparsity.Firing(dense_above=1.0)

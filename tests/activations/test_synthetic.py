@@ -88,6 +88,14 @@ def test_dense_firing_reaches_every_cell():
     assert abs(rate - 0.99) < 5 * np.sqrt(0.99 * 0.01 / codes.size)
 
 
+def test_the_first_cell_of_a_block_fires_like_any_other():
+    """With one feature, one row a block and no noise, a row is zero exactly where the feature is silent."""
+    source = Synthetic(d_in=1, n_features=1, firing_rate=0.5, noise=0.0)
+    stream = source.open(n_lanes=100, block_rows=1, lanes=range(100), seed=0, prefetch=0)
+    fires = np.stack([next(stream) for _ in range(30)]) != 0
+    assert abs(fires.mean() - 0.5) < 5 * 0.5 / np.sqrt(3000)
+
+
 def test_lanes_blocks_seeds_and_heldout_rows_are_different_draws():
     source = Synthetic(d_in=32, n_features=64, firing_rate=0.1)
     streams = [source.open(n_lanes=4, block_rows=500, lanes=range(4), seed=seed) for seed in (0, 1)]

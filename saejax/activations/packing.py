@@ -31,6 +31,7 @@ class Sequence:
 
     @property
     def n_tokens(self) -> int:
+        """Tokens that are not padding."""
         return int((self.segments > 0).sum())
 
     def documents(self) -> Int32[np.ndarray, " context_length"]:

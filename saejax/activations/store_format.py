@@ -56,6 +56,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def shard_name(number: int) -> str:
+    """What a shard's files are called, without their suffix."""
     return f"shard-{number:05d}"
 
 

@@ -63,22 +63,27 @@ class Reader:
 
     @property
     def n_rows(self) -> int:
+        """Rows that can be read: [0, n_rows)."""
         return self._ends[-1] if self._ends else 0
 
     @property
     def n_sequences(self) -> int:
+        """Token sequences that can be read: [0, n_sequences)."""
         return sum(shard["sequences"] for shard in self._shards)
 
     @property
     def d_in(self) -> int:
+        """Width of a row."""
         return self.manifest["d_in"]
 
     @property
     def dtype(self) -> np.dtype:
+        """dtype of the rows; bfloat16 is that of ml_dtypes."""
         return store_format.numpy_dtype(self.manifest["dtype"])
 
     @property
     def complete(self) -> bool:
+        """Whether the store will grow no more."""
         return self.manifest["complete"]
 
     def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "n d_in"]:

@@ -1,3 +1,79 @@
-"""saejax: train, judge and share sparse autoencoders in JAX."""
+"""saejax: train sparse autoencoders on neural-network activations, on any number of devices, in JAX.
+
+Example:
+  >>> import saejax
+  >>> sae = saejax.load("runs/topk")                                 # doctest: +SKIP
+  >>> latents = sae.encode(x)                                        # doctest: +SKIP
+  >>> saejax.evaluate(sae, x)["fvu"]                                 # doctest: +SKIP
+  >>> saejax.export(sae, "out/", format="saelens")                   # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["UserError", "__version__", "evaluate", "export", "load"]
+
+from saejax.errors import UserError
+
+if TYPE_CHECKING:
+    from saejax.sae.model import SAE
+
+
+def load(path: str | os.PathLike[str], step: int | None = None) -> SAE:
+    """The SAE of a run directory, or of a file or directory in any supported foreign format.
+
+    Args:
+      path: run directory as written by `saejax train`, or an export.
+      step: checkpoint of a run; None takes the newest.
+
+    Returns:
+      An SAE on one device that works in the data's own scale: `encode`, `decode`, call it; `.config`, `.params`,
+      `.provenance`.
+
+    Raises:
+      UserError: nothing there that is understood.
+    """
+    from pathlib import Path
+
+    if (Path(path) / "config.yaml").is_file():
+        from saejax import run
+
+        return run.load(Path(path), step)
+    from saejax import interop
+
+    return interop.load(path)
+
+
+def evaluate(sae: SAE, activations: Any, **settings: Any) -> dict[str, float]:
+    """The held-out metrics of one SAE on any array, source or iterable of arrays.
+
+    Args:
+      sae: as from `load`.
+      activations: array [..., d_in], an `ActivationSource`, or blocks of rows.
+      **settings: of `saejax.evals.evaluate.evaluate`: batch_rows, max_rows, metrics, mesh.
+
+    Returns:
+      Numbers by name; `.arrays` and `.definitions` beside them.
+    """
+    from saejax.evals import evaluate as evaluation
+
+    return evaluation.evaluate(sae, activations, **settings)
+
+
+def export(sae: SAE, path: str | os.PathLike[str], format: str = "saelens") -> Any:
+    """Write an SAE in another tool's format.
+
+    Args:
+      sae: as from `load`.
+      path: directory to write.
+      format: saelens.
+
+    Returns:
+      The directory.
+    """
+    from saejax import interop
+
+    return interop.export(sae, path, format)

@@ -184,7 +184,12 @@ def store(arguments: list[str]) -> int:
         print("usage: saejax store info PATH    what the store holds and where it is from")
         print("       saejax store verify PATH  every checksum, size and count; status 1 if any is wrong")
         return 0 if wants_help(arguments) else 2
-    return stores.command(arguments[0], Path(arguments[1]))
+    if arguments[0] == "info":
+        print(stores.describe(arguments[1]))
+        return 0
+    problems = stores.verify(arguments[1])
+    print("\n".join(problems) if problems else f"{arguments[1]}: every checksum, size and count is right")
+    return 1 if problems else 0
 
 
 def wants_help(arguments: list[str]) -> bool:

@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from saejax import config, interop, run, sharding
-from saejax.activations import harvest, language_model, store, store_source
+from saejax.activations import language_model, sinks, store, store_source
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
+from saejax.evals import language_model as splice
+from saejax.evals import result as results
 from saejax.report import corpus, latents, page, sweep
 from saejax.sae import model
 
@@ -99,7 +102,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
         backend = _backend(heldout)
         if backend is not None:
             result = result.joined(_spliced(sae, backend, heldout, cfg))
-    evaluation.write_json(result, run_dir / "eval.json")
+    results.write_json(result, run_dir / "eval.json")
     lines = [f"  {name:<32} {value:.6g}" for name, value in result.items()]
     return "\n".join([f"held-out metrics of {run_dir}, step {sae.provenance['step']}:", *lines])
 
@@ -147,9 +150,28 @@ def report(cfg: ReportConfig) -> str:
 
 def _heldout_store(trained: config.Config) -> store.Reader | None:
     """The held-out activations of a run that was trained on a store."""
-    if not isinstance(trained.source, store_source.Store):
-        return None
-    return store.Reader(Path(trained.source.path) / "heldout")
+    source = trained.source
+    return source.reader("heldout") if isinstance(source, store_source.Store) else None
+
+
+def _spliced(
+    sae: model.SAE, backend: language_model.LanguageModel, heldout: store.Reader, cfg: EvaluateConfig
+) -> results.EvalResult:
+    """Losses of the language model on the held-out text, masked as the harvest masked it."""
+    total = min(heldout.n_sequences, cfg.splice_sequences or heldout.n_sequences)
+    starts = range(0, total - total % cfg.splice_batch or total, cfg.splice_batch)
+    batches = (heldout.sequences(start, min(start + cfg.splice_batch, total)) for start in starts)
+    sink = sinks.Sink(**heldout.manifest["sink"])
+    shown = tqdm(batches, total=len(starts), desc="splice", unit="batch", disable=None)
+    rows = (np.asarray(heldout.block(i, cfg.batch), np.float64) for i in range(-(-heldout.n_rows // cfg.batch)))
+    return splice.evaluate_language_model(
+        sae,
+        backend,
+        shown,
+        hook=heldout.manifest["hook"],
+        keep=functools.partial(sinks.keep_mask, sink=sink),
+        mean=sum(block.sum(0) for block in rows) / heldout.n_rows,
+    )
 
 
 def _backend(heldout: store.Reader) -> language_model.LanguageModel | None:

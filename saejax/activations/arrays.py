@@ -52,6 +52,8 @@ class Arrays(ActivationSource):
     """Share of the rows, the last ones, kept for evaluation and never trained on (in [0, 1))."""
 
     def __post_init__(self):
+        # Absolute, so that a run finds its data again from any working directory.
+        object.__setattr__(self, "path", str(pathlib.Path(self.path).expanduser().absolute()))
         if not 0 <= self.heldout_share < 1:
             raise UserError(f"source.heldout_share = {self.heldout_share}: a share in [0, 1) is needed")
 

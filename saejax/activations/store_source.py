@@ -31,6 +31,10 @@ class Store(ActivationSource):
     path: str
     """Directory that `saejax harvest` wrote, with the stores train/ and heldout/ in it."""
 
+    def __post_init__(self):
+        # Absolute, so that a run finds its data again from any working directory.
+        object.__setattr__(self, "path", str(pathlib.Path(self.path).expanduser().absolute()))
+
     @property
     def d_in(self) -> int:
         """Width of a row, from the store's manifest."""

@@ -35,9 +35,7 @@ __all__ = ["HarvestConfig", "Sink", "harvest", "keep_mask"]
 logger = logging.getLogger(__name__)
 
 
-def harvest(
-    config: HarvestConfig, backend: language_model.LMBackend | None = None
-) -> dict[str, pathlib.Path]:
+def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = None) -> dict[str, pathlib.Path]:
     """Writes the activations of a language model on a text, or continues to, or finds that all is done.
 
     Args:
@@ -122,9 +120,7 @@ class _Run:
         """Writes this process's shards of one store."""
         survey = packing.survey(self.sequences(split))
         if not survey.n_sequences:
-            raise UserError(
-                f"the text has no {split} document; text.heldout_share is {self.config.text.heldout_share}"
-            )
+            raise UserError(f"the text has no {split} document; text.heldout_share is {self.config.text.heldout_share}")
         facts = self.common | {
             "split": split,
             "n_sequences": survey.n_sequences,

@@ -97,7 +97,5 @@ def calibrate(sink: Sink, measured: Iterable[tuple[np.ndarray, np.ndarray, np.nd
             break
     median = float(np.median(np.concatenate(norms))) if norms else float("nan")
     if not (np.isfinite(median) and median > 0):
-        raise UserError(
-            f"the activations' median norm is {median}: sinks cannot be told; set sink_factor=null"
-        )
+        raise UserError(f"the activations' median norm is {median}: sinks cannot be told; set sink_factor=null")
     return dataclasses.replace(sink, median_norm=median)

@@ -71,9 +71,7 @@ def _verify(path: pathlib.Path) -> list[str]:
         numbers = list(range(manifest["n_shards"]))
     else:
         table, numbers = {}, there
-        problems.append(
-            f"{path} is not complete: {len(there)} of {manifest['n_shards']} shards; run the harvest again"
-        )
+        problems.append(f"{path} is not complete: {len(there)} of {manifest['n_shards']} shards; run the harvest again")
     rows = 0
     for number in numbers:
         record, found = _verify_shard(path, _name(number), manifest, table.get(_name(number)))
@@ -85,9 +83,7 @@ def _verify(path: pathlib.Path) -> list[str]:
     return problems + [f"{path / _name(n)}.json is not in the manifest" for n in extra]
 
 
-def _verify_shard(
-    path: pathlib.Path, name: str, manifest: dict, listed: dict | None
-) -> tuple[dict | None, list[str]]:
+def _verify_shard(path: pathlib.Path, name: str, manifest: dict, listed: dict | None) -> tuple[dict | None, list[str]]:
     file = path / f"{name}.json"
     if manifest["complete"] and listed is None:
         return None, [f"{path / store_format.MANIFEST} does not list {name}"]
@@ -114,9 +110,7 @@ def _verify_file(file: pathlib.Path, size: int, sha256: str) -> list[str]:
         return [f"{file} has {file.stat().st_size} bytes, expected {size}"]
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return (
-        [] if digest == sha256 else [f"{file}: sha256 is {digest[:12]}..., the record says {sha256[:12]}..."]
-    )
+    return [] if digest == sha256 else [f"{file}: sha256 is {digest[:12]}..., the record says {sha256[:12]}..."]
 
 
 def _describe(facts: dict) -> str:

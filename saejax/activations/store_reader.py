@@ -159,9 +159,7 @@ class Reader:
 
     def _record(self, number: int) -> dict:
         shard = self._shards[number]
-        if (
-            "segment_documents" not in shard
-        ):  # the table of a complete manifest leaves them to the shard's record
+        if "segment_documents" not in shard:  # the manifest's table leaves them to the shard's own record
             shard |= store_format.read_json(self._file(number, ".json"))
         return shard
 

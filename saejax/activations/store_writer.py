@@ -249,7 +249,5 @@ def _lock(file: pathlib.Path) -> BinaryIO:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         held.close()
-        raise UserError(
-            f"another harvest writes to {file.parent}; wait for it or choose another path"
-        ) from None
+        raise UserError(f"another harvest writes to {file.parent}; wait for it or choose another path") from None
     return held

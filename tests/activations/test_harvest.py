@@ -114,14 +114,10 @@ def test_rows_are_the_models_activations_at_the_traced_tokens(tmp_path):
         for row in range(reader.n_rows):
             origin = reader.trace(row)
             # The compiled products of another batch size may sum in another order.
-            np.testing.assert_allclose(
-                rows[row], expected[origin.sequence, origin.column], rtol=1e-5, atol=1e-6
-            )
+            np.testing.assert_allclose(rows[row], expected[origin.sequence, origin.column], rtol=1e-5, atol=1e-6)
             letter = model.tokenizer.decode([origin.token])
             if len(documents[origin.document]) < config.context_length:
-                assert (
-                    documents[origin.document][origin.position - 1] == letter
-                )  # position 0 is <|endoftext|>
+                assert documents[origin.document][origin.position - 1] == letter  # position 0 is <|endoftext|>
             seen.add((origin.sequence, origin.column))
         assert len(seen) == reader.n_rows
         assert set(reader.index(0, reader.n_rows)[:, 2]) <= set(documents)
@@ -216,9 +212,7 @@ def _start(root: pathlib.Path, name: str, pause: float) -> subprocess.Popen:
 def _wait_for_shards(path: pathlib.Path, n: int, process: subprocess.Popen) -> None:
     end = time.monotonic() + 100
     while len(store_format.published(path)) < n:
-        assert process.poll() is None and time.monotonic() < end, (
-            "the harvest ended before it could be stopped"
-        )
+        assert process.poll() is None and time.monotonic() < end, "the harvest ended before it could be stopped"
         time.sleep(0.01)
 
 
@@ -391,7 +385,5 @@ def test_the_default_model_on_real_text(tmp_path):
     documents = {d.number: d.text for d in config.text.documents("train")}
     for row in range(0, reader.n_rows, 97):
         origin = reader.trace(row)
-        before = reader.tokens(origin.sequence)[0][
-            origin.column - min(origin.position, 8) + 1 : origin.column + 1
-        ]
+        before = reader.tokens(origin.sequence)[0][origin.column - min(origin.position, 8) + 1 : origin.column + 1]
         assert model.tokenizer.decode(before.tolist()) in documents[origin.document]

@@ -106,9 +106,7 @@ def _run_under_hydra(arguments: list[str]) -> None:
         hydra_config = HydraConfig.get()
         multirun = hydra_config.mode == RunMode.MULTIRUN
         try:
-            status = _finish_training(
-                config.to_object(composed), Path(hydra_config.runtime.output_dir), resume=False
-            )
+            status = _finish_training(config.to_object(composed), Path(hydra_config.runtime.output_dir), resume=False)
         except UserError as error:
             if multirun:
                 raise  # the launcher marks this job as failed and goes on with the others

@@ -26,7 +26,6 @@ from saejax.errors import UserError
 from saejax.sae import base, l1, topk
 from saejax.training import optim, settings
 
-
 # Importing a file enters its classes into their registry.
 _MEMBERS = (arrays, store_source, synthetic, l1, topk)
 
@@ -182,7 +181,11 @@ def _one_line(error: Exception) -> str:
     if unknown and key:
         return f"unknown key {key[1]}; {unknown[2]} has {', '.join(_fields(unknown[2]))}"
     lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("object_type", "reference_type", "full_key", "Error merging"))]
+    lines = [
+        line
+        for line in lines
+        if line and not line.startswith(("object_type", "reference_type", "full_key", "Error merging"))
+    ]
     return (f"{key[1]}: " if key else "") + "; ".join(dict.fromkeys(lines))
 
 

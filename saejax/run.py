@@ -50,9 +50,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
 
     lane_sharding = NamedSharding(mesh, P(sharding.DATA))
     lanes = _own_lanes(lane_sharding, cfg.train.n_lanes)
-    rows = cfg.source.open(
-        n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.seed
-    )
+    rows = cfg.source.open(n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.seed)
     put = functools.partial(_put, lane_sharding, cfg.train.n_lanes)
     tx = optim.make(cfg.optim, cfg.train.n_steps)
     make_step = step.make(cfg.sae, tx, dead_window_tokens=cfg.train.dead_window_tokens)
@@ -72,9 +70,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
             train_state = state.create(
                 cfg.sae, tx, cfg.train, cfg.normalize, put(np.stack(records, axis=1)), seed=cfg.seed, mesh=mesh
             )
-        tracker = tracking.Tracker(
-            run_dir, cfg.tracker, config.to_plain(cfg), start_step=int(train_state.step)
-        )
+        tracker = tracking.Tracker(run_dir, cfg.tracker, config.to_plain(cfg), start_step=int(train_state.step))
         try:
             outcome = loop.fit(
                 train_state,
@@ -126,7 +122,7 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
 def _open_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resume and any((run_dir / "checkpoints").glob("[0-9]*")):
-        raise UserError(f"{run_dir} holds checkpoints already: go on with resume={run_dir}, or choose another directory")
+        raise UserError(f"{run_dir} holds checkpoints already: go on with resume={run_dir}, or take another directory")
     if jax.process_index() == 0:
         temporary = run_dir / "config.yaml.tmp"
         temporary.write_text(config.to_yaml(cfg), encoding="utf-8")
@@ -161,9 +157,7 @@ def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
     return run
 
 
-def _write_record(
-    cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, outcome: loop.Outcome
-) -> None:
+def _write_record(cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, outcome: loop.Outcome) -> None:
     """run.json: with what, where and how fast."""
     if jax.process_index() != 0:
         return

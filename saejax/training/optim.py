@@ -14,7 +14,7 @@ class OptimConfig:
     """Adam and its schedule; shares are of the whole run, so that a longer run keeps its shape."""
 
     lr: float = 1e-3
-    """Peak learning rate. 1e-3 suits 4k to 16k latents at batch 1k to 4k; wider SAEs want about 1 / sqrt(d_sae) of it."""
+    """Peak learning rate. 1e-3 suits 4k to 16k latents at batch 1k to 4k; wider SAEs want less, as 1 / sqrt(d_sae)."""
     beta1: float = 0.9
     """Decay of the first moment, in [0, 1)."""
     beta2: float = 0.999

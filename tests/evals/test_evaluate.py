@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saejax import sae as _  # noqa: F401  registers the architectures
 from saejax import sharding
 from saejax.errors import UserError
 from saejax.evals import evaluate, metric, sparsity
+from saejax.sae import base
 
 WINDOWS = sparsity.Firing(windows=(5, 50))
 ALL = (*[m for m in evaluate.default_metrics() if m.name != "firing"], WINDOWS)
@@ -60,6 +62,26 @@ def test_mesh_does_not_matter(sae, rows, shape):
         evaluate.evaluate_rows(sae, [rows], ALL, batch_rows=32),
         evaluate.evaluate_rows(sae, [rows], ALL, batch_rows=32, mesh=mesh),
     )
+
+
+@pytest.mark.parametrize("name", base.ARCHITECTURES)
+def test_mesh_does_not_matter_to_real_architectures(rows, name):
+    """Their kernels cut the work over the mesh by hand, so they are tried as well, on sharded parameters."""
+    extra = {"k": 4, "k_aux": 8} if name == "topk" else {}
+    sparsifier = base.ARCHITECTURES[name](d_in=6, d_sae=16, **extra)
+    params = sparsifier.init(jax.random.key(0))
+    mesh = sharding.make_mesh(4, 2)
+    placed = jax.device_put(params, sharding.tree_shardings(mesh, params))
+    normalised = {"mean": rows.mean(0), "scale": np.float32(0.5), "batch_rows": 64}
+    one = evaluate.make_evaluator(sparsifier, ALL).evaluate(params, [rows], **normalised)
+    many = evaluate.make_evaluator(sparsifier, ALL, mesh).evaluate(placed, [rows], **normalised)
+    assert one["l0"] > 0
+    assert_same(one, many)
+
+
+def test_latents_that_the_mesh_cannot_split_are_refused(make_sae, rows):
+    with pytest.raises(UserError, match="mesh.latent must divide"):
+        evaluate.evaluate(make_sae(d_sae=15), rows, mesh=sharding.make_mesh(4, 2))
 
 
 def test_batch_is_rounded_up_to_the_mesh(sae, rows):

@@ -66,9 +66,7 @@ def test_encode_and_decode(sparsifier, params, x):
 
 def test_permuting_latents_permutes_the_code_and_nothing_else(sparsifier, params, x):
     order = np.random.default_rng(0).permutation(sparsifier.d_sae)
-    shuffled = params.replace(
-        W_enc=params.W_enc[:, order], b_enc=params.b_enc[order], W_dec=params.W_dec[order]
-    )
+    shuffled = params.replace(W_enc=params.W_enc[:, order], b_enc=params.b_enc[order], W_dec=params.W_dec[order])
     before, after = sparsifier.encode(params, x), sparsifier.encode(shuffled, x)
     np.testing.assert_allclose(after.dense(), before.dense()[:, order], **CLOSE)
     np.testing.assert_allclose(sparsifier.decode(shuffled, after), sparsifier.decode(params, before), **CLOSE)

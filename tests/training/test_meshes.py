@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
+import small_runs as runs
 
 from saejax import config, sharding
 from saejax.errors import UserError
 from saejax.sae import base
 from saejax.training import optim, state
-from tests.training import runs
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
@@ -59,9 +59,7 @@ def test_every_leaf_is_born_where_it_belongs():
     )
     tx = optim.make(cfg.optim, 4)
     born = state.create(cfg.sae, tx, cfg.train, cfg.normalize, rows, seed=0, mesh=mesh)
-    specs = {
-        jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(born)
-    }
+    specs = {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(born)}
     for name in ("W_enc", "b_enc", "W_dec"):
         placed = [spec for path, spec in specs.items() if path.endswith(f".{name}")]
         assert len(placed) == 3, "parameter and both moments"

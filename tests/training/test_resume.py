@@ -8,11 +8,11 @@ import time
 
 import numpy as np
 import pytest
+import small_runs as runs
 
 from saejax import config, run
 from saejax.errors import UserError
 from saejax.sae import base
-from tests.training import runs
 
 # The command line of `runs.compose(architecture, 100)`, checkpoints kept so that step 50 can be looked at.
 COMMAND = [

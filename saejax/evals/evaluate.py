@@ -179,7 +179,13 @@ def make_evaluator(
 
     Returns:
       An evaluator; `evaluator.evaluate(params, batches, mean=..., scale=...)` runs it.
+
+    Raises:
+      UserError: the mesh cannot split the latents evenly.
     """
+    if mesh is not None:
+        n_data, n_latent = mesh.shape[sharding.DATA], mesh.shape[sharding.LATENT]
+        sharding.check_divides((n_data, n_latent), n_lanes=n_data, d_sae=sparsifier.d_sae)
 
     def init() -> Any:
         return tuple(m.init(sparsifier.d_in, sparsifier.d_sae) for m in metrics)

@@ -68,18 +68,26 @@ def x_name(rows: list[dict[str, Any]]) -> str:
 
 
 def _panel(rows: list[dict[str, Any]], name: str) -> Panel:
-    axis = x_name(rows)
+    axis, tokens_per_step = x_name(rows), _tokens_per_step(rows)
     series = []
     for part, label in (("train", "training"), ("eval", "held out")):
         points = [
-            (row[axis], row[f"{part}/{name}"])
+            (row[axis] if axis in row else row["step"] * tokens_per_step, row[f"{part}/{name}"])
             for row in rows
-            if records.is_number(row.get(f"{part}/{name}")) and records.is_number(row.get(axis))
+            if records.is_number(row.get(f"{part}/{name}")) and (axis in row or "step" in row)
         ]
         if points:
             series.append(_thin(label, *np.asarray(sorted(points), float).T))
     title, note = MAIN.get(name, (name.replace("_", " "), ""))
     return Panel(name, title, note, series, log_y=name != "tokens_per_second" and _wants_log(series))
+
+
+def _tokens_per_step(rows: list[dict[str, Any]]) -> float:
+    """Places held-out values, which are logged by step alone, among the tokens; every step has as many."""
+    for row in reversed(rows):
+        if row.get("step") and records.is_number(row.get("tokens")):
+            return row["tokens"] / row["step"]
+    return 1.0
 
 
 def _thin(label: str, x: np.ndarray, y: np.ndarray) -> Series:

@@ -16,7 +16,7 @@ from saejax.report.corpus import Corpus
 from saejax.sae.model import SAE
 
 _CANDIDATES = 8
-"""Rows kept per snippet shown, because only one of each document is shown."""
+"""Rows kept per snippet shown, for the best ones often lie side by side."""
 _NEIGHBOURS = 6
 
 
@@ -27,7 +27,7 @@ class LatentPage:
     n_latents: int = 40
     """Latents on the page, spread over the range of firing rates; at least 1."""
     n_top: int = 6
-    """Strongest snippets per latent, each from another document; at least 1."""
+    """Strongest snippets per latent, from different documents first; at least 1."""
     n_random: int = 3
     """Snippets drawn at random among all rows where the latent is active; 0 shows none."""
     before: int = 20

@@ -8,6 +8,7 @@ their texts.
 import datetime
 import math
 import shlex
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,10 @@ def _headline(found: records.Run, sae: SAE | None) -> str:
         value = flat.get(f"sae.{key}", getattr(sae.sparsifier, key, None) if sae is not None else None)
         if value is not None:
             parts.append(text.format(f"{value:,}" if isinstance(value, int) else value))
-    provenance = dict(sae.provenance) if sae is not None else {}
-    hook = provenance.get("hook") or next((v for k, v in flat.items() if k.split(".")[-1] == "hook"), None)
-    if hook:
-        parts.append(str(hook))
+    known = records.flatten(found.record) | (records.flatten(dict(sae.provenance)) if sae is not None else {})
+    for key in ("source.model.name", "hook", "source.hook"):
+        if known.get(key) and str(known[key]) not in parts:
+            parts.append(str(known[key]))
     tokens = found.last("tokens")
     if tokens:
         parts.append(f"{plot.human(tokens)} tokens")
@@ -238,7 +239,7 @@ def _share(value: float) -> str:
 def _visible(text: str) -> str:
     """Makes line breaks and tabs visible, as they are tokens of their own; so are control characters."""
     shown = text.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "↵").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else "�" for c in shown) or "∅"
+    return "".join("�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in shown) or "∅"
 
 
 def _shade(activation: float | None, largest: float | None) -> str:

@@ -52,21 +52,42 @@ def cut(
     before: int,
     after: int,
 ) -> list[Snippet]:
-    """Cuts snippets around the first `n` of `rows` in different documents; rows below 0 are no rows."""
-    chosen: dict[int, tuple[int, Window]] = {}
-    for row in rows[rows >= 0].tolist():
-        if len(chosen) == n:
-            break
-        window = corpus.window(row, before, after)
-        chosen.setdefault(window.document, (row, window))
+    """Cuts snippets around `n` of `rows`, the first of each document before any second one.
+
+    Args:
+      sae: The SAE.
+      corpus: The rows and their text.
+      decode: Token ids to text.
+      latent: Whose activations are shown.
+      rows: Candidates, best first; below 0 are none.
+      n: Snippets at most; they do not overlap.
+      before: Tokens shown to the left.
+      after: Tokens shown to the right.
+
+    Returns:
+      The snippets in the order of `rows`.
+    """
+    chosen = _choose(corpus, rows[rows >= 0].tolist(), n, before, after)
     if not chosen:
         return []
-    acts = _activations(sae, corpus, latent, [window for _, window in chosen.values()])
+    acts = _activations(sae, corpus, latent, [window for _, window in chosen])
     snippets = []
-    for (row, window), act in zip(chosen.values(), acts, strict=True):
+    for (row, window), act in zip(chosen, acts, strict=True):
         text, peak = pieces(window.tokens, act, decode, window.centre)
         snippets.append(Snippet(text, float(act[window.centre]), peak, row, window.document))
     return snippets
+
+
+def _choose(corpus: Corpus, rows: Sequence[int], n: int, before: int, after: int) -> list[tuple[int, Window]]:
+    windows = {row: corpus.window(row, before, after) for row in rows}
+    chosen: list[int] = []
+    for per_document in (1, n):
+        for row in rows:
+            apart = all(abs(row - other) > before + after for other in chosen)
+            same = sum(windows[other].document == windows[row].document for other in chosen)
+            if len(chosen) < n and apart and same < per_document:
+                chosen.append(row)
+    return [(row, windows[row]) for row in rows if row in chosen]
 
 
 def pieces(

@@ -104,10 +104,17 @@ def find(root: Path) -> list[Path]:
 
 
 def status(found: records.Run) -> str:
-    """"evaluated", "trained" (no eval.json) or "failed" (no metric at all)."""  # fmt: skip
+    """How far a run came.
+
+    Returns:
+      "failed" (no metric at all), "evaluated" (eval.json is there), "trained" (it ended), "stopped" (by a signal) or
+      "unfinished" (it runs still, or broke off).
+    """
     if found.evaluation.get("metrics"):
         return "evaluated"
-    return "trained" if found.rows else "failed"
+    if not found.rows:
+        return "failed"
+    return {True: "trained", False: "stopped"}.get(found.record.get("finished"), "unfinished")
 
 
 def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
@@ -160,7 +167,7 @@ def _row(found: records.Run, keys: Sequence[str], base: Path, group: int, front:
         status=state,
         settings=[_text(flat[key]) if key in flat else "" for key in keys],
         metrics=[None if failed else found.metric(name) for name in _METRICS],
-        source={"evaluated": "eval.json", "trained": "last logged values", "failed": ""}[state],
+        source={"evaluated": "eval.json", "failed": ""}.get(state, "last logged values"),
         group=group,
         front=front,
     )

@@ -6,12 +6,12 @@ r"""AuxK: dead latents learn to explain what the live ones leave over, and so co
 
 e is the residual x - recon, held fixed, and its estimate has no b_dec. The gradient reaches the encoder
 columns, the encoder biases and the decoder rows of dead latents and nothing else. The loss of TopK adds
-`aux_alpha` times this.
+`aux_alpha` times this, in the unit of its squared error.
 
 Sources:
   Gao et al., Scaling and evaluating sparse autoencoders, 2024 (arXiv:2406.04093): the k_aux best dead
-  latents, alpha 1/32. The ReLU on the auxiliary values and the division by the variance of the residual within
-  the batch are those of its published code. The factor min(n_dead / k_aux, 1), which keeps a few dead latents
+  latents, alpha 1/32. The ReLU on the auxiliary values and the division by the variance of the residual in the
+  batch are those of its published code. The factor min(n_dead / k_aux, 1), which keeps a few dead latents
   from being pushed by the whole residual, is that of SAELens.
 """
 

@@ -18,9 +18,7 @@ class EncoderInit(enum.Enum):
     """Directions of its own, with the decoder's norm."""
 
 
-def random(
-    key: Key[Array, ""], *, d_in: int, d_sae: int, decoder_norm: float, encoder: EncoderInit
-) -> SAEParams:
+def random(key: Key[Array, ""], *, d_in: int, d_sae: int, decoder_norm: float, encoder: EncoderInit) -> SAEParams:
     """Returns parameters with random decoder rows of the given norm and zero biases."""
     key_dec, key_enc = jax.random.split(key)
     W_dec = directions(key_dec, d_sae, d_in) * decoder_norm

@@ -37,7 +37,7 @@ class TopK(base.Sparsifier):
     k: int = 32
     """Latents kept per row, in [1, d_sae]; a row with fewer positive ones uses fewer."""
     aux_alpha: float = 1 / 32
-    """Weight of the AuxK loss (dimensionless, relative to mse); 0 turns it off. 1/32 as in Gao et al."""
+    """Weight of the AuxK loss against mse over variance, dimensionless; 0 turns it off. 1/32 as in Gao et al."""
     k_aux: int | None = None
     """Dead latents that explain the residual of a row, in [1, d_sae]; null takes half of d_in."""
     encoder_init: initialise.EncoderInit = initialise.EncoderInit.transpose
@@ -58,9 +58,7 @@ class TopK(base.Sparsifier):
 
     def init(self, key):
         """Draws unit decoder rows; the encoder mirrors them; biases are 0."""
-        return initialise.random(
-            key, d_in=self.d_in, d_sae=self.d_sae, decoder_norm=1.0, encoder=self.encoder_init
-        )
+        return initialise.random(key, d_in=self.d_in, d_sae=self.d_sae, decoder_norm=1.0, encoder=self.encoder_init)
 
     def encode(self, params, x):
         """Returns the k largest latents of each row; those below zero become 0."""
@@ -80,11 +78,13 @@ class TopK(base.Sparsifier):
         return recon + params.b_dec[None, :]
 
     def loss(self, params, x, *, dead, step):
-        r"""Returns :math:`\mathrm{mse} + \alpha\,\mathrm{aux}`.
+        r"""Returns :math:`\mathrm{mse} + \alpha\, s^2\, \mathrm{aux}`.
 
-        mse is the squared error summed over d_in and averaged over the rows, not divided by any variance:
-        with centred data of E||x||^2 = 1 it is the fvu. aux is dimensionless (`aux_k`). Both as in
-        dictionary_learning's TopK trainer, whose aux has no factor min(n_dead / k_aux, 1).
+        mse is the squared error summed over d_in and averaged over the rows. aux is dimensionless (`aux_k`), and
+        :math:`s^2 = E\|x - \bar x\|^2`, from the batch and without a gradient, gives it the unit of mse. So the
+        loss is that of Gao et al. (mse / s^2 + alpha aux) times s^2, alpha means the same at every scale of the
+        data, and with centred data of E||x||^2 = 1 it is the loss of dictionary_learning's TopK trainer but for
+        the factor min(n_dead / k_aux, 1).
         """
         encoding = self.encode(params, x)
         recon = self.decode(params, encoding)
@@ -96,7 +96,8 @@ class TopK(base.Sparsifier):
             terms["aux_k"] = aux_k_loss(
                 params.W_enc, params.b_enc, params.W_dec, *fixed, dead, self.n_aux, self.matmul_dtype.value
             )
-            loss = mse + self.aux_alpha * terms["aux_k"]
+            spread = jnp.mean(jnp.sum((x - jnp.mean(x, axis=0, keepdims=True)) ** 2, axis=1))
+            loss = mse + self.aux_alpha * lax.stop_gradient(spread) * terms["aux_k"]
         return loss, base.Aux(recon=recon, encoding=encoding, terms=terms)
 
     def constrain(self, params):

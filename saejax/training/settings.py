@@ -26,7 +26,7 @@ class TrainConfig:
     batch: int = 512
     """Rows per step over all devices; a multiple of `n_lanes`."""
     n_lanes: int = 8
-    """Parallel lanes of the data stream. Every mesh.data and number of processes that divides it sees the same batches."""
+    """Parallel lanes of the data stream. Any mesh.data and number of processes that divide it see the same batches."""
     b_dec_init: DecoderBias = DecoderBias.geometric_median
     """Start of the decoder bias, from the first buffer filling: geometric_median, mean or zero."""
     dead_after_tokens: int | None = None

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sae as _  # noqa: F401  registers the architectures
+from saejax import sae as architectures
 from saejax import sharding
 from saejax.errors import UserError
 from saejax.evals import evaluate, metric, sparsity
-from saejax.sae import base
 
 WINDOWS = sparsity.Firing(windows=(5, 50))
 ALL = (*[m for m in evaluate.default_metrics() if m.name != "firing"], WINDOWS)
@@ -64,11 +63,11 @@ def test_mesh_does_not_matter(sae, rows, shape):
     )
 
 
-@pytest.mark.parametrize("name", base.ARCHITECTURES)
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_mesh_does_not_matter_to_real_architectures(rows, name):
     """Their kernels cut the work over the mesh by hand, so they are tried as well, on sharded parameters."""
     extra = {"k": 4, "k_aux": 8} if name == "topk" else {}
-    sparsifier = base.ARCHITECTURES[name](d_in=6, d_sae=16, **extra)
+    sparsifier = architectures.ARCHITECTURES[name](d_in=6, d_sae=16, **extra)
     params = sparsifier.init(jax.random.key(0))
     mesh = sharding.make_mesh(4, 2)
     placed = jax.device_put(params, sharding.tree_shardings(mesh, params))

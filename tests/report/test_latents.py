@@ -51,9 +51,7 @@ def test_random_draw_is_fair(texts, sae, dense):
     active, n_seeds, keep = int((dense[:, latent] > 0).sum()), 60, 20
     counts = np.zeros(texts.n_rows)
     for seed in range(n_seeds):
-        rows = search.search(
-            sae, texts, np.asarray([latent]), keep=keep, max_rows=10**6, seed=seed
-        ).draw_rows[0]
+        rows = search.search(sae, texts, np.asarray([latent]), keep=keep, max_rows=10**6, seed=seed).draw_rows[0]
         counts[rows] += 1
     p = keep / active
     seen = counts[dense[:, latent] > 0]
@@ -82,7 +80,7 @@ def test_snippets_show_the_strongest_row_of_each_document(texts, sae, dense, sto
         order = np.argsort(-column, kind="stable")
         _, first = np.unique(documents[order], return_index=True)
         expected = [row for row in order[np.sort(first)] if column[row] > 0][: settings.n_top]
-        assert [s.row for s in latent.top] == expected
+        assert [s.row for s in latent.top] == expected  # there are enough documents
         assert latent.rate == pytest.approx((column > 0).mean())
         assert latent.mean == pytest.approx(column[column > 0].mean(), rel=1e-4)
         for snippet in latent.top + latent.random:

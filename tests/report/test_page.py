@@ -55,9 +55,7 @@ def full(tmp_path_factory, sae, store_path):
     run_dir = write_run(tmp_path_factory.mktemp("runs") / "full & <b>bold")
     unembedding = np.random.default_rng(1).normal(size=(D_IN, len(WORDS))).astype(np.float32)
     settings = report.LatentPage(n_latents=8, n_top=3, n_random=2, n_tokens=len(WORDS))
-    examples = report.collect(
-        sae, corpus.StoreCorpus(store_path), decode, settings=settings, unembedding=unembedding
-    )
+    examples = report.collect(sae, corpus.StoreCorpus(store_path), decode, settings=settings, unembedding=unembedding)
     return render(run_dir, sae=sae, examples=examples)
 
 
@@ -97,9 +95,7 @@ def test_missing_parts_say_which_command_fills_them(missing, tmp_path, sae):
     if missing != "sae":
         (run_dir / missing).unlink()
     text, page = render(run_dir, sae=None if missing == "sae" else sae)
-    command = {"eval.json": "saejax evaluate run=", "sae": "saejax report run="}.get(
-        missing, "saejax train resume="
-    )
+    command = {"eval.json": "saejax evaluate run=", "sae": "saejax report run="}.get(missing, "saejax train resume=")
     assert f"{command}{run_dir}" in "".join(page.texts)
 
 

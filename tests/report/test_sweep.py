@@ -15,9 +15,7 @@ def test_pareto_front_equals_brute_force():
     for _ in range(200):
         points = [tuple(p) for p in rng.integers(0, 6, size=(rng.integers(1, 9), 2)).tolist()]
         front = {
-            i
-            for i, (x, y) in enumerate(points)
-            if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
+            i for i, (x, y) in enumerate(points) if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
         }
         assert sweep.pareto(points) == front
 

@@ -76,7 +76,7 @@ class LanguageModel:
     @property
     def dtype(self) -> jnp.dtype:
         """Of the matrices and of every activation; logits are float32."""
-        return weights.matrix_dtype(self.state)
+        return _decoder(self.config, self.state).W_E[...].dtype
 
     def hook_width(self, hook: str) -> int:
         """Coordinates of the activation at a hook.
@@ -152,7 +152,7 @@ class LanguageModel:
 
         A direction's products with it are its direct effects on the logits, up to the norm's scale.
         """
-        decoder = nnx.merge(weights.abstract(self.config)[0], self.state)
+        decoder = _decoder(self.config, self.state)
         head = decoder.W_E[...].T if decoder.W_U is None else decoder.W_U[...]
         return head.astype(jnp.float32) * decoder.final_norm.gain[...][:, None]
 

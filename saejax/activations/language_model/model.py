@@ -282,17 +282,27 @@ def _attend(
     v: Float[Array, "b s g d"],
     segments: Int[Array, "b s"],
     window: Int[Array, ""],
-) -> Float[Array, "b s g r d"]:
-    """Softmax attention; r = h / g query heads share each key and value head."""
+) -> Float[Array, "b s h d"]:
+    """Softmax attention; h / g query heads share each key and value head."""
     b, s, n_heads, d_head = q.shape
-    q = q.reshape(b, s, k.shape[2], n_heads // k.shape[2], d_head)
+    groups = k.shape[2]
+    keys, values = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     index = jnp.arange(s)
 
     def rows(q: jax.Array, q_segments: jax.Array, q_index: jax.Array) -> jax.Array:
-        scores = jnp.einsum("bqgrd,bkgd->bgrqk", q, k, preferred_element_type=jnp.float32) * config.attn_scale
+        # All queries that share a key head are rows of one matrix product.
+        n = q.shape[1]
+        by_group = q.transpose(0, 2, 1, 3).reshape(b, groups, -1, d_head)
+        scores = jnp.matmul(by_group, keys, preferred_element_type=jnp.float32) * config.attn_scale
+        scores = _softcap(scores, config.attn_softcap).reshape(b, groups, -1, n, s)
         seen = _visible(q_segments, segments, q_index, index, window)[:, None, None]
-        scores = jnp.where(seen, _softcap(scores, config.attn_softcap), -1e30)
-        return jnp.einsum("bgrqk,bkgd->bqgrd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+        scores = jnp.where(seen, scores, -1e30)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        total = weights.sum(-1).reshape(b, n_heads, n, 1)
+        mixed = jnp.matmul(weights.astype(v.dtype).reshape(b, groups, -1, s), values)
+        # Divided after the product: d_head numbers a row instead of s.
+        out = mixed.reshape(b, n_heads, n, d_head) / total.astype(v.dtype)
+        return out.transpose(0, 2, 1, 3)
 
     if s <= _QUERY_CHUNK or s % _QUERY_CHUNK:
         return rows(q, segments, index)

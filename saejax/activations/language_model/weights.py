@@ -151,11 +151,6 @@ def leaf_sharding(config: ModelConfig, name: str, shape: tuple[int, ...], mesh: 
     return NamedSharding(mesh, P(*(LATENT if i == axis else None for i in range(len(shape)))))
 
 
-def matrix_dtype(state: nnx.State) -> jnp.dtype:
-    """The dtype in which a loaded model's matrices are kept."""
-    return state["W_E"][...].dtype
-
-
 class _Leaf:
     """Reads any part of one leaf; replicas on several devices read the files once."""
 
@@ -163,7 +158,8 @@ class _Leaf:
         self.source, self.tensor, self.shape, self.offset = source, tensor, shape, offset
         self._read: dict[tuple, np.ndarray] = {}
 
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __call__(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or tuple(slice(None) for _ in self.shape)
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
         if bounds not in self._read:
             self._read[bounds] = self._gather(bounds)

@@ -75,10 +75,20 @@ def test_whole_loss_adds_alpha_times_the_term_to_the_main_path(params, x):
 
     with_aux, without = jax.grad(total)(params, dead), jax.grad(total)(params, jnp.zeros(64, bool))
     aux = jax.grad(loss)(params, x, dead)
-    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - b, c / 32, atol=1e-5), with_aux, without, aux)
+    weight = jnp.mean(jnp.sum((x - x.mean(0)[None, :]) ** 2, axis=1)) / 32
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - b, c * weight, atol=5e-5), with_aux, without, aux)
     np.testing.assert_allclose(
-        total(params, dead) - total(params, jnp.zeros(64, bool)), loss(params, x, dead) / 32, atol=2e-5
+        total(params, dead) - total(params, jnp.zeros(64, bool)), loss(params, x, dead) * weight, rtol=1e-4
     )
+
+
+def test_alpha_means_the_same_at_every_scale_of_the_data(x):
+    """Scaling data and biases by 8 scales the loss by 64: no term keeps a unit of its own."""
+    losses = []
+    for scale in (1.0, 8.0):
+        params = CONFIG.init(jax.random.key(0)).replace(b_dec=scale * jnp.linspace(-0.3, 0.3, 16))
+        losses.append(CONFIG.loss(params, scale * x, dead=dead_latents(5), step=jnp.zeros((), int))[0])
+    np.testing.assert_allclose(losses[1], 64 * losses[0], rtol=1e-5)
 
 
 def test_zero_when_nothing_is_dead(params, x):

@@ -83,9 +83,9 @@ def _choose(corpus: Corpus, rows: Sequence[int], n: int, before: int, after: int
     chosen: list[int] = []
     for per_document in (1, n):
         for row in rows:
-            apart = all(abs(row - other) > before + after for other in chosen)
-            same = sum(windows[other].document == windows[row].document for other in chosen)
-            if len(chosen) < n and apart and same < per_document:
+            same = [other for other in chosen if windows[other].document == windows[row].document]
+            apart = all(abs(row - other) > before + after for other in same)
+            if len(chosen) < n and len(same) < per_document and apart:
                 chosen.append(row)
     return [(row, windows[row]) for row in rows if row in chosen]
 

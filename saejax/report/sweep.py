@@ -114,7 +114,9 @@ def status(found: records.Run) -> str:
         return "evaluated"
     if not found.rows:
         return "failed"
-    return {True: "trained", False: "stopped"}.get(found.record.get("finished"), "unfinished")
+    if "finished" not in found.record:
+        return "unfinished"
+    return "trained" if found.record["finished"] else "stopped"
 
 
 def differing(configs: Sequence[dict[str, Any]]) -> list[str]:

@@ -166,3 +166,18 @@ def test_what_cannot_be_shown_is_refused(sae, texts):
         report.collect(sae, firing_rate=np.ones(3))
     with pytest.raises(UserError, match="report.n_top must be at least 1, got 0"):
         report.LatentPage(n_top=0)
+
+
+def test_second_snippets_of_a_document_come_only_when_documents_run_out(texts, sae, store_path):
+    documents = store.Reader(store_path).index(0, texts.n_rows)[:, 2]
+    long = int(np.argmax(np.bincount(documents)))
+    inside = np.flatnonzero(documents == long)
+    other = int(np.flatnonzero(documents != long)[-1])
+    rows = np.asarray([inside[0], inside[1], inside[5], other, inside[-1], -1])
+
+    def shown(n):
+        found = snippets.cut(sae, texts, decode, 0, rows, n=n, before=1, after=1)
+        return [s.row for s in found]
+
+    assert shown(2) == [inside[0], other]
+    assert shown(4) == [inside[0], inside[5], other, inside[-1]]  # inside[1] would overlap

@@ -10,7 +10,7 @@ from conftest import D_IN, WORDS, decode, write_run
 
 from saejax import report
 from saejax.errors import UserError
-from saejax.report import corpus, plot
+from saejax.report import corpus, curves, plot
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 
@@ -132,3 +132,22 @@ def test_histogram_draws_one_bar_per_filled_bin_with_its_count():
     heights = [float(h) for h in re.findall(r'class="bar".*?height="([\d.]+)"', chart)]
     assert len(heights) == 2 and heights[0] == pytest.approx(2 * heights[1], rel=0.01)
     assert "latents: 4 in 0 to 1" in chart
+
+
+def test_held_out_values_logged_by_step_alone_find_their_place(tmp_path):
+    rows = [{"step": s, "tokens": 64 * s, "train/fvu": 1 / s} for s in range(1, 11)]
+    rows += [{"step": 5, "eval/fvu": 0.3}, {"step": 10, "eval/fvu": 0.2}]
+    (panel,), _ = curves.panels(rows)
+    assert [s.label for s in panel.series] == ["training", "held out"]
+    assert panel.series[1].x.tolist() == [320.0, 640.0] and panel.series[1].y.tolist() == [0.3, 0.2]
+
+
+def test_thinning_keeps_means_and_extremes():
+    y = np.random.default_rng(0).normal(size=5000) ** 2
+    rows = [{"step": n, "train/loss": v} for n, v in enumerate(y.tolist())]
+    (panel,), _ = curves.panels(rows)
+    (series,) = panel.series
+    assert len(series.x) <= 240
+    assert series.low.min() == y.min() and series.high.max() == y.max()
+    sizes = [len(g) for g in np.array_split(y, len(series.x))]
+    assert np.average(series.y, weights=sizes) == pytest.approx(y.mean())

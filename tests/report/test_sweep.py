@@ -41,7 +41,7 @@ def test_every_run_is_listed_with_its_fate(tmp_path):
     for row in (
         "0 evaluated ◦ front 16 0 0.3",
         "2 evaluated 64 0 0.25",
-        "4 trained",
+        "4 unfinished 32 1 0.215",
         "5 failed",
         "10 failed 64 1 –",
     ):

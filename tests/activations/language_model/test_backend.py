@@ -24,11 +24,13 @@ def test_packed_documents_are_as_if_alone(name: str, tiny, tokens: np.ndarray) -
     for row, segments in enumerate(PACKED):
         for segment in set(segments.tolist()) - {0}:
             here = segments == segment
-            alone = tokens[row, here][None]
-            one = np.ones_like(alone)
-            np.testing.assert_allclose(logits[row, here], lm.logits(alone, one)[0], atol=TOLERANCE, rtol=0)
+            n = here.sum()
+            # Alone at the row's start; causal attention cannot see the padding behind it.
+            alone, one = np.zeros((2, 1, tokens.shape[1]), np.int32)
+            alone[0, :n], one[0, :n] = tokens[row, here], 1
+            np.testing.assert_allclose(logits[row, here], lm.logits(alone, one)[0, :n], atol=TOLERANCE, rtol=0)
             for hook, value in lm.capture(alone, one, wanted).items():
-                np.testing.assert_allclose(packed[hook][row, here], value[0], atol=TOLERANCE, rtol=0)
+                np.testing.assert_allclose(packed[hook][row, here], value[0, :n], atol=TOLERANCE, rtol=0)
     assert np.isfinite(logits).all()
 
 
@@ -54,7 +56,7 @@ def test_early_stop_reads_what_a_full_run_reads(tiny, tokens: np.ndarray) -> Non
     lm = language_model.load(tiny("llama")[0])
     names = tuple(f"blocks.{layer}.{site}" for layer in range(3) for site in hooks.SITES)
     full = lm.capture(tokens, PACKED, names)
-    for name in names[::5]:  # all sites but one, spread over the layers
+    for name in names[::5]:  # five sites, spread over the layers
         alone = lm.capture(tokens, PACKED, (name,))[name]
         np.testing.assert_allclose(alone, full[name], atol=TOLERANCE, rtol=0, err_msg=name)
     assert lm.capture(tokens, PACKED, ()) == {}

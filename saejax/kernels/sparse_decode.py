@@ -65,9 +65,7 @@ def combine_rows(
     return cut.run(shard, (rows, rows, P(cut.latents, None)), rows)(values, indices, W)
 
 
-def dot_rows(
-    y: Float[Array, "b d"], indices: Int[Array, "b k"], W: Float[Array, "n d"]
-) -> Float[Array, "b k"]:
+def dot_rows(y: Float[Array, "b d"], indices: Int[Array, "b k"], W: Float[Array, "n d"]) -> Float[Array, "b k"]:
     """Returns the inner product of each row of `y` with each of its rows of `W`."""
     cut = partition.of(y.shape[0], W.shape[0])
 
@@ -91,9 +89,7 @@ def accumulate_rows(
         own, indices = _own(indices, cut, n_local)
         values = jnp.where(own, values, 0)
         zeros = jnp.zeros((n_local, y.shape[1]), y.dtype)
-        return cut.sum_rows(
-            lax.platform_dependent(zeros, values, indices, y, cpu=_accumulate_cpu, default=_accumulate)
-        )
+        return cut.sum_rows(lax.platform_dependent(zeros, values, indices, y, cpu=_accumulate_cpu, default=_accumulate))
 
     rows = P(cut.rows, None)
     return cut.run(shard, (rows, rows, rows), P(cut.latents, None))(values, indices, y)

@@ -8,6 +8,7 @@ way in and cut on the way out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ class LanguageModel:
         *,
         tokenizer: tokenizers.Tokenizer | None,
         provenance: dict[str, Any],
-        mesh: Mesh | None,
+        mesh: Mesh,
     ) -> None:
         self.config, self.state, self.mesh = config, state, mesh
         self.tokenizer, self.provenance = tokenizer, provenance
@@ -110,8 +111,9 @@ class LanguageModel:
         if not parsed:
             return {}
         placed = self._place(tokens, segments)
-        values = _capture(self.state, *placed, config=self.config, mesh=self.mesh, hooks=parsed)
-        return {hook: value[: len(tokens)] for hook, value in zip(hooks, values, strict=True)}
+        with self._on_own_mesh():
+            values = _capture(self.state, *placed, config=self.config, mesh=self.mesh, hooks=parsed)
+        return {hook: _cut(value, len(tokens)) for hook, value in zip(hooks, values, strict=True)}
 
     def lower(self, tokens: Tokens, segments: Tokens, hook: str) -> Float[Array, "b s width"]:
         """The activation at one hook: the first half of a splice. See `capture`."""
@@ -139,13 +141,17 @@ class LanguageModel:
         if h.shape != wanted:
             raise UserError(f"activation at {hook} has shape {h.shape}, allowed: {wanted}")
         placed = self._place(tokens, segments)
-        out = _upper(self.state, *placed, self._padded(h), config=self.config, mesh=self.mesh, hook=parsed)
-        return out[: len(tokens)]
+        value = self._padded(h)
+        with self._on_own_mesh():
+            out = _upper(self.state, *placed, value, config=self.config, mesh=self.mesh, hook=parsed)
+        return _cut(out, len(tokens))
 
     def logits(self, tokens: Tokens, segments: Tokens) -> Float[Array, "b s vocab"]:
         """float32 logits of the unchanged model; logits[:, t] predict token t + 1."""
-        out = _logits(self.state, *self._place(tokens, segments), config=self.config, mesh=self.mesh)
-        return out[: len(tokens)]
+        placed = self._place(tokens, segments)
+        with self._on_own_mesh():
+            out = _logits(self.state, *placed, config=self.config, mesh=self.mesh)
+        return _cut(out, len(tokens))
 
     def unembedding(self) -> Float[Array, "d_model vocab"]:
         """Direction of each token's logit in the final residual stream: diag(final norm gain) W_U, float32.
@@ -168,23 +174,31 @@ class LanguageModel:
             raise UserError(f"{host.shape[1]} tokens exceed the model's context, allowed: {self.config.context_length}")
         return self._padded(host.astype(np.int32)), self._padded(host_segments.astype(np.int32))
 
+    def _on_own_mesh(self) -> contextlib.AbstractContextManager:
+        """The model may live on fewer devices than the training or evaluation that surrounds it."""
+        surrounded = not jax.sharding.get_abstract_mesh().empty
+        return jax.set_mesh(self.mesh) if surrounded else contextlib.nullcontext()
+
     def _padded(self, x: jax.Array | np.ndarray) -> jax.Array:
         """Rows of zeros up to a multiple of the mesh's data axis, sharded over it."""
-        if self.mesh is None:
-            return jnp.asarray(x)
         short = -len(x) % self.mesh.shape.get(DATA, 1)
         if short:
             x = jnp.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1)))
         return jax.device_put(x, _over_data(self.mesh))
 
 
+def _cut(x: jax.Array, rows: int) -> jax.Array:
+    """Without the rows of `_padded`; untouched, and so without a copy, where there are none."""
+    return x if len(x) == rows else x[:rows]
+
+
 def _over_data(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(DATA if DATA in mesh.shape else None))
 
 
-def _pinned(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def _pinned(x: jax.Array, mesh: Mesh) -> jax.Array:
     """Keep a result where its rows are, so that the trainer's data axis finds them in place."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, _over_data(mesh))
+    return jax.lax.with_sharding_constraint(x, _over_data(mesh))
 
 
 def _decoder(config: ModelConfig, state: nnx.State) -> Decoder:
@@ -198,7 +212,7 @@ def _capture(
     segments: jax.Array,
     *,
     config: ModelConfig,
-    mesh: Mesh | None,
+    mesh: Mesh,
     hooks: tuple[hooks_.Hook, ...],
 ) -> tuple[jax.Array, ...]:
     decoder = _decoder(config, state)
@@ -222,7 +236,7 @@ def _upper(
     value: jax.Array,
     *,
     config: ModelConfig,
-    mesh: Mesh | None,
+    mesh: Mesh,
     hook: hooks_.Hook,
 ) -> jax.Array:
     decoder = _decoder(config, state)
@@ -237,9 +251,7 @@ def _upper(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _logits(
-    state: nnx.State, tokens: jax.Array, segments: jax.Array, *, config: ModelConfig, mesh: Mesh | None
-) -> jax.Array:
+def _logits(state: nnx.State, tokens: jax.Array, segments: jax.Array, *, config: ModelConfig, mesh: Mesh) -> jax.Array:
     decoder = _decoder(config, state)
     context = decoder.context(segments)
     h, _ = decoder.span(decoder.embed(tokens, context), context, 0, config.n_layers)

@@ -123,6 +123,9 @@ class GGUFFile:
         """
         keys = _GPT2_KEYS if self.architecture == "gpt2" else _KEYS
         raw = {ours: value for key, ours in keys.items() if (value := self._meta(key)) is not None}
+        uneven = [key for key, ours in keys.items() if isinstance(raw.get(ours), list)]
+        if uneven:
+            raise UserError(f"{self.name}: {uneven[0]} differs between layers, allowed: one number for all")
         raw |= {
             "model_type": _FAMILY[self.architecture],
             "vocab_size": int(self._raw["token_embd.weight"].shape[1]),

@@ -29,7 +29,7 @@ class SafetensorsDirectory:
         self.files = _weight_files(path)
         self._open, self._place = {}, {}
         for file in self.files:
-            handle = self._open[file] = safetensors.safe_open(file, framework="numpy")
+            handle = self._open[file] = _opened(file)
             for key in handle.keys():
                 name = _PREFIX.sub("", key)
                 if _NOT_WEIGHTS.search(name):
@@ -74,6 +74,13 @@ def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer | None:
     """The tokenizer of a directory, or None where there is no `tokenizer.json`."""
     file = path / "tokenizer.json"
     return tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+
+
+def _opened(file: pathlib.Path) -> Any:
+    try:
+        return safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{file} is not a readable safetensors file: {error}") from None
 
 
 def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from saejax import sharding
 from saejax.activations.language_model import families, gguf_file, gguf_tokenizer, hf, smollm2, weights
 from saejax.activations.language_model.backend import LanguageModel
 from saejax.errors import UserError
@@ -17,7 +18,7 @@ _HASHED_BYTES = 4 * 2**30  # larger models are identified by the sizes of their 
 
 
 def load(
-    path_or_name: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | jnp.dtype | None = None
+    path_or_name: str | pathlib.Path, mesh: Mesh | None = None, dtype: str | np.dtype | None = None
 ) -> LanguageModel:
     """A language model with its weights on the devices.
 
@@ -32,6 +33,7 @@ def load(
     Raises:
       UserError: nothing there, an architecture or a field that is not supported, or weights that do not fit.
     """
+    mesh = sharding.make_mesh() if mesh is None else mesh
     kept = _dtype(dtype, mesh)
     name = str(path_or_name)
     path = smollm2.find() if name == smollm2.NAME else pathlib.Path(path_or_name).expanduser()
@@ -52,11 +54,10 @@ def load(
     return LanguageModel(config, state, tokenizer=tokenizer, provenance=provenance, mesh=mesh)
 
 
-def _dtype(dtype: str | jnp.dtype | None, mesh: Mesh | None) -> jnp.dtype:
+def _dtype(dtype: str | np.dtype | None, mesh: Mesh) -> jnp.dtype:
     if dtype is None:
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        return jnp.dtype("float32" if device.platform == "cpu" else "bfloat16")
-    if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16"):
+        return jnp.dtype("float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16")
+    if str(getattr(dtype, "name", dtype)) not in ("float32", "bfloat16", "float16"):
         raise UserError(f"model.dtype={dtype!r} is not supported, allowed: float32, bfloat16, float16")
     return jnp.dtype(dtype)
 

@@ -103,13 +103,13 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Decoder(config)))
 
 
-def load(config: ModelConfig, source: TensorSource, *, mesh: Mesh | None, dtype: jnp.dtype) -> nnx.State:
+def load(config: ModelConfig, source: TensorSource, *, mesh: Mesh, dtype: jnp.dtype) -> nnx.State:
     """All parameters of a model, each on its devices.
 
     Args:
       config: of the model in the files.
       source: the files.
-      mesh: where to; None is the default device.
+      mesh: where to.
       dtype: of the matrices. Norm gains and biases stay float32.
 
     Returns:
@@ -136,10 +136,8 @@ def load(config: ModelConfig, source: TensorSource, *, mesh: Mesh | None, dtype:
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
-def leaf_sharding(config: ModelConfig, name: str, shape: tuple[int, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
+def leaf_sharding(config: ModelConfig, name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Whole heads, MLP units or vocabulary rows over `latent` if they divide; else replicated."""
-    if mesh is None:
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     last, n = name.split(".")[-1], mesh.shape.get(LATENT, 1)
     units = {"W_Q": config.n_heads, "b_Q": config.n_heads, "W_O": config.n_heads}
     units |= dict.fromkeys(("W_K", "W_V", "b_K", "b_V"), config.n_kv_heads)

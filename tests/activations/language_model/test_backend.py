@@ -69,7 +69,7 @@ def test_only_the_layers_below_the_hook_run(tiny, tokens: np.ndarray) -> None:
     def turns(name: str) -> list[int]:
         place = (hooks.parse(name, lm.config),)
         run = jax.make_jaxpr(
-            lambda state, t: backend._capture(state, t, PACKED, config=lm.config, mesh=None, hooks=place)
+            lambda state, t: backend._capture(state, t, PACKED, config=lm.config, mesh=lm.mesh, hooks=place)
         )(lm.state, tokens)
         return [eqn.params["length"] for eqn in run.eqns[0].params["jaxpr"].eqns if eqn.primitive.name == "scan"]
 
@@ -100,7 +100,9 @@ def test_sharded_equals_unsharded(name: str, tiny, tokens: np.ndarray) -> None:
         np.testing.assert_allclose(left[hook], right[hook], atol=TOLERANCE, rtol=0, err_msg=hook)
         assert right[hook].sharding.spec[0] == "data"
     np.testing.assert_allclose(one.logits(tokens, PACKED), many.logits(tokens, PACKED), atol=TOLERANCE, rtol=0)
-    h = many.lower(tokens, PACKED, wanted[0])
+    with jax.set_mesh(many.mesh):  # as inside training and evaluation
+        h = many.lower(tokens, PACKED, wanted[0])
+        one.lower(tokens, PACKED, wanted[0])
     np.testing.assert_allclose(many.upper(h, tokens, PACKED, wanted[0]), one.logits(tokens, PACKED), atol=TOLERANCE)
     # Weights are split, and a batch that the mesh does not divide still works.
     assert any(leaf.sharding.spec != jax.P() for leaf in jax.tree.leaves(many.state))
@@ -128,6 +130,8 @@ def test_refuses_unknown_hooks(hook: str, tiny, tokens: np.ndarray) -> None:
 
 
 def test_refuses_wrong_inputs(tiny, tokens: np.ndarray) -> None:
+    with pytest.raises(UserError, match="dtype='int4'"):
+        language_model.load(tiny("llama")[0], dtype="int4")
     lm = language_model.load(tiny("llama")[0])
     hook = "blocks.0.hook_resid_post"
     with pytest.raises(UserError, match="token 96 is outside"):

@@ -161,6 +161,9 @@ def test_refuses_paths_that_hold_no_model(tmp_path) -> None:
     (tmp_path / "pytorch_model.bin").write_text("")
     with pytest.raises(UserError, match="pickled"):
         language_model.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="not a readable safetensors"):
+        language_model.load(tmp_path)
     (tmp_path / "bad.gguf").write_bytes(b"nothing here")
     with pytest.raises(UserError, match="not a readable GGUF"):
         language_model.load(tmp_path / "bad.gguf")

@@ -51,7 +51,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
         keep: list[Any] = [policies.LatestN(config.keep_last)]
         if config.keep_best:
             keep.append(
@@ -128,6 +128,7 @@ class Checkpoints:
           UserError: none can be read.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True) if step is None else [step]
+        last_error: Exception | None = None
         for candidate in steps:
             try:
                 found = self._checkpointer.load_checkpointables(candidate, {_STATE: abstract_state, _LOADER: None})

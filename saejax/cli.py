@@ -196,7 +196,7 @@ def wants_help(arguments: list[str]) -> bool:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=os.environ.get("SAEJAX_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=os.environ.get("SAEJAX_LOG", "INFO"), format="%(message)s", stream=sys.stderr, force=True)
     _quiet_libraries()
 
 

@@ -170,7 +170,7 @@ def _spliced(
         shown,
         hook=heldout.manifest["hook"],
         keep=functools.partial(sinks.keep_mask, sink=sink),
-        mean=sum(block.sum(0) for block in rows) / heldout.n_rows,
+        mean=np.sum([block.sum(0) for block in rows], axis=0) / heldout.n_rows,
     )
 
 

@@ -119,7 +119,8 @@ def _source_d_in(*, _root_: DictConfig) -> int:
     missing = sorted(OmegaConf.missing_keys(_root_.source))
     if missing:
         raise UserError(f"{missing[0]} must be given, say {missing[0]}=...")
-    return OmegaConf.to_object(_root_.source).d_in  # pyright: ignore[reportAttributeAccessIssue]
+    chosen: Any = OmegaConf.to_object(_root_.source)
+    return chosen.d_in
 
 
 def load(name: str, root: type, overrides: list[str]) -> Any:
@@ -189,6 +190,10 @@ def _one_line(error: Exception) -> str:
     return (f"{key[1]}: " if key else "") + "; ".join(dict.fromkeys(lines))
 
 
+# How OmegaConf begins the lines that say nothing to a user.
+_LAYOUT = ("object_type", "reference_type", "full_key", "Error merging")
+
+
 def _fields(class_name: str) -> list[str]:
     """Names of the fields of a config class that may stand at a key."""
     known = [cls for registry in GROUPS.values() for cls in registry.values()]
@@ -231,7 +236,7 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run directory: it holds no config.yaml")
-    plain = OmegaConf.create(path.read_text(encoding="utf-8"))
+    plain: Any = OmegaConf.create(path.read_text(encoding="utf-8"))
     node = schema(Config)
     for group, registry in (("sae", base.ARCHITECTURES), ("source", source.SOURCES)):
         chosen = plain[group].pop("type")

@@ -61,7 +61,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
         n_batches = cfg.buffer.n_batches(cfg.train.batch)
         shape = (cfg.train.n_lanes, n_batches, cfg.train.block_rows, cfg.source.d_in)
         wanted = state.abstract(cfg.sae, tx, jax.ShapeDtypeStruct(shape, first.dtype), mesh=mesh)
-        compiled = memory.compile_step(make_step, wanted, lane_sharding)
+        compiled = memory.compile_step(make_step, wanted, lane_sharding, mesh)
         if resume:
             train_state, position = checkpoints.restore(wanted)
             rows.set_state(position)
@@ -131,7 +131,8 @@ def _open_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
 
 def _own_lanes(lane_sharding: NamedSharding, n_lanes: int) -> range:
     """The lanes whose rows live on this process's devices."""
-    slices = [index[0] for index in lane_sharding.addressable_devices_indices_map((n_lanes,)).values()]
+    indices: Any = lane_sharding.addressable_devices_indices_map((n_lanes,))
+    slices = [index[0] for index in indices.values()]
     starts = [s.start or 0 for s in slices]
     stops = [n_lanes if s.stop is None else s.stop for s in slices]
     return range(min(starts), max(stops))

@@ -73,7 +73,7 @@ class MeshConfig:
         return self.data, self.latent
 
 
-def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a run, with axes `data` and `latent`.
 
     Args:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
 from saejax.training.state import TrainState
@@ -18,13 +18,14 @@ from saejax.training.step import Step
 logger = logging.getLogger(__name__)
 
 
-def compile_step(step: Step, wanted: TrainState, lane_sharding: NamedSharding) -> Any:
+def compile_step(step: Step, wanted: TrainState, lane_sharding: NamedSharding, mesh: Mesh) -> Any:
     """Compile the step ahead of time, say what it needs, and refuse what cannot fit.
 
     Args:
       step: pure, from `training.step.make`.
       wanted: the state's shapes and shardings.
       lane_sharding: of the record that each step takes.
+      mesh: where it runs.
 
     Returns:
       The compiled step; it donates the state.
@@ -36,7 +37,7 @@ def compile_step(step: Step, wanted: TrainState, lane_sharding: NamedSharding) -
     fresh = jax.ShapeDtypeStruct((lanes, block_rows, d_in), wanted.buffer.rows.dtype, sharding=lane_sharding)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
-    with jax.set_mesh(lane_sharding.mesh):
+    with jax.set_mesh(mesh):
         compiled = jitted.lower(wanted, fresh).compile()
     analysis = compiled.memory_analysis()
     if analysis is not None:

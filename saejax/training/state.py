@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -71,8 +72,9 @@ def create(
         functools.partial(_build, sparsifier, tx), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes)
     )
     with jax.set_mesh(mesh):
-        # Batches first, so that the sample is spread over all lanes.
-        sample = jnp.swapaxes(first_rows, 0, 1).reshape(-1, first_rows.shape[-1])[: normalizing.rows]
+        # Whole batches, not single rows: the lane axis stays evenly sharded.
+        n_batches = -(-normalizing.rows // config.batch)
+        sample = first_rows[:, :n_batches].reshape(-1, first_rows.shape[-1])
         normalizer = normalize.estimate(sample, normalizing.mode, center=normalizing.center)
         bias = _decoder_bias(config.b_dec_init, normalize.apply(normalizer, sample))
         return build(first_rows, normalizer, bias, jax.random.key(seed))
@@ -92,8 +94,9 @@ def abstract(
     Returns:
       A `TrainState` of `jax.ShapeDtypeStruct`.
     """
-    vector = jax.ShapeDtypeStruct((sparsifier.d_in,), jnp.float32)
-    normalizer = normalize.Normalizer(mean=vector, scale=jax.ShapeDtypeStruct((), jnp.float32))
+    vector: Any = jax.ShapeDtypeStruct((sparsifier.d_in,), jnp.float32)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    normalizer = normalize.Normalizer(mean=vector, scale=scalar)
     rows = jax.ShapeDtypeStruct(first_rows.shape, first_rows.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx), rows, normalizer, vector, key)
@@ -110,7 +113,7 @@ def _build(
     key: jax.Array,
 ) -> TrainState:
     key_params, key_draws = jax.random.split(key)
-    params = sparsifier.init(key_params).replace(b_dec=bias)
+    params: Any = dataclasses.replace(sparsifier.init(key_params), b_dec=bias)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

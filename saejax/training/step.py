@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +48,8 @@ def make(
 
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grads = sparsifier.project(state.params, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = sparsifier.constrain(optax.apply_updates(state.params, updates))  # pyright: ignore[reportArgumentType]
+        new_params, opt_state = _apply(tx, grads, state)
+        params = sparsifier.constrain(new_params)
         metrics = {
             "loss": loss,
             **aux.terms,
@@ -56,7 +58,8 @@ def make(
             "dead_share": jnp.mean(dead, dtype=jnp.float32),
             "grad_norm": optax.global_norm(grads),
         }
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -66,6 +69,13 @@ def make(
         return new_state, metrics
 
     return step
+
+
+def _apply(tx: optax.GradientTransformation, grads: Any, state: TrainState) -> tuple[Any, Any]:
+    """Parameters and optimiser state after one update; Optax's types know no dataclasses."""
+    params: Any = state.params
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def _fvu(x: Float[Array, "b d_in"], recon: Float[Array, "b d_in"]) -> Float[Array, ""]:

@@ -74,7 +74,7 @@ class ReportConfig:
     sweep: str | None = None
     """Directory of a sweep; give this or run."""
     out: str | None = None
-    """File to write; null takes report.html in the directory."""
+    """File to write; null takes report.html in the run directory, sweep.html in that of a sweep."""
     latents: latents.LatentPage = dataclasses.field(default_factory=latents.LatentPage)
     """How many latents are shown, and how much of each."""
 
@@ -141,7 +141,7 @@ def report(cfg: ReportConfig) -> str:
         examples = latents.collect(
             sae,
             corpus.StoreCorpus(heldout.path),
-            None if backend is None or backend.tokenizer is None else backend.tokenizer.decode,
+            _decoder(backend),
             settings=cfg.latents,
             unembedding=backend.unembedding() if backend is not None and resid else None,
         )
@@ -172,6 +172,13 @@ def _spliced(
         keep=functools.partial(sinks.keep_mask, sink=sink),
         mean=np.sum([block.sum(0) for block in rows], axis=0) / heldout.n_rows,
     )
+
+
+def _decoder(backend: language_model.LanguageModel | None) -> Callable[[Any], str] | None:
+    """Token ids to text, special tokens included: they are tokens that latents fire on."""
+    if backend is None or backend.tokenizer is None:
+        return None
+    return functools.partial(backend.tokenizer.decode, skip_special_tokens=False)
 
 
 def _backend(heldout: store.Reader) -> language_model.LanguageModel | None:

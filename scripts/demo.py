@@ -44,7 +44,7 @@ def main() -> int:
         (RUN / "eval.json", ["evaluate", f"run={RUN}"]),
         (RUN / "export_saelens", ["export", f"run={RUN}"]),
         (RUN / "report.html", ["report", f"run={RUN}"]),
-        (SWEEP / "report.html", ["report", f"sweep={SWEEP}"]),
+        (SWEEP / "sweep.html", ["report", f"sweep={SWEEP}"]),
     ]
     for result, command in steps:
         if result.exists():

@@ -9,3 +9,70 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """A Hugging Face directory with a random two-layer Llama and a byte-level tokenizer: the real loader reads it."""
+    import safetensors.numpy
+    import tokenizers
+
+    path = tmp_path_factory.mktemp("model")
+    d, d_mlp, heads, vocab = 24, 48, 3, 257
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = {character: number + 1 for number, character in enumerate(alphabet)} | {"<|endoftext|>": 0}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": d, "intermediate_size": d_mlp,
+        "num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": vocab,
+        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    weights = {"model.embed_tokens.weight": rng.normal(size=(vocab, d)), "model.norm.weight": np.ones(d)}
+    for layer in range(2):
+        name = f"model.layers.{layer}"
+        for part in "qkvo":
+            weights[f"{name}.self_attn.{part}_proj.weight"] = rng.normal(size=(d, d)) / d**0.5
+        weights[f"{name}.mlp.gate_proj.weight"] = rng.normal(size=(d_mlp, d)) / d**0.5
+        weights[f"{name}.mlp.up_proj.weight"] = rng.normal(size=(d_mlp, d)) / d**0.5
+        weights[f"{name}.mlp.down_proj.weight"] = rng.normal(size=(d, d_mlp)) / d_mlp**0.5
+        weights[f"{name}.input_layernorm.weight"] = np.ones(d)
+        weights[f"{name}.post_attention_layernorm.weight"] = np.ones(d)
+    arrays = {name: value.astype(np.float32) for name, value in weights.items()}
+    safetensors.numpy.save_file(arrays, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_store(small_model, tmp_path_factory) -> Path:
+    """What `saejax harvest` makes of the small model and the Python documentation: 8,192 tokens and some held out."""
+    from saejax import cli
+
+    path = tmp_path_factory.mktemp("store")
+    status = cli.main(
+        [
+            "harvest",
+            f"path={path}",
+            f"model={small_model}",
+            "text=pydoc",
+            "hook=blocks.1.hook_resid_post",
+            "n_tokens=8192",
+            "heldout_tokens=2048",
+            "context_length=64",
+            "shard_sequences=32",
+        ]  # fmt: skip
+    )
+    assert status == 0
+    return path

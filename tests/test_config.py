@@ -1,0 +1,133 @@
+"""Every YAML composes into its objects; every mistake ends in one line that names the key and what is allowed."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saejax import commands, config, manual, preflight
+from saejax.activations import harvest
+from saejax.errors import UserError
+from saejax.sae import base, l1, topk
+
+CONF = Path(config.conf_dir())
+ROOTS = {
+    "train": config.Config,
+    "harvest": harvest.HarvestConfig,
+    **{name: root for name, (root, _) in commands.NAMES.items()},
+}
+# What a command cannot do without.
+REQUIRED = {"evaluate": ["run=x"], "export": ["run=x"], "report": ["run=x"]}
+PARTS = sorted(str(p.relative_to(CONF).with_suffix("")) for p in CONF.glob("*/*.yaml"))
+
+
+@pytest.fixture
+def array(tmp_path):
+    """A file of activations, for the sources that need a path."""
+    path = tmp_path / "rows.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(4096, 24)).astype(np.float32))
+    return path
+
+
+@pytest.mark.parametrize("root", sorted(p.stem for p in CONF.glob("*.yaml")))
+def test_every_root_composes(root):
+    assert isinstance(config.load(root, ROOTS[root], REQUIRED.get(root, [])), ROOTS[root])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_composes(part, array, small_store):
+    group, choice = part.split("/")
+    overrides = [f"experiment={choice}" if group == "experiment" else f"{group}={choice}"]
+    text = (CONF / f"{part}.yaml").read_text()
+    if "source: store" in text or part == "source/store":
+        overrides += [f"source.path={small_store}"]
+    if part == "source/arrays":
+        overrides += [f"source.path={array}"]
+    if part == "text/files":
+        overrides += ["text.path=x"]
+    root = "harvest" if group == "text" else "train"
+    composed = config.load(root, ROOTS[root], overrides)
+    if group in ("sae", "source"):
+        kind = text.split("_schema")[0].split()[-1].lstrip("[")
+        assert type(getattr(composed, group)) is config.GROUPS[group][kind]
+
+
+def test_the_width_comes_from_the_source(array):
+    cfg = config.load("train", config.Config, ["source=arrays", f"source.path={array}"])
+    assert cfg.sae.d_in == cfg.source.d_in == 24
+
+
+def test_objects_are_the_architectures_themselves():
+    cfg = config.load("train", config.Config, ["sae=l1", "sae.l1_coef=2", "seed=3"])
+    assert cfg.sae == l1.L1(d_in=64, d_sae=256, l1_coef=2.0) and cfg.seed == 3
+    assert hash(cfg) == hash(config.load("train", config.Config, ["sae=l1", "sae.l1_coef=2", "seed=3"]))
+    # Each architecture brings the scale that its coefficients were made for.
+    assert cfg.normalize.mode.name == "sqrt_d"
+    assert config.load("train", config.Config, []).normalize.mode.name == "unit"
+
+
+MISTAKES = [
+    (["sae.kk=3"], "unknown key sae.kk; TopK has d_in, d_sae"),
+    (["foo=3"], "unknown key foo; Config has sae, source"),
+    (["optim.lrr=3"], "unknown key optim.lrr; OptimConfig has lr"),
+    (["sae=l1", "sae.k=8"], "unknown key sae.k; L1 has d_in"),
+    (["+sae.kk=3"], "unknown key kk"),
+    (["++sae.kk=3"], "unknown key kk"),
+    (["sae=topkk"], "sae=topkk: no such choice; there are l1, topk"),
+    (["sae.k=abc"], "sae.k: Value 'abc' of type 'str' could not be converted to Integer"),
+    (["train.n_tokens=1e6"], "train.n_tokens: Value '1000000.0' of type 'float' could not be converted"),
+    (["normalize.mode=unity"], "normalize.mode: Invalid value 'unity', expected one of"),
+    (["sae.k=999"], r"sae.k must be in \[1, d_sae=256\], got 999"),
+    (["sae.d_in=3"], "sae.d_in must equal the width of the source, 64, got 3"),
+    (["source=store"], "source.path must be given"),
+    (["source=store", "source.path=/nowhere"], "no train/ store"),
+    (["train.batch=100"], "train.batch must be a multiple of train.n_lanes=8, got 100"),
+    (["train.n_tokens=5"], "train.n_tokens must be at least train.batch=512, got 5"),
+    (["buffer.rows=5"], "buffer.rows"),
+    (["optim.lr=0"], "optim.lr must be above 0"),
+    (["optim.warmup_share=0.7", "optim.decay_share=0.7"], "must not exceed 1"),
+    (["mesh.data=0"], "mesh.data must be at least 1, got 0"),
+    (["checkpoint.keep_last=0"], "checkpoint.keep_last must be at least 1"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", MISTAKES, ids=lambda v: v if isinstance(v, str) else " ".join(v))
+def test_a_mistake_ends_in_one_line(overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        config.load("train", config.Config, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_point_of_a_sweep_stops_it_before_the_first_job():
+    preflight.check(["-m", "sae.k=4,8", "seed=0,1"])
+    with pytest.raises(UserError, match=r"sae.k must be in .* got 9999 \(in the job sae.k=9999 seed=0; no job was"):
+        preflight.check(["-m", "sae.k=4,9999", "seed=0,1"])
+
+
+@pytest.mark.parametrize("architecture", sorted(base.ARCHITECTURES))
+def test_a_run_directory_describes_itself(architecture, tmp_path):
+    cfg = config.load("train", config.Config, [f"sae={architecture}", "sae.d_sae=96", "optim.lr=3e-4", "seed=7"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
+    assert config.from_run(tmp_path) == cfg
+    assert config.from_run(tmp_path, ["seed=8"]) == dataclasses.replace(cfg, seed=8)
+    with pytest.raises(UserError, match="unknown key sae.kk"):
+        config.from_run(tmp_path, ["sae.kk=1"])
+    with pytest.raises(UserError, match="not a run directory"):
+        config.from_run(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", sorted(ROOTS))
+def test_every_field_is_documented_and_shown_by_help(name):
+    text = manual.of_command(name, ROOTS[name], ("example",))
+    classes = [ROOTS[name], topk.TopK, l1.L1] if name == "train" else [ROOTS[name]]
+    classes += [
+        f.default_factory
+        for f in dataclasses.fields(ROOTS[name])
+        if dataclasses.is_dataclass(f.default_factory) and f.name not in config.GROUPS
+    ]
+    for cls in classes:
+        docs = manual.field_docs(cls)
+        for field in dataclasses.fields(cls):
+            assert docs.get(field.name), f"{cls.__name__}.{field.name} has no documentation"
+            assert field.name in text

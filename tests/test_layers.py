@@ -58,7 +58,6 @@ DOORS: dict[str, tuple[str, ...]] = {
     "transformers": ("saejax.activations.torch_source",),
     "tokenizers": ("saejax.activations.language_model",),
     "gguf": ("saejax.activations.language_model",),
-    "matplotlib": ("saejax.report", "saejax.experiments"),
     "jinja2": ("saejax.report",),
 }
 

@@ -12,9 +12,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def test_every_metric_is_defined():
     page = set(re.findall(r"`(\w+)`", (DOCS / "metrics.md").read_text()))
-    keys = {key for metric in evaluate.default_metrics() for key in metric.definitions()} | set(
-        recovery.DEFINITIONS
-    )
+    keys = {key for metric in evaluate.default_metrics() for key in metric.definitions()} | set(recovery.DEFINITIONS)
     arrays_for_the_report = {"match", "match_cos"}
     assert not keys - arrays_for_the_report - page
 

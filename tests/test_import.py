@@ -3,9 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = (
-    "gguf grain hydra jinja2 matplotlib omegaconf orbax safetensors scipy tokenizers torch transformers wandb"
-)
+HEAVY = "gguf grain hydra jinja2 matplotlib omegaconf orbax safetensors scipy tokenizers torch transformers wandb"
 
 PROGRAM = f"""
 import sys

@@ -105,9 +105,7 @@ def layer_findings(module: str, tree: ast.AST) -> list[str]:
     """Imports of a saejax module that its layer does not allow."""
     part = module.split(".")[1]
     if part not in LAYERS:
-        return [
-            f"{module}: part '{part}' has no place in LAYERS; give it one, and a line in docs/architecture.md"
-        ]
+        return [f"{module}: part '{part}' has no place in LAYERS; give it one, and a line in docs/architecture.md"]
     allowed = LAYERS[part] | {part, "errors"}
     findings = []
     for line, name in imported(tree):
@@ -133,12 +131,7 @@ def is_metric_file(module: str) -> bool:
 def is_other_metric(module: str, target: list[str]) -> bool:
     """Whether a metric's file imports a name of another metric's file."""
     other = ".".join(target[:3])
-    return (
-        other != module
-        and is_metric_file(module)
-        and other.startswith("saejax.evals.")
-        and is_metric_file(other)
-    )
+    return other != module and is_metric_file(module) and other.startswith("saejax.evals.") and is_metric_file(other)
 
 
 def door_findings(module: str, tree: ast.AST) -> list[str]:
@@ -158,9 +151,7 @@ def size_findings(where: str, text: str) -> list[str]:
         if isinstance(node, Function):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
-                findings.append(
-                    f"{where}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
-                )
+                findings.append(f"{where}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}")
     return findings
 
 
@@ -187,17 +178,13 @@ def documented_methods(trees: list[ast.AST]) -> dict[str, tuple[list[str], set[s
 def inherits_doc(table: dict[str, tuple[list[str], set[str]]], class_name: str, method: str) -> bool:
     """Whether a base class documents the method: an override need not repeat its contract."""
     bases, _ = table.get(class_name, ([], set()))
-    return any(
-        method in table.get(base, ([], set()))[1] or inherits_doc(table, base, method) for base in bases
-    )
+    return any(method in table.get(base, ([], set()))[1] or inherits_doc(table, base, method) for base in bases)
 
 
 def is_config(node: ast.ClassDef) -> bool:
     """Whether a class is a configuration: a frozen, keyword-only dataclass."""
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-    return any(
-        "dataclass(" in text and "frozen=True" in text and "kw_only=True" in text for text in decorators
-    )
+    return any("dataclass(" in text and "frozen=True" in text and "kw_only=True" in text for text in decorators)
 
 
 def undocumented_fields(node: ast.ClassDef) -> list[str]:
@@ -228,9 +215,7 @@ def doc_findings(where: str, tree: ast.Module, table: dict[str, tuple[list[str],
                     findings.append(f"{where}:{item.lineno}: {node.name}.{item.name} has no docstring")
             if is_config(node):
                 fields = undocumented_fields(node)
-                findings += [
-                    f"{where}:{node.lineno}: field {node.name}.{name} is not documented" for name in fields
-                ]
+                findings += [f"{where}:{node.lineno}: field {node.name}.{name} is not documented" for name in fields]
     return findings
 
 
@@ -244,9 +229,7 @@ def place_findings(where: str, text: str) -> list[str]:
     """Lines that name a place which exists on one machine only."""
     lines = enumerate(text.splitlines(), start=1)
     return [
-        f"{where}:{n}: names a private place: {line.strip()[:80]}"
-        for n, line in lines
-        if PRIVATE_PLACES.search(line)
+        f"{where}:{n}: names a private place: {line.strip()[:80]}" for n, line in lines if PRIVATE_PLACES.search(line)
     ]
 
 
@@ -271,14 +254,7 @@ def show(findings: list[str]) -> None:
 def test_layers_and_doors():
     sources = [(module_name(path), ast.parse(path.read_text())) for path in python_files("saejax", "scripts")]
     show([line for module, tree in sources for line in door_findings(module, tree)])
-    show(
-        [
-            line
-            for module, tree in sources
-            if module.startswith("saejax")
-            for line in layer_findings(module, tree)
-        ]
-    )
+    show([line for module, tree in sources if module.startswith("saejax") for line in layer_findings(module, tree)])
 
 
 def test_sizes_and_names():

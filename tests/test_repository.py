@@ -49,9 +49,7 @@ def test_constraints_satisfy_the_ranges(python, extra):
     for requirement in map(Requirement, EXTRAS[extra] if extra else PROJECT["dependencies"]):
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} has no constraint"
-        assert requirement.specifier.contains(pinned[name]), (
-            f"{name}=={pinned[name]} is outside {requirement}"
-        )
+        assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is outside {requirement}"
 
 
 def test_the_model_wheel_is_pinned_but_not_required():

@@ -212,9 +212,7 @@ def _map_safetensors(file: pathlib.Path, tensor: str) -> np.ndarray:
         raise UserError(f"source.tensor = {tensor or 'not given'}: {file} holds {', '.join(names)}")
     entry = header[name]
     if entry["dtype"] not in _SAFETENSORS_DTYPES:
-        raise UserError(
-            f"source.tensor = {name}: dtype {entry['dtype']}, not one of {', '.join(_SAFETENSORS_DTYPES)}"
-        )
+        raise UserError(f"source.tensor = {name}: dtype {entry['dtype']}, not one of {', '.join(_SAFETENSORS_DTYPES)}")
     dtype, shape = _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if end - begin != dtype.itemsize * int(np.prod(shape)) or 8 + length + end > file.stat().st_size:

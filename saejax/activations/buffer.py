@@ -56,9 +56,7 @@ def create(blocks: Float[Array, "n_lanes n_batches block_rows d_in"]) -> BufferS
     return BufferState(rows=blocks)
 
 
-def draw_slots(
-    key: PRNGKeyArray, *, n_lanes: int, n_batches: int, block_rows: int
-) -> Int[Array, "n_lanes block_rows"]:
+def draw_slots(key: PRNGKeyArray, *, n_lanes: int, n_batches: int, block_rows: int) -> Int[Array, "n_lanes block_rows"]:
     """Which of its `n_batches` candidates leaves for every row position of every lane: uniform, independent.
 
     Row i of a block always lives in stratum i, one of `n_batches` slots, and each step empties one slot of

@@ -18,6 +18,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Array, Float
 
-from saejax.activations import language_model, packing, store, store_format, store_writer, text
+from saejax.activations import language_model, packing, store, store_format, store_writer, text, torch_source
 from saejax.activations.harvest_config import HarvestConfig
 from saejax.activations.sinks import Sink, calibrate, keep_mask
 from saejax.errors import UserError
@@ -33,6 +34,9 @@ from saejax.errors import UserError
 __all__ = ["HarvestConfig", "Sink", "harvest", "keep_mask"]
 
 logger = logging.getLogger(__name__)
+
+TORCH_PREFIX = "torch:"
+"""Marks a model that PyTorch runs; its hooks are module paths."""
 
 
 def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = None) -> dict[str, pathlib.Path]:
@@ -60,12 +64,19 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
         logger.info("%s is complete: nothing to do", config.path)
         return paths
     if backend is None:
-        backend = language_model.load(config.model, dtype=config.model_dtype)
+        backend = _load(config)
     run = _Run(config, backend, common)
     with _interruptible():
         for split in text.SPLITS:
             run.write(split, paths[split])
     return paths
+
+
+def _load(config: HarvestConfig) -> Any:
+    """The model by its name: our own JAX form, or after `torch:` any that transformers loads."""
+    if config.model.startswith(TORCH_PREFIX):
+        return torch_source.load(config.model.removeprefix(TORCH_PREFIX), dtype=config.model_dtype or "float32")
+    return language_model.load(config.model, dtype=config.model_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

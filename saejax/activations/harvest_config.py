@@ -14,7 +14,8 @@ class HarvestConfig:
     """What `saejax harvest` reads, runs and writes."""
 
     model: str = "smollm2"
-    """The language model: a Hugging Face directory, a `.gguf` file, or "smollm2" for the default model."""
+    """The language model: a Hugging Face directory, a `.gguf` file, or "smollm2" for the default model;
+    "torch:" and a directory for any model that transformers loads, hooks being its module paths."""
 
     model_dtype: str | None = None
     """Number format of the model's weights; null is float32 on CPU and bfloat16 on accelerators."""

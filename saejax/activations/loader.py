@@ -37,9 +37,7 @@ class Rows(Protocol):
 class Stream:
     """Records made by number: `make(i)` for i = 0, 1, ..., read ahead by one thread; meets RowIterator."""
 
-    def __init__(
-        self, make: Callable[[int], np.ndarray], *, stream_id: str, n_rows: int | None, prefetch: int
-    ):
+    def __init__(self, make: Callable[[int], np.ndarray], *, stream_id: str, n_rows: int | None, prefetch: int):
         import grain  # 0.6 s to import: not before a stream is opened
 
         self.n_rows = n_rows

@@ -77,9 +77,7 @@ class Synthetic(ActivationSource):
                 raise UserError(f"source.{field} = {getattr(self, field)}: at least 1 is needed")
         for field in ("firing_rate", "parent_rate"):
             if not 0 < getattr(self, field) < 1:
-                raise UserError(
-                    f"source.{field} = {getattr(self, field)}: a probability inside (0, 1) is needed"
-                )
+                raise UserError(f"source.{field} = {getattr(self, field)}: a probability inside (0, 1) is needed")
         if not 0 <= self.child_rate <= 1:
             raise UserError(f"source.child_rate = {self.child_rate}: a probability in [0, 1] is needed")
         if not 0 <= self.amplitude_low <= self.amplitude_high:
@@ -88,9 +86,7 @@ class Synthetic(ActivationSource):
                 "0 <= low <= high is needed"
             )
         if self.noise < 0 or self.feature_seed < 0:
-            raise UserError(
-                f"source.noise = {self.noise}, feature_seed = {self.feature_seed}: neither may be negative"
-            )
+            raise UserError(f"source.noise = {self.noise}, feature_seed = {self.feature_seed}: neither may be negative")
         if self.kind is Kind.hierarchical and (
             self.n_groups < 1 or self.n_features % self.n_groups or self.n_features < 2 * self.n_groups
         ):

@@ -74,9 +74,7 @@ def test_geometric_median_is_the_minimum_found_by_brute_force():
     def cost(point):
         return np.linalg.norm(rows - point, axis=1).sum()
 
-    best = minimize(
-        cost, rows.mean(0), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 9999}
-    )
+    best = minimize(cost, rows.mean(0), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 9999})
     median = np.asarray(normalize.geometric_median(jnp.asarray(rows, jnp.float32)), np.float64)
     assert cost(median) <= cost(best.x) * (1 + 1e-9)
     np.testing.assert_allclose(median, best.x, atol=1e-4)

@@ -30,9 +30,7 @@ def trained(name, *, decoder_norm=None):
         W_dec=W_dec if decoder_norm is None else W_dec * decoder_norm,
         b_dec=jax.random.normal(keys[3], (D_IN,)),
     )
-    return SAE(
-        CONFIGS[name], params, {"source": {"hook": "blocks.3.hook_resid_post", "model": {"name": "tiny"}}}
-    )
+    return SAE(CONFIGS[name], params, {"source": {"hook": "blocks.3.hook_resid_post", "model": {"name": "tiny"}}})
 
 
 def rewrite(path, **changes):
@@ -158,6 +156,4 @@ def test_saelens_itself_computes_the_same(name, tmp_path):
     assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
     theirs.fold_W_dec_norm()
     with torch.no_grad():
-        np.testing.assert_allclose(
-            trained(name)(X), theirs(torch.from_numpy(X)).numpy(), rtol=1e-5, atol=1e-5
-        )
+        np.testing.assert_allclose(trained(name)(X), theirs(torch.from_numpy(X)).numpy(), rtol=1e-5, atol=1e-5)

@@ -109,7 +109,7 @@ def test_a_checkpoint_goes_onto_other_meshes_and_one_device(tmp_path):
     rows = next(iter(cfg.source.heldout(64, 64)))
     normalized = (rows - before["['normalizer']['mean']"]) * before["['normalizer']['scale']"]
     params = base.SAEParams(**{n: before[f"['params']['{n}']"] for n in ("W_enc", "b_enc", "W_dec", "b_dec")})
-    recon = cfg.sae.decode(params, cfg.sae.encode(params, normalized))
+    recon = np.asarray(cfg.sae.decode(params, cfg.sae.encode(params, normalized)))
     expected = recon / before["['normalizer']['scale']"] + before["['normalizer']['mean']"]
     np.testing.assert_allclose(sae(rows), expected, rtol=1e-4, atol=1e-4)
 

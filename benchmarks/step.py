@@ -98,9 +98,7 @@ def main() -> None:
     device = jax.devices()[0]
     where = f"{os.cpu_count()} x {cpu_name()}" if device.platform == "cpu" else device.device_kind
     print(f"saejax {saejax.__version__}, jax {jax.__version__}, Python {platform.python_version()}, {where}")
-    print(
-        f"d_in {args.d_in}, d_sae {args.d_sae}, k {args.k}, batch {args.batch}, float32, {args.repeats} turns"
-    )
+    print(f"d_in {args.d_in}, d_sae {args.d_sae}, k {args.k}, batch {args.batch}, float32, {args.repeats} turns")
     print(f"sparse {1e3 * statistics.median(s for s, _ in pairs):8.1f} ms")
     print(f"dense  {1e3 * statistics.median(d for _, d in pairs):8.1f} ms")
     print(f"dense / sparse: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")

@@ -64,6 +64,7 @@ class Config:
         if self.normalize.mode is normalize.NormMode.auto:
             mode = normalize.NormMode[self.sae.preferred_norm]
             object.__setattr__(self, "normalize", dataclasses.replace(self.normalize, mode=mode))
+        self.buffer.n_batches(self.train.batch)  # refuses a buffer that holds no batch
         if self.sae.d_in != self.source.d_in:
             raise UserError(f"sae.d_in must equal the width of the source, {self.source.d_in}, got {self.sae.d_in}")
 

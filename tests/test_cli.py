@@ -32,9 +32,9 @@ def test_the_whole_way_on_a_language_model(small_store, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert cli.main(["evaluate", f"run={run_dir}", "splice_sequences=8"]) == 0
     found = json.loads((run_dir / "eval.json").read_text())["metrics"]
-    # The splice leaves more of the model intact than ablation does, and reconstructs better than the mean.
-    assert found["ce_clean"] < found["ce_spliced"] < found["ce_zero"]
-    assert 0 < found["fvu"] < 0.9 and found["kl"] > 0
+    # The splice leaves more of the model's predictions intact than either ablation does.
+    assert 0 < found["kl"] < min(found["kl_zero"], found["kl_mean"])
+    assert 0 < found["fvu"] < 0.9
     # What was written is what the public function measures on the same rows.
     sae, cfg = saejax.load(run_dir), config.from_run(run_dir)
     again = saejax.evaluate(sae, cfg.source)

@@ -18,7 +18,7 @@ TEST_READY := $(VENV)/installed-test$(if $(PARITY),-parity)
 TEST_EXTRAS := demo,dev$(if $(PARITY),$(comma)parity)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench constraints clean
+.PHONY: help demo reference test test-slow lint format bench constraints clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,9 @@ help:  ## this list
 
 demo: $(DEMO_READY)  ## harvest a language model, train, sweep k, evaluate, export, report
 	$(BIN)/python scripts/demo.py
+
+reference: $(DEMO_READY)  ## the full run on block 15 that the README quotes, about a quarter of an hour
+	$(BIN)/python scripts/demo.py reference
 
 test: $(TEST_READY)  ## the test suite, without slow tests
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

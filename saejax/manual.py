@@ -1,4 +1,4 @@
-"""The help text of a command, written from its config classes: every field with its default and its documentation."""
+"""The help text of a command: every key with its documentation from the config classes and its value from conf/."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import ast
 import dataclasses
 import enum
 import inspect
+import itertools
 import textwrap
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from saejax import config
 
@@ -22,16 +25,16 @@ def of_command(name: str, root: type, examples: tuple[str, ...]) -> str:
       examples: whole command lines.
 
     Returns:
-      Text for a terminal: usage, examples, choices of each group, then every key.
+      Text for a terminal: usage, examples, choices of each group, then every key with the value it has when nothing
+      is said about it.
     """
     lines = [f"usage: saejax {name} [key=value ...]", "", inspect.getdoc(root) or "", "", "examples:"]
     lines += [f"  {example}" for example in examples]
-    groups = {field.name: _choices(field.name) for field in dataclasses.fields(root) if _choices(field.name)}
-    if groups:
-        lines += ["", "groups, chosen as group=choice:"]
-        lines += [f"  {group:<11} {', '.join(choices)}" for group, choices in groups.items()]
-    lines += ["", "keys, set as key=value:"]
-    lines += _keys(root, "")
+    defaults = _default_choices(name)
+    if defaults:
+        lines += ["", "groups, chosen as group=choice (* is taken when nothing is said):"]
+        lines += _choices(defaults)
+    lines += ["", "keys, set as key=value:", *_keys_of_root(root, _composed(name, root))]
     return "\n".join(lines)
 
 
@@ -49,39 +52,95 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _choices(group: str) -> list[str]:
-    folder = Path(config.conf_dir()) / group
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+def _default_choices(name: str) -> dict[str, str | None]:
+    """The groups of a root file, and what it takes of each; None where it takes nothing."""
+    entries = yaml.safe_load((Path(config.conf_dir()) / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
 
 
-def _keys(cls: type, prefix: str) -> list[str]:
-    lines = []
-    docs = field_docs(cls)
-    hints = inspect.get_annotations(cls, eval_str=True) if cls.__module__ != "builtins" else {}
-    for field in dataclasses.fields(cls):
-        kind = hints.get(field.name, field.type)
-        members = config.GROUPS.get(field.name) if not prefix else None
-        if members:
-            for name, member in members.items():
-                lines += ["", f"  {field.name}={name}: {_first_line(member)}", *_keys(member, f"{field.name}.")]
-        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            lines += ["", f"  {field.name}: {_first_line(kind)}", *_keys(kind, f"{prefix}{field.name}.")]
-        else:
-            lines += _entry(f"{prefix}{field.name}", _default(field), docs.get(field.name, ""))
+def _choices(defaults: dict[str, str | None]) -> list[str]:
+    """One line for each file of each group: how to choose it and what its first comment says."""
+    paths = [path for group in defaults for path in sorted((Path(config.conf_dir()) / group).glob("*.yaml"))]
+    width = max((len(f"{path.parent.name}={path.stem}") for path in paths), default=0)
+    return [
+        f"  {'*' if path.stem == defaults[group] else ' '} {f'{group}={path.stem}':<{width}}  {_first_comment(path)}"
+        for group, path in ((path.parent.name, path) for path in paths)
+    ]
+
+
+def _first_comment(path: Path) -> str:
+    comments = (line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+    return next((line.removeprefix("# ") for line in comments if not line.startswith("# @")), "")
+
+
+def _composed(name: str, root: type) -> list[dict[str, Any]]:
+    """What conf/ gives a root: first with its own choices, then until every member of every group was chosen once.
+
+    Interpolations and missing values stay as they are written, so that no member needs its data to be there.
+    """
+    groups = [[f"{group}={member}" for member in config.GROUPS[group]] for group in _groups(root)]
+    choices = [[], *([c for c in row if c] for row in itertools.zip_longest(*groups))]
+    config.register(name, root)
+    config.GlobalHydra.instance().clear()
+    found = []
+    with config.initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
+        for overrides in choices:
+            try:
+                node = config.compose(config_name=name, overrides=overrides)
+            except (config.HydraException, config.OmegaConfBaseException):
+                found.append({})  # help must not fail: defaults of the classes are shown in their place
+            else:
+                plain: Any = config.OmegaConf.to_container(node, resolve=False)
+                found.append(plain)
+    return found
+
+
+def _groups(root: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(root) if field.name in config.GROUPS]
+
+
+def _keys_of_root(root: type, composed: list[dict[str, Any]]) -> list[str]:
+    """Plain keys, then a section for each part; for a group, one for each of its members."""
+    default, *others = composed
+    lines = _keys(root, default, "", skip=set(_groups(root)))
+    for group in _groups(root):
+        for (name, member), values in zip(config.GROUPS[group].items(), others, strict=False):
+            lines += ["", f"  {group}={name}: {_first_line(member)}"]
+            lines += _keys(member, values.get(group, {}), f"{group}.", skip=set())
     return lines
 
 
-def _entry(key: str, default: str, text: str) -> list[str]:
+def _keys(cls: type, values: dict[str, Any], prefix: str, skip: set[str]) -> list[str]:
+    """The keys of a class, those of the classes inside it after its own."""
+    lines, sections = [], []
+    docs, hints = field_docs(cls), inspect.get_annotations(cls, eval_str=True)
+    for field in dataclasses.fields(cls):
+        kind = hints.get(field.name, field.type)
+        key = f"{prefix}{field.name}"
+        if field.name in skip:
+            continue
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            inner = values.get(field.name, {})
+            sections += ["", f"  {key}: {_first_line(kind)}", *_keys(kind, inner, f"{key}.", skip=set())]
+        else:
+            lines += _entry(key, values.get(field.name, field.default), docs.get(field.name, ""))
+    return lines + sections
+
+
+def _entry(key: str, value: Any, text: str) -> list[str]:
+    given = value is not dataclasses.MISSING and value != "???"
     wrapped = textwrap.wrap(text, 92)
-    return [f"    {key}{default}", *(f"        {line}" for line in wrapped)]
+    return [f"    {key} = {_typed(value)}" if given else f"    {key}", *(f"        {line}" for line in wrapped)]
+
+
+def _typed(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if value != "" else "''"
 
 
 def _first_line(cls: type) -> str:
     return (inspect.getdoc(cls) or "").splitlines()[0]
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
-        return ""
-    value = field.default.name if isinstance(field.default, enum.Enum) else field.default
-    return f" = {'null' if value is None else value}"

@@ -1,6 +1,7 @@
 """Every YAML composes into its objects; every mistake ends in one line that names the key and what is allowed."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,8 @@ MISTAKES = [
     (["buffer.rows=5"], "buffer.rows"),
     (["optim.lr=0"], "optim.lr must be above 0"),
     (["optim.warmup_share=0.7", "optim.decay_share=0.7"], "must not exceed 1"),
+    (["mesh.data=3"], "mesh.data must divide train.n_lanes=8, got 3"),
+    (["mesh.latent=3"], "mesh.latent must divide sae.d_sae=256, got 3"),
     (["mesh.data=0"], "mesh.data must be at least 1, got 0"),
     (["checkpoint.keep_last=0"], "checkpoint.keep_last must be at least 1"),
 ]
@@ -131,3 +134,74 @@ def test_every_field_is_documented_and_shown_by_help(name):
         for field in dataclasses.fields(cls):
             assert docs.get(field.name), f"{cls.__name__}.{field.name} has no documentation"
             assert field.name in text
+
+
+def shown_by_help(name):
+    """Section of the help text -> {key: value} as printed; the section of keys outside any part is ''."""
+    shown, section = {"": {}}, ""
+    for line in manual.of_command(name, ROOTS[name], ()).splitlines():
+        if heading := re.match(r"  ([\w.]+(?:=\w+)?): ", line):
+            section = heading[1]
+            shown[section] = {}
+        elif entry := re.match(r"    ([\w.]+) = (.*)$", line):
+            shown[section][entry[1]] = entry[2]
+    return shown
+
+
+def test_help_shows_the_values_of_conf():
+    shown = shown_by_help("train")
+    assert shown["sae=topk"]["sae.k"] == "4" and shown["sae=topk"]["sae.d_sae"] == "256"
+    assert shown["buffer"]["buffer.rows"] == "16384"
+    assert shown["normalize"]["normalize.mode"] == "auto"  # as composed, not as an architecture resolves it
+    assert shown["train"]["train.dead_after_tokens"] == "null"
+
+
+@pytest.mark.parametrize("sae", sorted(base.ARCHITECTURES))
+@pytest.mark.parametrize("source", ["arrays", "store", "synthetic"])
+def test_saying_what_help_shows_changes_nothing(sae, source, array, small_store):
+    shown = shown_by_help("train")
+    needed = {"arrays": [f"source.path={array}"], "store": [f"source.path={small_store}"], "synthetic": []}[source]
+    chosen = [f"sae={sae}", f"source={source}", *needed]
+    parts = [part for part in shown if "=" not in part] + [f"sae={sae}", f"source={source}"]
+    said = [f"{key}={value}" for part in parts for key, value in shown[part].items()]
+    plain = config.load("train", config.Config, chosen)
+    assert config.load("train", config.Config, [*chosen, *said]) == plain
+    # Every key is there: those without a value are those that have to be given.
+    keys = {option.split("=")[0] for option in said + needed}
+    assert keys == {key for key in flat(config.to_plain(plain)) if not key.endswith(".type")}
+
+
+@pytest.mark.parametrize("name", sorted(set(ROOTS) - {"train"}))
+def test_saying_what_help_shows_changes_no_other_command(name):
+    given = REQUIRED.get(name, [])
+    taken = {option.split("=")[0] for option in given}
+    shown = shown_by_help(name)
+    parts = [part for part in shown if "=" not in part] + (["text=wikipedia"] if name == "harvest" else [])
+    said = [f"{key}={value}" for part in parts for key, value in shown[part].items() if key not in taken]
+    assert config.load(name, ROOTS[name], [*given, *said]) == config.load(name, ROOTS[name], given)
+
+
+def test_help_lists_every_choice_and_what_it_is():
+    text = manual.of_command("train", config.Config, ())
+    for part in PARTS:
+        group, choice = part.split("/")
+        assert group == "text" or re.search(rf"^  [* ] {group}={choice} +[A-Z\w]", text, re.MULTILINE), part
+    assert "* sae=topk " in text and "  experiment=sb_iid_topk   Known features, independent: TopK" in text
+    assert "* text=wikipedia " in manual.of_command("harvest", ROOTS["harvest"], ())
+
+
+def test_help_does_without_a_composition(monkeypatch):
+    def broken(**kwargs):
+        raise config.HydraException("broken")
+
+    monkeypatch.setattr(config, "compose", broken)
+    assert shown_by_help("train")["sae=topk"]["sae.k"] == str(topk.TopK.k)
+
+
+def flat(plain, prefix=""):
+    """Dotted keys of nested dicts."""
+    for key, value in plain.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

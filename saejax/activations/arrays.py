@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from saejax.activations.loader import PREFETCH_RECORDS, Stream, open_rows
+from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, register
 from saejax.errors import UserError
 
@@ -86,6 +86,7 @@ class Arrays(ActivationSource):
         """Blocks of the training rows, shuffled anew each epoch. A NaN or an infinity ends in a UserError."""
         return open_rows(
             Table(self._table().parts, stop=self.n_train()),
+            identity=lambda n_rows: self._identity(),
             n_lanes=n_lanes,
             block_rows=block_rows,
             lanes=lanes,
@@ -94,13 +95,16 @@ class Arrays(ActivationSource):
         )
 
     def heldout(self, batch: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
-        """Yield the last rows, in order; at most `max_rows`."""
+        """Yield the last rows, in order; at most `max_rows`. Nothing where the share is less than a row."""
         table, start = self._table(), self.n_train()
-        if start == table.shape[0]:
-            raise UserError(f"source.heldout_share = {self.heldout_share}: no held-out rows to evaluate on")
         stop = table.shape[0] if max_rows is None else min(table.shape[0], start + max_rows)
         for at in range(start, stop, batch):
             yield table[at : min(at + batch, stop)]
+
+    def _identity(self) -> str:
+        """The fingerprint without the names of the files: what the rows are, wherever they lie."""
+        parts = self.fingerprint()["parts"]
+        return digest([{key: value for key, value in part.items() if key != "file"} for part in parts])
 
     def _table(self) -> "Table":
         return _open_table(self.path, self.tensor)

@@ -7,6 +7,8 @@ and resuming costs nothing. Rows are mixed later, in the buffer on the devices: 
 order costs far more than reading blocks.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -37,11 +39,29 @@ class Rows(Protocol):
 class Stream:
     """Records made by number: `make(i)` for i = 0, 1, ..., read ahead by one thread; meets RowIterator."""
 
-    def __init__(self, make: Callable[[int], np.ndarray], *, stream_id: str, n_rows: int | None, prefetch: int):
+    def __init__(
+        self,
+        make: Callable[[int], np.ndarray],
+        *,
+        identity: dict[str, Any],
+        n_rows: int | None,
+        prefetch: int,
+        first_rows: "Callable[[int], Stream] | None" = None,
+    ):
+        """Opens the stream.
+
+        Args:
+            make: record number -> record.
+            identity: what the records depend on, JSON-able and free of paths: equal identity, equal records.
+                Holds "rows" (as `n_rows`), "lanes", "block_rows", "seed", and "data", a hash of the rows.
+            n_rows: rows of an epoch; None where the stream never repeats.
+            prefetch: records to read ahead.
+            first_rows: opens the same stream over that many rows only, for sources that grow.
+        """
         import grain  # 0.6 s to import: not before a stream is opened
 
         self.n_rows = n_rows
-        self._stream_id = stream_id
+        self._identity, self._first_rows = identity, first_rows
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(_record_numbers().map(make).to_iter_dataset(options))
 
@@ -53,20 +73,35 @@ class Stream:
 
     def get_state(self) -> dict[str, Any]:
         """Number of the next record, and what it is a position in; read-ahead records do not count."""
-        return {"position": int(self._iterator.get_state()["next_index"]), "stream": self._stream_id}
+        return {"position": int(self._iterator.get_state()["next_index"]), "stream": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a position of the same stream.
+        """Go to a position of the same stream; where the source has grown since, of its first rows.
 
         Raises:
-            UserError: the state belongs to other data, another batch or another seed.
+            UserError: the state belongs to other data, another batch or another seed; says which of them.
         """
-        if state["stream"] != self._stream_id:
+        saved = state["stream"] if isinstance(state["stream"], dict) else {}
+        stream = self._of_rows(saved.get("rows")) if saved.get("block_rows") == self._identity["block_rows"] else self
+        wrong = [
+            f"{key} was {str(saved.get(key))[:12]} and is {str(value)[:12]}"
+            for key, value in stream._identity.items()
+            if saved.get(key) != value
+        ]
+        if wrong:
             raise UserError(
-                f"loader state of stream '{state['stream']}' cannot continue '{self._stream_id}': "
-                "resume needs the same data, batch, lanes and seed"
+                f"the loader cannot continue: {', '.join(wrong)}; resume needs the same data, batch, lanes and seed"
             )
+        if stream is not self:
+            log.info("continuing on the first %d of now %d rows", stream.n_rows, self.n_rows)
+        self.n_rows, self._identity, self._iterator = stream.n_rows, stream._identity, stream._iterator
         self._iterator.set_state({"next_index": int(state["position"])})
+
+    def _of_rows(self, n_rows: int | None) -> "Stream":
+        """This stream, or the one over its first `n_rows` rows where those are fewer."""
+        if self._first_rows is None or self.n_rows is None or n_rows is None or n_rows >= self.n_rows:
+            return self
+        return self._first_rows(n_rows)
 
 
 def _record_numbers():
@@ -89,6 +124,7 @@ def shuffled_blocks(*, n_blocks: int, n_lanes: int, seed: int):
 def open_rows(
     rows: Rows,
     *,
+    identity: Callable[[int], str],
     n_lanes: int,
     block_rows: int,
     lanes: range,
@@ -99,6 +135,7 @@ def open_rows(
 
     Args:
         rows: [n, d_in], sliced only while records are made. A tail shorter than a block is never read.
+        identity: n -> hash of what the first n rows are, wherever they lie; a resumed run checks it.
         n_lanes: lanes of the whole run.
         block_rows: rows per lane and step.
         lanes: the lanes to read.
@@ -118,15 +155,24 @@ def open_rows(
         )
     if tail:
         log.info("the last %d of %d rows are shorter than a block of %d and stay unread", tail, n, block_rows)
-    order = shuffled_blocks(n_blocks=n_blocks, n_lanes=n_lanes, seed=seed)
 
-    def make(step: int) -> np.ndarray:
-        blocks = np.asarray(order[step])
-        record = np.empty((len(lanes), block_rows, d_in), rows.dtype)
-        for slot, lane in enumerate(lanes):
-            start = int(blocks[lane]) * block_rows
-            record[slot] = rows[start : start + block_rows]
-        return record
+    def open_first(n_rows: int) -> Stream:
+        order = shuffled_blocks(n_blocks=n_rows // block_rows, n_lanes=n_lanes, seed=seed)
 
-    stream_id = f"{n_blocks} blocks of {block_rows} rows, {n_lanes} lanes, seed {seed}"
-    return Stream(make, stream_id=stream_id, n_rows=n_blocks * block_rows, prefetch=prefetch)
+        def make(step: int) -> np.ndarray:
+            blocks = np.asarray(order[step])
+            record = np.empty((len(lanes), block_rows, d_in), rows.dtype)
+            for slot, lane in enumerate(lanes):
+                start = int(blocks[lane]) * block_rows
+                record[slot] = rows[start : start + block_rows]
+            return record
+
+        facts = {"rows": n_rows, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": identity(n_rows)}
+        return Stream(make, identity=facts, n_rows=n_rows, prefetch=prefetch, first_rows=open_first)
+
+    return open_first(n_blocks * block_rows)
+
+
+def digest(facts: Any) -> str:
+    """sha256 of JSON-able facts: the "data" of a stream's identity."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

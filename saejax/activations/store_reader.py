@@ -6,7 +6,9 @@ unbroken run of published shards from shard 0, so a row keeps its number however
 
 import bisect
 import collections
+import hashlib
 import itertools
+import json
 import os
 import pathlib
 import threading
@@ -89,6 +91,16 @@ class Reader:
     def rows(self, start: int, stop: int) -> Shaped[np.ndarray, "n d_in"]:
         """Rows start ... stop - 1 in the store's dtype; a read-only view where one shard holds them all."""
         return self._range(".rows", start, stop)
+
+    def sha256_of_rows(self, n_rows: int) -> str:
+        """Hash of what the first `n_rows` rows are, from the checksums of their shards; nothing is read."""
+        last = bisect.bisect_left(self._ends, n_rows)
+        shards = [
+            (shard["rows"], shard["sha256"][store_format.shard_name(number) + ".rows"])
+            for number, shard in enumerate(self._shards[: last + 1])
+        ]
+        facts = {"rows": n_rows, "dtype": self.manifest["dtype"], "d_in": self.d_in, "shards": shards}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def index(self, start: int, stop: int) -> Int32[np.ndarray, "n 4"]:
         """Token id, position in its segment, document and sequence of rows start ... stop - 1."""

@@ -62,12 +62,16 @@ class Store(ActivationSource):
     def open(
         self, *, n_lanes: int, block_rows: int, lanes: range, seed: int, prefetch: int = PREFETCH_RECORDS
     ) -> Stream:
-        """Blocks of the training store as published now, shuffled anew each epoch."""
+        """Blocks of the training store as published now, shuffled anew each epoch.
+
+        A run that is resumed after the store has grown goes on with the rows that it began with.
+        """
         reader = self.reader("train")
         if not reader.complete:
             log.warning("the harvest of %s is not finished: training on its first %d rows", self.path, reader.n_rows)
         return open_rows(
             _StoreRows(reader),
+            identity=reader.sha256_of_rows,
             n_lanes=n_lanes,
             block_rows=block_rows,
             lanes=lanes,
@@ -76,7 +80,7 @@ class Store(ActivationSource):
         )
 
     def heldout(self, batch: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
-        """Yield the rows of the held-out store, in order; at most `max_rows`."""
+        """Yield the rows of the held-out store, in order; at most `max_rows`. Nothing where it has none."""
         reader = self.reader("heldout")
         total = reader.n_rows if max_rows is None else min(max_rows, reader.n_rows)
         for start in range(0, total, batch):

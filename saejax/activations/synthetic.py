@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from saejax.activations.loader import PREFETCH_RECORDS, Stream
+from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest
 from saejax.activations.source import ActivationSource, check_lanes, register
 from saejax.errors import UserError
 
@@ -134,8 +134,9 @@ class Synthetic(ActivationSource):
                 self._fill(record[slot], _draw_codes(self, rng, block_rows), features, rng)
             return record
 
-        stream_id = f"synthetic {self.kind.value}, {n_lanes} lanes of {block_rows} rows, seed {seed}"
-        return Stream(make, stream_id=stream_id, n_rows=None, prefetch=prefetch)
+        drawn = {key: value for key, value in self.fingerprint().items() if key != "heldout_rows"}
+        facts = {"rows": None, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": digest(drawn)}
+        return Stream(make, identity=facts, n_rows=None, prefetch=prefetch)
 
     def heldout(self, batch: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
         """Yield `heldout_rows` rows (at most `max_rows`) of a random stream of their own."""

@@ -139,3 +139,25 @@ def test_fingerprints_tell_data_apart(tmp_path):
         np.save(tmp_path / f"{name}.npy", rows)
     a, b, c = (Arrays(path=str(tmp_path / f"{n}.npy")).fingerprint()["parts"][0] for n in "abc")
     assert a["sha256_of_ends"] == b["sha256_of_ends"] != c["sha256_of_ends"]
+
+
+def test_a_run_continues_on_moved_files_and_not_on_others(tmp_path):
+    for name, rows in (("a", ROWS), ("b", ROWS), ("c", ROWS + 1)):
+        np.save(tmp_path / f"{name}.npy", rows)
+    a, b, c = (Arrays(path=str(tmp_path / f"{name}.npy")) for name in "abc")
+    cut = {"n_lanes": 2, "block_rows": 6, "lanes": range(2), "seed": 0}
+    stream = a.open(**cut)
+    next(stream)
+    state, expected = stream.get_state(), next(stream)
+    moved = b.open(**cut)
+    moved.set_state(state)
+    np.testing.assert_array_equal(next(moved), expected)
+    with pytest.raises(UserError, match="continue: data was"):
+        c.open(**cut).set_state(state)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-4])
+def test_a_share_below_one_row_holds_none_out(tmp_path, share):
+    np.save(tmp_path / "rows.npy", ROWS)
+    source = Arrays(path=str(tmp_path / "rows.npy"), heldout_share=share)
+    assert source.n_train() == len(ROWS) and list(source.heldout(4)) == [] == list(source.heldout(4, 1))

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from saejax.activations.loader import open_rows
+from saejax.activations.loader import digest, open_rows
 from saejax.activations.source import RowIterator
 from saejax.activations.synthetic import Synthetic
 from saejax.errors import UserError
@@ -19,8 +19,12 @@ def numbered(n: int, dtype=np.float32) -> np.ndarray:
     return np.repeat(np.arange(n, dtype=np.float32)[:, None], D_IN, axis=1).astype(dtype)
 
 
-def open_numbered(n=118, lanes=range(N_LANES), seed=0, prefetch=2):
-    return open_rows(numbered(n), n_lanes=N_LANES, block_rows=BLOCK_ROWS, lanes=lanes, seed=seed, prefetch=prefetch)
+def open_numbered(n=118, lanes=range(N_LANES), seed=0, prefetch=2, offset=0, **cut):
+    rows = numbered(n) + offset
+    sizes = {"n_lanes": N_LANES, "block_rows": BLOCK_ROWS} | cut
+    return open_rows(
+        rows, identity=lambda m: digest(rows[:m].tolist()), lanes=lanes, seed=seed, prefetch=prefetch, **sizes
+    )
 
 
 def open_synthetic(lanes=range(N_LANES), seed=0, prefetch=2):
@@ -72,8 +76,53 @@ def test_a_process_of_another_split_continues_the_same_stream(open_stream):
 @OPENERS
 def test_a_position_in_another_stream_is_refused(open_stream):
     state = open_stream(seed=1).get_state()
-    with pytest.raises(UserError, match="resume needs the same data"):
+    with pytest.raises(UserError, match="seed was 1 and is 0; resume needs the same data"):
         open_stream(seed=0).set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offset": 1}, "continue: data was [0-9a-f]{12} and is [0-9a-f]{12}; resume"),
+        ({"n": 100}, "rows was 115 and is 100, data was"),
+        ({"block_rows": 4}, "rows was 115 and is 116, block_rows was 5 and is 4, data was"),
+        ({"n": 1000, "block_rows": 200}, "block_rows was 5 and is 200"),
+        ({"n_lanes": 2, "lanes": range(2)}, "continue: lanes was 4 and is 2; resume"),
+        ({"n": 400, "offset": 1}, "continue: data was"),
+    ],
+)
+def test_what_differs_is_named(changes, message):
+    state = open_numbered().get_state()
+    with pytest.raises(UserError, match=message):
+        open_numbered(**changes).set_state(state)
+
+
+def test_other_generated_data_is_refused_but_more_heldout_rows_are_not():
+    cut = {"n_lanes": N_LANES, "block_rows": BLOCK_ROWS, "lanes": range(N_LANES), "seed": 0}
+    state = Synthetic(d_in=8, n_features=16).open(**cut).get_state()
+    Synthetic(d_in=8, n_features=16, heldout_rows=5).open(**cut).set_state(state)
+    with pytest.raises(UserError, match="continue: data was"):
+        Synthetic(d_in=8, n_features=16, noise=0.5).open(**cut).set_state(state)
+
+
+def test_a_source_that_has_grown_continues_with_the_rows_it_had(caplog):
+    stream = open_numbered(118)
+    take(stream, 9)
+    state = json.loads(json.dumps(stream.get_state()))
+    expected = take(stream, 30)
+    grown = open_numbered(400)
+    next(grown)
+    with caplog.at_level("INFO", logger="saejax.activations.loader"):
+        grown.set_state(state)
+    assert "the first 115 of now 400 rows" in caplog.text and grown.n_rows == 115
+    np.testing.assert_array_equal(take(grown, 30), expected)
+    again = grown.get_state()
+    assert again["position"] == 39 and again["stream"] == state["stream"]
+
+
+def test_a_state_of_another_version_is_refused_in_one_line():
+    with pytest.raises(UserError, match="rows was None and is 115"):
+        open_numbered().set_state({"position": 3, "stream": "23 blocks of 5 rows, 4 lanes, seed 0"})
 
 
 def test_every_epoch_reads_every_block_once_in_an_order_of_its_own():
@@ -107,7 +156,7 @@ def test_seeds_give_other_orders_of_the_same_blocks():
 
 def test_bfloat16_rows_pass_unchanged():
     rows = numbered(100, ml_dtypes.bfloat16)
-    stream = open_rows(rows, n_lanes=2, block_rows=10, lanes=range(2), seed=0)
+    stream = open_rows(rows, identity=str, n_lanes=2, block_rows=10, lanes=range(2), seed=0)
     record = next(stream)
     assert record.dtype == ml_dtypes.bfloat16 and record.shape == (2, 10, D_IN)
     assert isinstance(stream, RowIterator)
@@ -135,4 +184,4 @@ def test_an_error_in_the_reading_thread_reaches_the_caller():
             raise UserError("row 3 is broken")
 
     with pytest.raises(UserError, match="row 3 is broken"):
-        next(open_rows(Broken(), n_lanes=2, block_rows=10, lanes=range(2), seed=0))
+        next(open_rows(Broken(), identity=str, n_lanes=2, block_rows=10, lanes=range(2), seed=0))

@@ -74,10 +74,33 @@ def test_a_growing_store_serves_what_is_published_and_says_so(tmp_path, caplog):
     assert "is not finished" in caplog.text
     next(stream)
     state = stream.get_state()
+    expected = np.stack([next(stream) for _ in range(20)])
+    write(tmp_path / "train", 0)  # the harvest goes on: the third shard, and the manifest is complete
+    grown = source.open(n_lanes=1, block_rows=4, lanes=range(1), seed=0)
+    assert grown.n_rows == N_ROWS
+    grown.set_state(state)
+    np.testing.assert_array_equal(np.stack([next(grown) for _ in range(20)]), expected)
     shutil.rmtree(tmp_path / "train")
-    write(tmp_path / "train", 0)
-    with pytest.raises(UserError, match="resume needs the same data"):
+    write(tmp_path / "train", 1)
+    with pytest.raises(UserError, match="continue: data was .* resume needs the same data"):
         source.open(n_lanes=1, block_rows=4, lanes=range(1), seed=0).set_state(state)
+
+
+def test_a_run_continues_exactly_on_a_moved_store_and_not_on_another(source, tmp_path):
+    cut = {"n_lanes": 2, "block_rows": 6, "lanes": range(2), "seed": 0}
+    stream = source.open(**cut)
+    for _ in range(3):
+        next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    expected = np.stack([next(stream) for _ in range(10)])
+    shutil.copytree(tmp_path / "train", tmp_path / "moved" / "train")
+    moved = Store(path=str(tmp_path / "moved")).open(**cut)
+    next(moved)
+    moved.set_state(state)
+    np.testing.assert_array_equal(np.stack([next(moved) for _ in range(10)]), expected)
+    write(tmp_path / "other" / "train", 1)
+    with pytest.raises(UserError, match="continue: data was"):
+        Store(path=str(tmp_path / "other")).open(**cut).set_state(state)
 
 
 def test_the_fingerprint_changes_with_the_rows(source, tmp_path):

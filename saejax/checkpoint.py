@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ class CheckpointConfig:
             raise UserError(f"checkpoint.keep_best must be at least 0, got {self.keep_best}")
 
 
+def steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending; what a killed save left behind does not count."""
+    root = run_dir / "checkpoints"
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
+
+
 class Checkpoints:
     """The checkpoints of one run directory, written asynchronously.
 
@@ -62,12 +69,17 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        self._run_dir = run_dir
+        self._keep = policies.AnyPreservationPolicy(keep)
+        self._pending: Any = None
+        self._open()
+
+    def _open(self) -> None:
         self._checkpointer = ocp.training.Checkpointer(
-            str((run_dir / "checkpoints").absolute()),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
+            str((self._run_dir / "checkpoints").absolute()),
+            preservation_policy=self._keep,
             cleanup_tmp_directories=True,
         )
-        self._pending: Any = None
 
     @property
     def latest_step(self) -> int | None:
@@ -119,7 +131,8 @@ class Checkpoints:
 
         Args:
           abstract_state: `jax.ShapeDtypeStruct`s with shardings, as from `training.state.abstract`.
-          step: which one; None takes the newest that can be read, going back past broken ones.
+          step: which one; None takes the newest that can be read. Broken ones before it are moved to
+            `checkpoints_broken/`, out of the way of the run that goes on.
 
         Returns:
           (state, loader position).
@@ -127,20 +140,35 @@ class Checkpoints:
         Raises:
           UserError: none can be read.
         """
-        steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True) if step is None else [step]
-        last_error: Exception | None = None
-        for candidate in steps:
+        candidates = steps(self._run_dir)[::-1] if step is None else [step]
+        directory = self._run_dir / "checkpoints"
+        if not candidates:
+            raise UserError(f"no checkpoint in {directory}: start the run anew")
+        broken = []
+        for candidate in candidates:
             try:
                 found = self._checkpointer.load_checkpointables(candidate, {_STATE: abstract_state, _LOADER: None})
-                return found[_STATE], found[_LOADER]
             except Exception as error:  # a cut-off file surfaces as one of many kinds
-                first_line = (str(error).splitlines() or [type(error).__name__])[0]
-                logger.warning("checkpoint %s cannot be read (%s)", candidate, first_line)
-                last_error = error
-        directory = self._checkpointer.directory
-        if not steps:
-            raise UserError(f"no checkpoint in {directory}: start the run anew")
-        raise UserError(f"no checkpoint in {directory} can be read; tried steps {steps}") from last_error
+                first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                logger.warning("checkpoint %s cannot be restored (%s)", candidate, first_line)
+                broken.append(candidate)
+                continue
+            self._set_aside(broken)
+            return found[_STATE], found[_LOADER]
+        raise UserError(f"no checkpoint in {directory} can be restored; tried steps {', '.join(map(str, candidates))}")
+
+    def _set_aside(self, broken: list[int]) -> None:
+        """Move broken checkpoints away, so that neither `latest_step` nor the preservation policy counts them."""
+        if not broken:
+            return
+        aside = self._run_dir / "checkpoints_broken"
+        aside.mkdir(exist_ok=True)
+        self._checkpointer.close()
+        for number in broken:
+            target = aside / str(number)
+            shutil.rmtree(target, ignore_errors=True)
+            (self._run_dir / "checkpoints" / str(number)).rename(target)
+        self._open()
 
     def close(self) -> None:
         """Wait for the last save and release Orbax's threads."""
@@ -164,16 +192,19 @@ def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) 
     Raises:
       UserError: there is no such checkpoint or it lacks a field.
     """
-    root = run_dir / "checkpoints"
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
-    if not steps:
+    root, there = run_dir / "checkpoints", steps(run_dir)
+    if not there:
         raise UserError(f"no checkpoint in {root}: has the run saved yet?")
-    if step is not None and step not in steps:
-        raise UserError(f"step={step}: {root} holds {', '.join(map(str, steps))}")
-    chosen = steps[-1] if step is None else step
+    if step is not None and step not in there:
+        raise UserError(f"step={step}: {root} holds {', '.join(map(str, there))}")
+    chosen = there[-1] if step is None else step
     path = str((root / str(chosen)).absolute())
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = ocp.checkpointables_metadata(path).metadata[_STATE]
+    found = (ocp.checkpointables_metadata(path).metadata or {}).get(_STATE)
+    if found is None:
+        raise UserError(
+            f"{path} is broken: its metadata cannot be read; saejax train resume={run_dir} goes back before it"
+        )
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{path} holds {', '.join(found)}; {', '.join(missing)} is missing")

@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"saejax {name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"saejax {name}: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"saejax {name}: interrupted", file=sys.stderr)
         return 130
@@ -77,6 +81,9 @@ def train(arguments: list[str]) -> int:
     if resumed:
         run_dir = Path(resumed[-1].removeprefix("resume="))
         overrides = [a for a in arguments if not a.startswith("resume=")]
+        flags = [a for a in overrides if "=" not in a]
+        if flags:
+            raise UserError(f"resume=RUN_DIR takes key=value overrides only, got {flags[0]}")
         _log_to_stderr()
         return _finish_training(config.from_run(run_dir, overrides), run_dir, resume=True)
     preflight.check(arguments)
@@ -95,6 +102,7 @@ TRAIN_EXAMPLES = (
 def _run_under_hydra(arguments: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
@@ -107,9 +115,9 @@ def _run_under_hydra(arguments: list[str]) -> None:
         multirun = hydra_config.mode == RunMode.MULTIRUN
         try:
             status = _finish_training(config.to_object(composed), Path(hydra_config.runtime.output_dir), resume=False)
-        except UserError as error:
-            if multirun:
-                raise  # the launcher marks this job as failed and goes on with the others
+        except (UserError, OSError) as error:
+            if multirun:  # the launcher marks this job as failed and goes on with the others
+                raise CompactHydraException(f"saejax train: {error}") from None
             print(f"saejax train: {error}", file=sys.stderr)
             status = 2
         if status:
@@ -131,6 +139,9 @@ def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
     if outcome.signum is not None:
         print(f"stopped at step {outcome.step}, saved; go on with: saejax train resume={run_dir}", file=sys.stderr)
         return 128 + outcome.signum
+    if not outcome.speed["steps"]:
+        print(f"{run_dir} was finished already, at step {outcome.step}; train.n_tokens=N with a larger N goes on")
+        return 0
     figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.evaluation.items())
     print(f"done: {outcome.step} steps, {outcome.speed['tokens_per_second']:.0f} tokens/s; held-out {figures}")
     print(f"next: saejax evaluate run={run_dir}   saejax report run={run_dir}")

@@ -65,6 +65,10 @@ class Config:
             mode = normalize.NormMode[self.sae.preferred_norm]
             object.__setattr__(self, "normalize", dataclasses.replace(self.normalize, mode=mode))
         self.buffer.n_batches(self.train.batch)  # refuses a buffer that holds no batch
+        if self.mesh.data is not None and self.train.n_lanes % self.mesh.data:
+            raise UserError(f"mesh.data must divide train.n_lanes={self.train.n_lanes}, got {self.mesh.data}")
+        if self.sae.d_sae % self.mesh.latent:
+            raise UserError(f"mesh.latent must divide sae.d_sae={self.sae.d_sae}, got {self.mesh.latent}")
         if self.sae.d_in != self.source.d_in:
             raise UserError(f"sae.d_in must equal the width of the source, {self.source.d_in}, got {self.sae.d_in}")
 
@@ -219,6 +223,32 @@ def to_plain(value: Any) -> Any:
         name = getattr(type(value), "name", None)
         return ({"type": name} if isinstance(name, str) else {}) | fields
     return value
+
+
+def check_resumable(before: Config, now: Config) -> None:
+    """Refuse overrides under which a run would not be the same run any more.
+
+    Args:
+      before: config in the run directory.
+      now: the same with overrides on top.
+
+    Raises:
+      UserError: a key that fixes shapes, data or draws was changed.
+    """
+    fixed = {"sae.type", "sae.d_in", "sae.d_sae", "train.batch", "train.n_lanes", "buffer.rows", "seed"}
+    old, new = _flat(to_plain(before)), _flat(to_plain(now))
+    for key in sorted(old.keys() | new.keys()):
+        bound = key in fixed or key.startswith(("source.", "normalize.")) and key != "source.path"
+        if bound and old.get(key) != new.get(key):
+            raise UserError(f"{key} cannot change on resume: the run has {old.get(key)}, got {new.get(key)}")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:

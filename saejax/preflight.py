@@ -22,6 +22,8 @@ def check(arguments: list[str]) -> None:
     Raises:
       UserError: the first mistake, in one line; with the overrides of the job when there are several.
     """
+    if any(a.startswith(("--config-", "-cd", "-cn", "-cp")) for a in arguments):
+        return  # another search path: only Hydra itself knows it
     jobs = _jobs(arguments)
     for overrides in jobs[:MAX_JOBS]:
         try:
@@ -35,6 +37,9 @@ def check(arguments: list[str]) -> None:
 def _jobs(arguments: list[str]) -> list[list[str]]:
     """The overrides of every job: one, or one for each point of a grid."""
     overrides = [a for a in arguments if "=" in a and not a.startswith("-") or a.startswith(("+", "~"))]
+    for word in arguments:
+        if word not in overrides and not word.startswith("-"):
+            raise UserError(f"{word}: expected key=value")
     multirun = any(a in ("-m", "--multirun") for a in arguments)
     ours = [o for o in overrides if not o.lstrip("+").startswith("hydra")]
     if not multirun:

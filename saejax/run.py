@@ -43,17 +43,23 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
       UserError: before any device work for impossible combinations; later for lack of memory, a full disk or a
         loss that is no longer finite.
     """
-    n_data, n_latent = cfg.mesh.shape(jax.device_count())
-    sharding.check_divides((n_data, n_latent), n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
-    mesh = sharding.make_mesh(n_data, n_latent)
-    _open_run_dir(cfg, run_dir, resume)
+    mesh = sharding.make_mesh(*cfg.mesh.shape(jax.device_count(), n_lanes=cfg.train.n_lanes))
+    sharding.check_divides(mesh, n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
+    _check_run_dir(cfg, run_dir, resume)
+    if next(iter(cfg.source.heldout(1, 1)), None) is None:
+        raise UserError("the source has no held-out row: raise its heldout share, or its number of rows")
 
     lane_sharding = NamedSharding(mesh, P(sharding.DATA))
     lanes = _own_lanes(lane_sharding, cfg.train.n_lanes)
     rows = cfg.source.open(n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.seed)
     put = functools.partial(_put, lane_sharding, cfg.train.n_lanes)
     tx = optim.make(cfg.optim, cfg.train.n_steps)
-    make_step = step.make(cfg.sae, tx, dead_window_tokens=cfg.train.dead_window_tokens)
+    make_step = step.make(
+        cfg.sae,
+        tx,
+        dead_window_tokens=cfg.train.dead_window_tokens,
+        learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps),
+    )
 
     checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint)
     try:
@@ -70,7 +76,14 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
             train_state = state.create(
                 cfg.sae, tx, cfg.train, cfg.normalize, put(np.stack(records, axis=1)), seed=cfg.seed, mesh=mesh
             )
-        tracker = tracking.Tracker(run_dir, cfg.tracker, config.to_plain(cfg), start_step=int(train_state.step))
+        _write_config(cfg, run_dir)
+        tracker = tracking.Tracker(
+            run_dir,
+            cfg.tracker,
+            config.to_plain(cfg),
+            start_step=int(train_state.step),
+            enabled=jax.process_index() == 0,
+        )
         try:
             outcome = loop.fit(
                 train_state,
@@ -80,7 +93,6 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
                 save_every_steps=cfg.checkpoint.save_every_steps,
                 put=put,
                 evaluate=_evaluation(cfg, mesh),
-                learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps),
                 checkpoints=checkpoints,
                 tracker=tracker,
             )
@@ -88,7 +100,8 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
             tracker.close()
     finally:
         checkpoints.close()
-    _write_record(cfg, run_dir, mesh, rows, outcome)
+    if outcome.speed["steps"]:
+        _write_record(cfg, run_dir, mesh, rows, outcome)
     return outcome
 
 
@@ -108,6 +121,9 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     run_dir = Path(run_dir)
     cfg = config.from_run(run_dir)
     found_step, arrays = checkpoint.load_arrays(run_dir, ("params", "normalizer"), step)
+    found = arrays["params"]["W_enc"].shape
+    if found != (cfg.sae.d_in, cfg.sae.d_sae):
+        raise UserError(f"{run_dir}: W_enc is {list(found)}, config.yaml says [{cfg.sae.d_in}, {cfg.sae.d_sae}]")
     params = cfg.sae.fold(base.SAEParams(**arrays["params"]), **arrays["normalizer"])
     provenance = {
         "run": str(run_dir),
@@ -119,10 +135,16 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     return model.SAE(cfg.sae, params, provenance)
 
 
-def _open_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not resume and any((run_dir / "checkpoints").glob("[0-9]*")):
+def _check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
+    """Refuse to write over another run, or to go on with a run as something that it is not."""
+    if resume:
+        config.check_resumable(config.from_run(run_dir), cfg)
+    elif checkpoint.steps(run_dir):
         raise UserError(f"{run_dir} holds checkpoints already: go on with resume={run_dir}, or take another directory")
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _write_config(cfg: config.Config, run_dir: Path) -> None:
     if jax.process_index() == 0:
         temporary = run_dir / "config.yaml.tmp"
         temporary.write_text(config.to_yaml(cfg), encoding="utf-8")
@@ -181,11 +203,21 @@ def _write_record(cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterat
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "peak_memory_bytes": memory.peak_bytes(),
         **outcome.speed,
+        "seconds_before_resume": _seconds_so_far(run_dir),
         "evaluation": dict(outcome.evaluation),
     }
     temporary = run_dir / "run.json.tmp"
     temporary.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
     temporary.replace(run_dir / "run.json")
+
+
+def _seconds_so_far(run_dir: Path) -> float:
+    """Training time of this run before it was resumed."""
+    try:
+        before = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        return before["seconds"] + before["seconds_before_resume"]
+    except (OSError, ValueError, KeyError):
+        return 0.0
 
 
 def _git_commit() -> str | None:

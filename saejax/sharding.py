@@ -7,6 +7,7 @@ The mesh has two axes. `data` splits rows, `latent` splits the latents of one SA
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from saejax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DATA = "data"
 LATENT = "latent"
@@ -45,32 +48,36 @@ class MeshConfig:
             if value is not None and value < 1:
                 raise UserError(f"mesh.{name} must be at least 1, got {value}")
 
-    def shape(self, n_devices: int) -> tuple[int, int]:
+    def shape(self, n_devices: int, n_lanes: int | None = None) -> tuple[int, int]:
         """Sizes of the two axes on a machine.
 
         Args:
           n_devices: devices that JAX sees, over all processes.
+          n_lanes: lanes of the data stream; `data: null` then takes the largest divisor of it that fits.
 
         Returns:
           (data, latent).
 
         Raises:
-          UserError: the mesh needs more devices than there are, or does not divide them.
+          UserError: the mesh needs more devices than there are.
 
         Example:
-          >>> MeshConfig(latent=2).shape(8)
-          (4, 2)
+          >>> MeshConfig(latent=2).shape(8), MeshConfig().shape(6, n_lanes=8)
+          ((4, 2), (4, 1))
         """
-        if self.data is None:
-            if n_devices % self.latent:
-                raise UserError(f"mesh.latent={self.latent} does not divide the {n_devices} devices of this machine")
-            return n_devices // self.latent, self.latent
-        if self.data * self.latent > n_devices:
+        wanted = (self.data or 1) * self.latent
+        if wanted > n_devices:
             raise UserError(
-                f"mesh.data={self.data} x mesh.latent={self.latent} needs {self.data * self.latent} devices, "
-                f"this machine has {n_devices}"
+                f"mesh.data={'null' if self.data is None else self.data} x mesh.latent={self.latent} needs {wanted} "
+                f"devices, this machine has {n_devices}"
             )
-        return self.data, self.latent
+        if self.data is not None:
+            return self.data, self.latent
+        most = n_devices // self.latent
+        n_data = most if n_lanes is None else max(n for n in range(1, most + 1) if n_lanes % n == 0)
+        if n_data * self.latent < n_devices:
+            logger.warning("using %d of %d devices: mesh.data=%d", n_data * self.latent, n_devices, n_data)
+        return n_data, self.latent
 
 
 def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -118,19 +125,18 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
-def check_divides(mesh_shape: tuple[int, int], *, n_lanes: int, d_sae: int) -> None:
+def check_divides(mesh: Mesh, *, n_lanes: int, d_sae: int) -> None:
     """Refuse sizes that a mesh cannot split evenly, before any device work.
 
     Args:
-      mesh_shape: (data, latent).
+      mesh: as from `make_mesh`.
       n_lanes: lanes of the data stream.
       d_sae: latents.
 
     Raises:
       UserError: naming the field, its value and what divides.
     """
-    n_data, n_latent = mesh_shape
-    if n_lanes % n_data:
-        raise UserError(f"mesh.data must divide train.n_lanes={n_lanes} (lanes of the data stream), got {n_data}")
-    if d_sae % n_latent:
-        raise UserError(f"mesh.latent must divide sae.d_sae={d_sae}, got {n_latent}")
+    if n_lanes % mesh.shape[DATA]:
+        raise UserError(f"mesh.data must divide train.n_lanes={n_lanes}, got {mesh.shape[DATA]}")
+    if d_sae % mesh.shape[LATENT]:
+        raise UserError(f"mesh.latent must divide sae.d_sae={d_sae}, got {mesh.shape[LATENT]}")

@@ -42,20 +42,30 @@ class TrackerConfig:
 
 
 class Tracker:
-    """One open log of one run; `log` from process 0 only.
+    """One open log of one run.
 
     Args:
       run_dir: where metrics.jsonl lies; appended to, so that a resumed run is one curve.
       config: see `TrackerConfig`.
       run_config: the whole resolved config, shown by W&B.
-      start_step: on resume, lines at or after this step are dropped first: the run writes them again.
+      start_step: on resume, lines after this step are dropped first: the run writes them again.
+      enabled: False logs nothing; for processes other than the first.
     """
 
-    def __init__(self, run_dir: Path, config: TrackerConfig, run_config: dict[str, Any], start_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackerConfig,
+        run_config: dict[str, Any],
+        start_step: int = 0,
+        enabled: bool = True,
+    ) -> None:
         path = run_dir / "metrics.jsonl"
-        _drop_lines_after(path, start_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._wandb = _start_wandb(config, run_config, run_dir) if config.wandb else None
+        self._file = self._wandb = None
+        if enabled:
+            _drop_lines_after(path, start_step)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._wandb = _start_wandb(config, run_config, run_dir) if config.wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one line.
@@ -65,13 +75,15 @@ class Tracker:
           values: finite or not; JSON has no NaN, so non-finite values are written as null.
         """
         line = {"step": step} | {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self._file.write(json.dumps(line) + "\n")
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
         """Flush and close; W&B runs of a sweep share a process, so each must be finished."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

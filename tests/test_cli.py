@@ -93,7 +93,9 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path):
     "arguments, message",
     [
         (["train", "sae.kk=1"], "saejax train: unknown key sae.kk"),
-        (["train", "mesh.data=64"], "saejax train: mesh.data=64 x mesh.latent=1 needs 64 devices"),
+        (["train", "mesh.latent=64"], "saejax train: mesh.data=null x mesh.latent=64 needs 64 devices"),
+        (["train", "sae.k"], "saejax train: sae.k: expected key=value"),
+        (["train", "hydra.run.dir=/proc/none"], "saejax train: "),
         (["trian"], "saejax: unknown command trian"),
         (["evaluate"], "saejax evaluate: run must be given"),
         (["evaluate", "run=/nowhere"], "saejax evaluate: /nowhere is not a run directory"),

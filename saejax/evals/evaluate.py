@@ -184,8 +184,7 @@ def make_evaluator(
       UserError: the mesh cannot split the latents evenly.
     """
     if mesh is not None:
-        n_data, n_latent = mesh.shape[sharding.DATA], mesh.shape[sharding.LATENT]
-        sharding.check_divides((n_data, n_latent), n_lanes=n_data, d_sae=sparsifier.d_sae)
+        sharding.check_divides(mesh, n_lanes=mesh.shape[sharding.DATA], d_sae=sparsifier.d_sae)
 
     def init() -> Any:
         return tuple(m.init(sparsifier.d_in, sparsifier.d_sae) for m in metrics)

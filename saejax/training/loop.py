@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +48,6 @@ def fit(
     save_every_steps: int | None,
     put: Callable[[np.ndarray], jax.Array],
     evaluate: Callable[[TrainState], dict[str, float]],
-    learning_rate: Callable[[int], Any],
     checkpoints: Checkpoints,
     tracker: Tracker,
 ) -> Outcome:
@@ -63,7 +61,6 @@ def fit(
       save_every_steps: as in `CheckpointConfig`.
       put: host record -> device array sharded over the lanes.
       evaluate: held-out metrics of a state.
-      learning_rate: step -> rate, for the log.
       checkpoints: saved to every so many steps, at the end and on a signal.
       tracker: logged to.
 
@@ -71,14 +68,16 @@ def fit(
       See `Outcome`. Everything is saved by then.
 
     Raises:
-      UserError: the loss is no longer finite, or a checkpoint cannot be written.
+      UserError: the loss or the parameters are no longer finite, or a checkpoint cannot be written. A state that is
+        not finite is never saved.
     """
     first, last = int(state.step), config.n_steps
     progress = Progress(first, last, config.batch, show=jax.process_index() == 0)
-    log = _Log(config, tracker, progress, learning_rate)
+    log = _Log(config, tracker, progress)
     evaluation: dict[str, float] = {}
     number, position = first, rows.get_state()
     previous: jax.Array | None = None
+    metrics: dict[str, jax.Array] = {}
     try:
         with interrupt.watch() as stop:
             fresh = put(next(rows)) if first < last else None
@@ -91,21 +90,29 @@ def fit(
                 log.flush()
                 if _due(number, config.log_every_steps) or number == last:
                     log.hold(number, metrics)
+                save_now = _due(number, save_every_steps) or number == last
+                # A checkpoint that was not evaluated could not be kept as the best one.
+                evaluate_now = _due(number, config.eval_every_steps) or save_now and config.eval_every_steps is not None
                 fvu = None
-                if _due(number, config.eval_every_steps) or number == last:
+                if evaluate_now or save_now:
                     log.flush()
-                    evaluation = _evaluate(evaluate, state, number, progress, tracker)
+                    _check_finite(number, metrics)
+                if evaluate_now or number == last:
+                    try:
+                        evaluation = _evaluate(evaluate, state, number, progress, tracker)
+                    except BaseException:  # whatever it was, the training done so far must not be lost with it
+                        checkpoints.save(number, state, position, None)
+                        checkpoints.wait()
+                        raise
                     fvu = evaluation.get("fvu")
-                if _due(number, save_every_steps) or number == last:
-                    log.flush()
+                if save_now:
                     checkpoints.save(number, state, position, fvu)
                 # One step runs ahead of the host, no more: memory stays bounded and a signal is seen at once.
                 jax.block_until_ready(previous)
                 previous = metrics["loss"]
             log.flush()
-            if first == last:
-                evaluation = dict(evaluate(state))
-            if number < last:
+            if first < number < last:
+                _check_finite(number, metrics)
                 checkpoints.save(number, state, position, None)
             checkpoints.wait()
     except FloatingPointError as error:
@@ -118,11 +125,8 @@ def fit(
 class _Log:
     """Metrics read one step late, when the device has long computed them."""
 
-    def __init__(
-        self, config: TrainConfig, tracker: Tracker, progress: Progress, learning_rate: Callable[[int], Any]
-    ) -> None:
+    def __init__(self, config: TrainConfig, tracker: Tracker, progress: Progress) -> None:
         self._config, self._tracker, self._progress = config, tracker, progress
-        self._learning_rate = learning_rate
         self._held: tuple[int, dict[str, jax.Array]] | None = None
 
     def hold(self, number: int, metrics: dict[str, jax.Array]) -> None:
@@ -133,19 +137,25 @@ class _Log:
         """Write what is held.
 
         Raises:
-          FloatingPointError: the loss is not finite, so that no broken state gets saved.
+          FloatingPointError: the loss or the parameters are not finite.
         """
         if self._held is None:
             return
         (number, metrics), self._held = self._held, None
         values = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
         values |= {f"train/{name}": value for name, value in self._progress.lap().items()}
-        values["train/lr"] = float(self._learning_rate(number - 1))
         self._tracker.log(number, {"tokens": number * self._config.batch} | values)
         self._progress.show(values)
-        if not math.isfinite(values["train/loss"]):
+        _check_finite(number, metrics)
+
+
+def _check_finite(number: int, metrics: dict[str, jax.Array]) -> None:
+    """Refuse to go on, and so to save, when the loss or the parameters after the step are not finite."""
+    for name in ("loss", "param_norm"):
+        value = float(metrics[name])
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"train/loss is {values['train/loss']} at step {number}: lower optim.lr, or look at the activations"
+                f"train/{name} is {value} at step {number}: lower optim.lr, or look at the activations"
             )
 
 

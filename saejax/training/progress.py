@@ -61,9 +61,10 @@ class Progress:
         return lap
 
     def total(self) -> dict[str, float]:
-        """Seconds, tokens per second and data wait over this process's share of the run."""
+        """Steps, seconds, tokens per second and data wait over this process's share of the run."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         return {
+            "steps": self._steps,
             "seconds": seconds,
             "tokens_per_second": self._steps * self._batch / seconds,
             "data_wait_share": self._waited / seconds,

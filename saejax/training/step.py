@@ -24,6 +24,7 @@ def make(
     tx: optax.GradientTransformation,
     *,
     dead_window_tokens: int,
+    learning_rate: optax.Schedule,
 ) -> Step:
     """Build the training step of one architecture.
 
@@ -31,10 +32,12 @@ def make(
       sparsifier: architecture; its `loss`, `project` and `constrain` are used.
       tx: optimiser.
       dead_window_tokens: tokens without firing after which a latent is dead.
+      learning_rate: the schedule inside `tx`, for the log.
 
     Returns:
       step(state, fresh) -> (state, metrics), pure and not yet jitted; fresh is [n_lanes, block_rows, d_in] in the
-      dtype of the source, metrics are float32 scalars: loss, each loss term, fvu, l0, dead_share, grad_norm.
+      dtype of the source. Metrics are float32 scalars: loss, each loss term, fvu, l0, dead_share, grad_norm (after
+      projection, before clipping), param_norm (after the step) and lr.
     """
 
     def step(state: TrainState, fresh: Float[Array, "lanes rows d_in"]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -57,6 +60,8 @@ def make(
             "l0": jnp.mean(aux.encoding.l0()),
             "dead_share": jnp.mean(dead, dtype=jnp.float32),
             "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "lr": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
         new_state = dataclasses.replace(
             state,

@@ -129,5 +129,47 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     outcome = runs.train(tmp_path, cfg, resume=True)
     assert outcome.step == 8
-    assert "checkpoint 8 cannot be read" in caplog.text
+    assert "checkpoint 8 cannot be restored" in caplog.text
+    # The broken one is out of the way and a good one in its place.
+    assert run.load(tmp_path).provenance["step"] == 8
+    assert (tmp_path / "checkpoints_broken" / "8").exists()
     assert len(runs.logged(tmp_path, "train/loss")) == 8
+
+
+def test_what_would_make_another_run_is_refused_and_the_run_stays_whole(tmp_path):
+    cfg = runs.compose("topk", 4)
+    runs.train(tmp_path, cfg)
+    before = (tmp_path / "config.yaml").read_bytes(), (tmp_path / "run.json").read_bytes()
+    for override in ("sae.d_sae=64", "seed=5", "train.batch=256", "buffer.rows=2048", "source.noise=0.5"):
+        key = override.split("=")[0]
+        with pytest.raises(UserError, match=f"{key} cannot change on resume"):
+            runs.train(tmp_path, config.from_run(tmp_path, [override]), resume=True)
+    # Going on with a finished run changes nothing, a longer one trains on.
+    assert runs.train(tmp_path, config.from_run(tmp_path), resume=True).step == 4
+    assert before == ((tmp_path / "config.yaml").read_bytes(), (tmp_path / "run.json").read_bytes())
+    longer = config.from_run(tmp_path, [f"train.n_tokens={128 * 6}"])
+    assert runs.train(tmp_path, longer, resume=True).step == 6
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    cfg = runs.compose(
+        "topk", 40, "optim.lr=1e30", "optim.warmup_share=0", "train.log_every_steps=50", "checkpoint.save_every_steps=3"
+    )
+    with pytest.raises(UserError, match=r"train/\w+ is (nan|inf) at step 3: lower optim.lr"):
+        runs.train(tmp_path, cfg)
+    assert not runs.checkpoint.steps(tmp_path)
+
+
+def test_leftovers_of_a_killed_save_do_not_count(tmp_path):
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert runs.train(tmp_path, runs.compose("topk", 4)).step == 4
+
+
+def test_a_failing_evaluation_does_not_lose_the_training(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(run.evaluate.Evaluator, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        runs.train(tmp_path, runs.compose("topk", 4))
+    assert runs.checkpoint.steps(tmp_path) == [4]

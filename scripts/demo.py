@@ -1,12 +1,14 @@
 """The main job end to end: harvest, train, sweep, evaluate, export, report; then the key figures.
 
 `make demo` runs the short plan (an early layer, minutes), `make reference` the full one (block 15, the whole text).
-What is there already is not done again; a run that was stopped is resumed.
+What is finished already is not done again, a run that was stopped is resumed, and what was made from an older run is
+made anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from saejax import cli
 
@@ -26,7 +29,7 @@ class Plan:
       root: directory of everything that is written.
       harvest: overrides of the harvest.
       train: overrides of the run.
-      sweep: further overrides of the sweep; empty for none.
+      sweep: further overrides of the sweep, `key=a,b` for each axis of its grid; empty for none.
       evaluate: overrides of the evaluation.
     """
 
@@ -36,21 +39,49 @@ class Plan:
     sweep: tuple[str, ...]
     evaluate: tuple[str, ...]
 
-    def commands(self) -> Iterator[tuple[Path, list[str]]]:
-        """(what exists afterwards, command) in order; the first is missing for a command that is always run."""
-        store, run, sweep = self.root / "store", self.root / "topk", self.root / "sweep"
-        train = [*self.train, f"source.path={store}"]
-        yield store / "heldout" / "never", ["harvest", f"path={store}", *self.harvest]
-        if (run / "checkpoints").exists():
-            yield run / "run.json", ["train", f"resume={run}"]
-        else:
-            yield run / "run.json", ["train", *train, f"hydra.run.dir={run}"]
+    def pending(self) -> Iterator[list[str]]:
+        """The commands that are still to be run, in order; each is decided on when it is asked for.
+
+        The harvest is always among them: it finds out by itself which of its shards are missing.
+        """
+        run, sweep = self.root / "topk", self.root / "sweep"
+        yield ["harvest", f"path={self.root / 'store'}", *self.harvest]
+        yield from self._training(run, ())
         if self.sweep:
-            yield sweep / "2" / "run.json", ["train", "-m", *train, *self.sweep, f"hydra.sweep.dir={sweep}"]
-            yield sweep / "sweep.html", ["report", f"sweep={sweep}"]
-        yield run / "eval.json", ["evaluate", f"run={run}", *self.evaluate]
-        yield run / "export_saelens", ["export", f"run={run}"]
-        yield run / "report.html", ["report", f"run={run}"]
+            yield from self._sweep(sweep)
+            if not _made(sweep / "sweep.html", sweep.glob("*/run.json")):
+                yield ["report", f"sweep={sweep}"]
+        record = run / "run.json"
+        if not _made(run / "eval.json", [record]):
+            yield ["evaluate", f"run={run}", *self.evaluate]
+        exported = [run / "export_saelens" / name for name in ("cfg.json", "sae_weights.safetensors")]
+        if not all(_made(path, [record]) for path in exported):
+            yield ["export", f"run={run}"]
+        if not _made(run / "report.html", [record, run / "eval.json"]):
+            yield ["report", f"run={run}"]
+
+    def _sweep(self, sweep: Path) -> Iterator[list[str]]:
+        """The whole sweep as one command, or the points that are missing one by one, as Hydra numbers them."""
+        if not any(path.name.isdigit() for path in sweep.glob("*")):
+            yield ["train", "-m", *self._settings(), *self.sweep, f"hydra.sweep.dir={sweep}"]
+            return
+        axes = [
+            [f"{key}={value}" for value in values.split(",")] for key, values in (o.split("=", 1) for o in self.sweep)
+        ]
+        for number, point in enumerate(itertools.product(*axes)):
+            yield from self._training(sweep / str(number), point)
+
+    def _training(self, run: Path, further: tuple[str, ...]) -> Iterator[list[str]]:
+        """Nothing for a finished run, else its continuation, or its start where nothing complete was saved."""
+        if _read(run / "run.json").get("finished"):
+            return
+        if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
+            yield ["train", f"resume={run}"]
+        else:
+            yield ["train", *self._settings(), *further, f"hydra.run.dir={run}"]
+
+    def _settings(self) -> list[str]:
+        return [*self.train, f"source.path={self.root / 'store'}"]
 
 
 PLANS = {
@@ -86,9 +117,7 @@ def main(name: str = "demo") -> int:
     """Run every command of a plan that is not done yet; stop at the first that fails."""
     plan = PLANS[name]
     started = time.perf_counter()
-    for result, command in plan.commands():
-        if result.exists():
-            continue
+    for command in plan.pending():
         print(f"\n$ saejax {' '.join(command)}", flush=True)
         status = cli.main(command)
         if status:
@@ -107,6 +136,27 @@ def summary(plan: Plan) -> str:
     head = f"{record['source']['hook']} of SmolLM2-135M-Instruct (4-bit), {record['tokens']} tokens, "
     lines = [f"  {name:<15} {metrics[name]:>8.4f}   {text}" for name, text in FIGURES.items() if name in metrics]
     return "\n".join([head + f"{record['tokens_per_second']:.0f} tokens/s in training:", *lines])
+
+
+def _made(result: Path, origins: Iterator[Path] | list[Path]) -> bool:
+    """Whether a file is whole and not older than what it was made from."""
+    if not result.is_file():
+        return False
+    if result.suffix == ".json" and not _read(result):
+        return False
+    if result.suffix == ".html" and "</html>" not in result.read_text(encoding="utf-8"):
+        return False
+    made = result.stat().st_mtime_ns
+    return all(origin.is_file() and origin.stat().st_mtime_ns <= made for origin in origins)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, or a broken one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

@@ -192,6 +192,8 @@ def store(arguments: list[str]) -> int:
     if wants_help(arguments) or len(arguments) != 2 or arguments[0] not in ("info", "verify"):
         print("usage: saejax store info PATH    what the store holds and where it is from")
         print("       saejax store verify PATH  every checksum, size and count; status 1 if any is wrong")
+        print("examples:\n  saejax store info data/smollm2\n  saejax store verify data/smollm2")
+        print("  saejax store verify data/smollm2/train && echo sound")
         return 0 if wants_help(arguments) else 2
     if arguments[0] == "info":
         print(stores.describe(arguments[1]))
@@ -217,13 +219,27 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+EVALUATE_EXAMPLES = (
+    "saejax evaluate run=runs/X",
+    "saejax evaluate run=runs/X step=2000 rows=100000",
+    "saejax evaluate run=runs/X language_model=false",
+)
+EXPORT_EXAMPLES = (
+    "saejax export run=runs/X",
+    "saejax export run=runs/X path=out/my_sae",
+    "saejax export run=runs/X step=2000 format=saelens",
+)
+REPORT_EXAMPLES = (
+    "saejax report run=runs/X",
+    "saejax report run=runs/X latents.n_latents=100 out=pages/x.html",
+    "saejax report sweep=runs/sweep_X",
+)
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "harvest": harvest,
     "train": train,
-    "evaluate": command_of(
-        "evaluate", ("saejax evaluate run=runs/X", "saejax evaluate run=runs/X rows=100000 language_model=false")
-    ),
-    "export": command_of("export", ("saejax export run=runs/X path=out/sae", "saejax export run=runs/X step=2000")),
-    "report": command_of("report", ("saejax report run=runs/X", "saejax report sweep=runs/sweep_X")),
+    "evaluate": command_of("evaluate", EVALUATE_EXAMPLES),
+    "export": command_of("export", EXPORT_EXAMPLES),
+    "report": command_of("report", REPORT_EXAMPLES),
     "store": store,
 }

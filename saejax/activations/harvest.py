@@ -26,6 +26,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Array, Float
 
+from saejax import sharding
 from saejax.activations import language_model, packing, store, store_format, store_writer, text, torch_source
 from saejax.activations.harvest_config import HarvestConfig
 from saejax.activations.sinks import Sink, calibrate, keep_mask
@@ -63,9 +64,7 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     if len(begun) == len(paths) and all(manifest["complete"] for manifest in begun):
         logger.info("%s is complete: nothing to do", config.path)
         return paths
-    if backend is None:
-        backend = _load(config)
-    run = _Run(config, backend, common)
+    run = _Run(config, _load(config) if backend is None else backend, common)
     with _interruptible():
         for split in text.SPLITS:
             run.write(split, paths[split])
@@ -76,7 +75,9 @@ def _load(config: HarvestConfig) -> Any:
     """The model by its name: our own JAX form, or after `torch:` any that transformers loads."""
     if config.model.startswith(TORCH_PREFIX):
         return torch_source.load(config.model.removeprefix(TORCH_PREFIX), dtype=config.model_dtype or "float32")
-    return language_model.load(config.model, dtype=config.model_dtype)
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh(*config.mesh.shape(len(devices)), devices=devices)
+    return language_model.load(config.model, mesh=mesh, dtype=config.model_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from saejax import sharding
 from saejax.activations import packing
 from saejax.activations.sinks import Sink
 from saejax.activations.store_format import StoreDtype
@@ -39,7 +40,8 @@ class HarvestConfig:
     """Tokens in a sequence, at least 2 and at most the model's context."""
 
     batch_sequences: int = 8
-    """Sequences that the model runs at once; divides shard_sequences. No effect on what is stored."""
+    """Sequences that the model runs at once; divides shard_sequences. No effect on what is stored
+    beyond rounding; at least one for every device along mesh.data keeps all of them busy."""
 
     shard_sequences: int = 64
     """Sequences in a shard: what is lost at most when a harvest is stopped. Thousands for large stores."""
@@ -58,6 +60,10 @@ class HarvestConfig:
 
     sink_calibration_tokens: int = 4096
     """Tokens at the beginning of the training text that the median is taken over, at least 1."""
+
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    """Devices of this process that run the model: sequences over data, heads and MLP units over latent. No effect
+    on what is stored beyond rounding; "torch:" models run on one device."""
 
     process: int | None = None
     """Number of this process among those that share the harvest; null is JAX's process index."""
@@ -93,6 +99,6 @@ class HarvestConfig:
 
     def settings(self) -> dict:
         """The choices that the stores' content depends on, for the manifest."""
-        elsewhere = {"text", "path", "batch_sequences", "process", "n_processes"}
+        elsewhere = {"text", "path", "batch_sequences", "mesh", "process", "n_processes"}
         names = [field.name for field in dataclasses.fields(self) if field.name not in elsewhere]
         return {name: getattr(self, name) for name in names} | {"dtype": self.dtype.value}

@@ -1,18 +1,29 @@
-"""The documents say what the code does: every metric is defined, every part has its layer."""
+"""The documents say what the code does: metrics are defined, parts have their layer, commands are understood."""
 
 import re
 from pathlib import Path
 
+import pytest
+from test_config import ROOTS
 from test_layers import LAYERS
 
-from saejax.evals import evaluate, recovery
+from saejax import cli, config, preflight
+from saejax.evals import evaluate, language_model, recovery
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+# `saejax train a=1 b=2`, also as the batch script passes its arguments on; what follows two spaces is another column.
+COMMAND = re.compile(
+    r"(?:saejax (?P<name>train|harvest|evaluate|export|report|store)|sbatch scripts/train\.sbatch)"
+    r"(?P<arguments>(?: (?:-m|info|verify|[\w+~./]+=[^\s`'\")]+)(?=[\s`'\").]|$))*)"
+)
 
 
 def test_every_metric_is_defined():
     page = set(re.findall(r"`(\w+)`", (DOCS / "metrics.md").read_text()))
     keys = {key for metric in evaluate.default_metrics() for key in metric.definitions()} | set(recovery.DEFINITIONS)
+    keys |= set(language_model.DEFINITIONS)
     arrays_for_the_report = {"match", "match_cos"}
     assert not keys - arrays_for_the_report - page
 
@@ -23,3 +34,61 @@ def test_every_part_is_described():
     parts = {path.stem for path in root.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert parts <= set(LAYERS)
     assert not {part for part in parts if not part.startswith("__")} - page
+
+
+def commands(text):
+    """The command lines in a text, as (command, arguments)."""
+    joined = re.sub(r"\s*\\\n(#?) *", " ", text)
+    return [(found["name"] or "train", found["arguments"].split()) for found in COMMAND.finditer(joined)]
+
+
+def documents():
+    """Where commands stand -> text."""
+    paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), *(ROOT / "conf").rglob("*.yaml")]
+    paths += [*(ROOT / "scripts").iterdir(), ROOT / "Dockerfile", ROOT / "saejax" / "cli.py"]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.is_file()}
+
+
+def understood(name, arguments, store):
+    """Compose a command as the program would, with a store that is there in the place of the named one."""
+    if name == "store":
+        assert not arguments or arguments[0] in ("info", "verify")
+        return
+    if "resume=" in " ".join(arguments):
+        assert name == "train" and len(arguments) == 1
+        return
+    arguments = [re.sub(r"\$\w+|\{\w+\}", "0", argument) for argument in arguments]  # of a shell, of an f-string
+    arguments = [f"source.path={store}" if a.startswith("source.path=") else a for a in arguments]
+    if name == "train":
+        arguments += [f"source.path={store}"] * ("source=store" in arguments)
+        preflight.check([a.replace("source=arrays", "source=store") for a in arguments])
+    elif arguments:
+        config.load(name, ROOTS[name], arguments)
+
+
+@pytest.mark.parametrize("place", [place for place, text in documents().items() if commands(text)])
+def test_every_command_is_understood(place, small_store):
+    for name, arguments in dict.fromkeys((n, tuple(a)) for n, a in commands(documents()[place])):
+        understood(name, list(arguments), small_store)
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_shows_three_useful_examples(name, capsys, small_store):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    shown = re.findall(rf"^ *(?:usage: )?(saejax {name} .*|saejax {name})$", text, re.MULTILINE)
+    examples = [line for line in shown if "[key=value" not in line]
+    assert len(examples) >= (2 if name == "store" else 3)
+    for command, arguments in commands("\n".join(examples)):
+        understood(command, arguments, small_store)
+
+
+def test_commands_are_found():
+    text = "`saejax train -m sae.k=1,2 seed=0` and\n$ saejax harvest path=a \\\n    hook=b   # saejax store info PATH"
+    assert commands(text) == [
+        ("train", ["-m", "sae.k=1,2", "seed=0"]),
+        ("harvest", ["path=a", "hook=b"]),
+        ("store", ["info"]),
+    ]
+    found = {name for text in documents().values() for name, arguments in commands(text) if arguments}
+    assert found == set(cli.COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from saejax import config, interop, run, sharding
-from saejax.activations import language_model, sinks, store, store_source
+from saejax.activations import harvest, language_model, sinks, store, store_source
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
 from saejax.evals import language_model as splice
@@ -38,7 +39,8 @@ class EvaluateConfig:
     batch: int = 4096
     """Rows per compiled call, at least 1; no effect on the figures."""
     language_model: bool = True
-    """Whether the SAE is spliced into its language model, where the activations are from one that can be loaded."""
+    """Whether the SAE is spliced into its language model, where the activations are from one that can be loaded;
+    one whose files have changed since the harvest is refused."""
     splice_sequences: int | None = 48
     """Held-out sequences for the splice at most; null takes all of them."""
     splice_batch: int = 4
@@ -136,14 +138,20 @@ def report(cfg: ReportConfig) -> str:
     sae, trained = run.load(run_dir), config.from_run(run_dir)
     examples = None
     if (heldout := _heldout_store(trained)) is not None:
-        backend = _backend(heldout)
+        try:
+            backend = _backend(heldout)
+        except UserError as error:
+            logger.warning("without the language model: %s", error)
+            backend = None
         resid = heldout.manifest["hook"].split(".")[-1].startswith("hook_resid")
         examples = latents.collect(
             sae,
             corpus.StoreCorpus(heldout.path),
             _decoder(backend),
             settings=cfg.latents,
-            unembedding=backend.unembedding() if backend is not None and resid else None,
+            unembedding=jax.device_put(backend.unembedding(), jax.local_devices()[0])
+            if backend is not None and resid
+            else None,
         )
     return f"report: {page.build(run_dir, sae=sae, examples=examples, out=cfg.out)}"
 
@@ -159,19 +167,31 @@ def _spliced(
 ) -> results.EvalResult:
     """Losses of the language model on the held-out text, masked as the harvest masked it."""
     total = min(heldout.n_sequences, cfg.splice_sequences or heldout.n_sequences)
-    starts = range(0, total - total % cfg.splice_batch or total, cfg.splice_batch)
-    batches = (heldout.sequences(start, min(start + cfg.splice_batch, total)) for start in starts)
+    n_data = backend.mesh.shape[sharding.DATA]
+    size = -(-min(cfg.splice_batch, total) // n_data) * n_data
+    starts = range(0, total, size)
+    batches = (_sequences(heldout, start, min(start + size, total), size) for start in starts)
     sink = sinks.Sink(**heldout.manifest["sink"])
     shown = tqdm(batches, total=len(starts), desc="splice", unit="batch", disable=None)
     rows = (np.asarray(heldout.block(i, cfg.batch), np.float64) for i in range(-(-heldout.n_rows // cfg.batch)))
-    return splice.evaluate_language_model(
-        sae,
-        backend,
-        shown,
-        hook=heldout.manifest["hook"],
-        keep=functools.partial(sinks.keep_mask, sink=sink),
-        mean=np.sum([block.sum(0) for block in rows], axis=0) / heldout.n_rows,
-    )
+    mean = np.sum([block.sum(0) for block in rows], axis=0) / heldout.n_rows
+    params = jax.device_put(sae.params, sharding.tree_shardings(backend.mesh, sae.params))
+    with jax.set_mesh(backend.mesh) if backend.mesh.size > 1 else contextlib.nullcontext():
+        return splice.evaluate_language_model(
+            dataclasses.replace(sae, params=params),
+            backend,
+            shown,
+            hook=heldout.manifest["hook"],
+            keep=functools.partial(sinks.keep_mask, sink=sink),
+            mean=mean,
+        )
+
+
+def _sequences(heldout: store.Reader, start: int, stop: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments of some sequences, and padding up to `size` of them: one shape for all batches."""
+    padding = ((0, size - (stop - start)), (0, 0))
+    tokens, segments = heldout.sequences(start, stop)
+    return np.pad(tokens, padding), np.pad(segments, padding)
 
 
 def _decoder(backend: language_model.LanguageModel | None) -> Callable[[Any], str] | None:
@@ -182,18 +202,44 @@ def _decoder(backend: language_model.LanguageModel | None) -> Callable[[Any], st
 
 
 def _backend(heldout: store.Reader) -> language_model.LanguageModel | None:
-    """The language model behind a store, where it can still be loaded."""
-    name = heldout.manifest["harvest"]["model"]
+    """The language model behind a store; None where it cannot be loaded, or runs in PyTorch.
+
+    Raises:
+      UserError: it is not the model that was harvested.
+    """
+    harvested = heldout.manifest["harvest"]
+    name = harvested["model"]
+    if name.startswith(harvest.TORCH_PREFIX):
+        logger.warning("without the language model %s: models that PyTorch runs cannot be spliced", name)
+        return None
     try:
-        return _loaded(name)
+        backend = _loaded(name, harvested["model_dtype"])
     except UserError as error:
         logger.warning("without the language model %s: %s", name, error)
         return None
+    _check_same_files(name, backend.provenance, heldout.manifest["model"])
+    return backend
+
+
+def _check_same_files(name: str, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Refuses a model whose files are not those of the harvest; names of files may differ, their content may not."""
+    kind = "sha256" if "sha256" in then else "bytes"  # very large models are known by their sizes only
+    before, after = then.get(kind), now.get(kind)
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return  # the harvest was given a model of its own making
+    if sorted(before.values()) == sorted(after.values()):
+        return
+    file = next((file for file in before if before[file] != after.get(file)), next(iter(after), "?"))
+    raise UserError(
+        f"model {name} has changed since the harvest: {file} had {kind} {before.get(file, 'none')}, "
+        f"has {after.get(file, 'none')}; evaluate with language_model=false leaves it out"
+    )
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(name: str) -> language_model.LanguageModel:
-    return language_model.load(name)
+def _loaded(name: str, dtype: str | None) -> language_model.LanguageModel:
+    devices = jax.local_devices()
+    return language_model.load(name, mesh=sharding.make_mesh(len(devices), devices=devices), dtype=dtype)
 
 
 NAMES: dict[str, tuple[type, Callable[[Any], str]]] = {

@@ -10,6 +10,9 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Conftests share one name, so --doctest-modules must not import them as modules.
+collect_ignore_glob = ["*conftest.py"]
+
 import json  # noqa: E402
 from pathlib import Path  # noqa: E402
 

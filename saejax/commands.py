@@ -96,14 +96,14 @@ def evaluate(cfg: EvaluateConfig) -> str:
     """
     run_dir = Path(cfg.run)
     sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
+    heldout = _heldout_store(trained) if cfg.language_model else None
+    backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once
     n_data = jax.device_count()
     mesh = sharding.make_mesh(n_data) if n_data > 1 else None
     result = evaluation.evaluate(sae, trained.source, batch_rows=cfg.batch, max_rows=cfg.rows, mesh=mesh)
     result.data.update({"source": trained.source.fingerprint(), "step": sae.provenance["step"]})
-    if cfg.language_model and (heldout := _heldout_store(trained)) is not None:
-        backend = _backend(heldout)
-        if backend is not None:
-            result = result.joined(_spliced(sae, backend, heldout, cfg))
+    if heldout is not None and backend is not None:
+        result = result.joined(_spliced(sae, backend, heldout, cfg))
     results.write_json(result, run_dir / "eval.json")
     lines = [f"  {name:<32} {value:.6g}" for name, value in result.items()]
     return "\n".join([f"held-out metrics of {run_dir}, step {sae.provenance['step']}:", *lines])
@@ -143,15 +143,15 @@ def report(cfg: ReportConfig) -> str:
         except UserError as error:
             logger.warning("without the language model: %s", error)
             backend = None
-        resid = heldout.manifest["hook"].split(".")[-1].startswith("hook_resid")
+        unembedding = None
+        if backend is not None and heldout.manifest["hook"].split(".")[-1].startswith("hook_resid"):
+            unembedding = jax.device_put(backend.unembedding(), jax.local_devices()[0])  # where the SAE is
         examples = latents.collect(
             sae,
             corpus.StoreCorpus(heldout.path),
             _decoder(backend),
             settings=cfg.latents,
-            unembedding=jax.device_put(backend.unembedding(), jax.local_devices()[0])
-            if backend is not None and resid
-            else None,
+            unembedding=unembedding,
         )
     return f"report: {page.build(run_dir, sae=sae, examples=examples, out=cfg.out)}"
 

@@ -18,8 +18,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from saejax import config as config_
-from saejax import sharding
 from saejax.activations import harvest as harvesting
 from saejax.activations import language_model, packing, sinks, store, store_format, text
 from saejax.activations.harvest import HarvestConfig, harvest
@@ -364,39 +362,6 @@ def test_calibration_is_not_computed_twice(tmp_path):
     paths = harvest(_config(tmp_path), model)
     batches = sum(-(-store.info(path)["sequences"] // 2) for path in paths.values())
     assert model.batches == batches
-
-
-def test_any_mesh_stores_the_same(small_model, tmp_path):
-    found = {}
-    for name, mesh in {
-        "one": sharding.MeshConfig(data=1),
-        "grid": sharding.MeshConfig(data=4, latent=2),
-        "all": sharding.MeshConfig(),  # eight devices for batches of four sequences
-    }.items():
-        config = _config(
-            tmp_path, name, model=str(small_model), hook="blocks.1.hook_resid_post", mesh=mesh, batch_sequences=4
-        )
-        found[name] = store.Reader(harvest(config)["train"])
-        assert "mesh" not in found[name].manifest["harvest"]
-    one = found["one"]
-    assert one.n_rows > 500
-    for other in (found["grid"], found["all"]):
-        assert other.n_rows == one.n_rows
-        np.testing.assert_array_equal(other.index(0, one.n_rows), one.index(0, one.n_rows))
-        # float32 sums over 48 MLP units in another order; values are O(1).
-        np.testing.assert_allclose(other.rows(0, one.n_rows), one.rows(0, one.n_rows), rtol=1e-4, atol=1e-5)
-
-
-def test_a_mesh_beyond_the_machine_is_refused(small_model, tmp_path):
-    config = _config(tmp_path, model=str(small_model), mesh=sharding.MeshConfig(data=16))
-    with pytest.raises(UserError, match="mesh.data=16 .* needs 16 devices"):
-        harvest(config)
-
-
-def test_the_mesh_may_be_set_on_the_command_line():
-    composed = config_.load("harvest", HarvestConfig, ["mesh.data=4", "mesh.latent=2", "text=pydoc"])
-    assert composed.mesh == sharding.MeshConfig(data=4, latent=2)
-    assert config_.load("harvest", HarvestConfig, ["text=pydoc"]).mesh == sharding.MeshConfig()
 
 
 @pytest.mark.slow

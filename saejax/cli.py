@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
       argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-      Exit status: 0 done, 2 a mistake of the user, 128 + n stopped by signal n.
+      Exit status: 0 done, 1 a store that is not sound, 2 a mistake of the user, 128 + n training stopped by signal n,
+      130 another command interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

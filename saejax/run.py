@@ -100,7 +100,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
             tracker.close()
     finally:
         checkpoints.close()
-    if outcome.speed["steps"]:
+    if outcome.speed["steps"] or not (run_dir / "run.json").exists():
         _write_record(cfg, run_dir, mesh, rows, outcome)
     return outcome
 

@@ -1,14 +1,15 @@
 """Any `transformers` model as a source of activations: decoders, BERT-like encoders, vision models.
 
 The breadth beside the JAX models of `language_model`: no architecture is refused, hooks are module paths of
-the torch model, and `capture` gives what the JAX models give. Needs the extra `torch`; nothing of it is
+the torch model, and `capture` gives what the JAX models give. `saejax harvest model=torch:...` reads text with
+them, `write_images` reads images. Needs the extra `torch`; nothing of it is
 imported before a model is loaded. Slower than the JAX models and on one device.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,49 @@ def load(path_or_name: str | pathlib.Path, *, device: str = "cpu", dtype: str = 
         raise UserError(f"model={name!r} cannot be loaded by transformers: {str(error).splitlines()[0]}") from None
     provenance = {"name": name, "family": model.config.model_type, "dtype": dtype, "backend": "torch"}
     return TorchModel(model, tokenizer=_tokenizer(name), provenance=provenance)
+
+
+def write_images(
+    model: TorchModel,
+    batches: Iterable[Float[np.ndarray, "b channels height width"]],
+    hook: str,
+    path: str | pathlib.Path,
+) -> int:
+    """Harvests a vision model: one row per patch, as arrays that `source=arrays source.path=PATH` trains on.
+
+    Args:
+      model: from `load`.
+      batches: pixels as `capture_images` takes them, in batches of any size. Training holds out the last rows,
+        so images should come in random order.
+      hook: module path. Class and register tokens that it carries become rows like the patches.
+      path: directory to write, without arrays in it: batch 3 becomes images-00000003.npy, float32
+        [images * patches, d_in], image by image.
+
+    Returns:
+      The number of rows.
+
+    Raises:
+      UserError: the directory holds arrays already, an activation is not finite, or `capture_images` refuses.
+
+    Example:
+      >>> model = load("google/vit-base-patch16-224")  # doctest: +SKIP
+      >>> write_images(model, batches, "encoder.layer.9", "vit_rows")  # doctest: +SKIP
+      605184
+    """
+    folder, rows = pathlib.Path(path).expanduser(), 0
+    if next(folder.glob("*.npy"), None) is not None:
+        raise UserError(f"path {folder} holds arrays already: take another directory, or empty it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, pixels in enumerate(batches):
+        values = model.capture_images(pixels, (hook,))[hook]
+        if not np.isfinite(values).all():
+            raise UserError(f"activations at {hook} are not finite in batch {number}: the model overflowed")
+        partial = folder / "images.partial"  # renamed when whole: what a killed harvest leaves can be read
+        with partial.open("wb") as file:
+            np.save(file, values.reshape(-1, values.shape[-1]))
+        partial.replace(folder / f"images-{number:08d}.npy")
+        rows += values.shape[0] * values.shape[1]
+    return rows
 
 
 def _tokenizer(name: str) -> Any:

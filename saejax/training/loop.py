@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -98,12 +99,8 @@ def fit(
                     log.flush()
                     _check_finite(number, metrics)
                 if evaluate_now or number == last:
-                    try:
+                    with _saved_on_failure(checkpoints, number, state, position):
                         evaluation = _evaluate(evaluate, state, number, progress, tracker)
-                    except BaseException:  # whatever it was, the training done so far must not be lost with it
-                        checkpoints.save(number, state, position, None)
-                        checkpoints.wait()
-                        raise
                     fvu = evaluation.get("fvu")
                 if save_now:
                     checkpoints.save(number, state, position, fvu)
@@ -157,6 +154,17 @@ def _check_finite(number: int, metrics: dict[str, jax.Array]) -> None:
             raise FloatingPointError(
                 f"train/{name} is {value} at step {number}: lower optim.lr, or look at the activations"
             )
+
+
+@contextlib.contextmanager
+def _saved_on_failure(checkpoints: Checkpoints, number: int, state: TrainState, position: dict) -> Iterator[None]:
+    """Whatever goes wrong inside, the training done so far is not lost with it."""
+    try:
+        yield
+    except BaseException:
+        checkpoints.save(number, state, position, None)
+        checkpoints.wait()
+        raise
 
 
 def _evaluate(

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from saejax.activations import language_model, torch_source
+from saejax.activations import arrays, language_model, torch_source
 from saejax.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -63,6 +63,25 @@ def test_images_give_patches(tmp_path) -> None:
         states = model.model(torch.as_tensor(pixels), output_hidden_states=True).hidden_states
     np.testing.assert_allclose(found[layer], states[2].numpy(), atol=1e-5, rtol=0)
     assert model.hook_width(layer) == 16
+
+
+def test_images_become_arrays_to_train_on(tmp_path) -> None:
+    path = saved("ViTModel", "ViTConfig", tmp_path / "vit", image_size=8, patch_size=4, **SMALL)
+    model, rng = torch_source.load(path), np.random.default_rng(0)
+    hook = next(name for name in model._modules if name.endswith(("layer.1", "layers.1")))
+    batches = [rng.normal(size=(b, 3, 8, 8)).astype(np.float32) for b in (4, 4, 3)]
+    assert torch_source.write_images(model, iter(batches), hook, tmp_path / "rows") == 11 * 5
+    source = arrays.Arrays(path=str(tmp_path / "rows"), heldout_share=0.2)
+    assert source.d_in == 16 and source.n_train() == 44
+    wanted = np.concatenate([model.capture_images(pixels, (hook,))[hook].reshape(-1, 16) for pixels in batches])
+    np.testing.assert_array_equal(np.concatenate(list(source.heldout(4))), wanted[44:])
+    stream = source.open(n_lanes=2, block_rows=11, lanes=range(2), seed=0)
+    epoch = np.concatenate([next(stream).reshape(-1, 16) for _ in range(2)])
+    np.testing.assert_array_equal(np.unique(epoch, axis=0), np.unique(wanted[:44], axis=0))
+    with pytest.raises(UserError, match="holds arrays already"):
+        torch_source.write_images(model, batches, hook, tmp_path / "rows")
+    with pytest.raises(UserError, match="not finite in batch 0"):
+        torch_source.write_images(model, [batches[0] * np.nan], hook, tmp_path / "nan")
 
 
 def test_stops_after_the_hook(tokens: np.ndarray, tmp_path) -> None:

@@ -1,0 +1,51 @@
+"""What is logged is read back; a resumed run is one curve; W&B works offline without a login."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from saejax import tracking
+
+
+def test_lines_are_read_back_and_json_stays_json(tmp_path):
+    tracker = tracking.Tracker(tmp_path, tracking.TrackerConfig(), {})
+    tracker.log(1, {"train/loss": 0.5})
+    tracker.log(2, {"train/loss": float("nan")})
+    tracker.close()
+    assert tracking.read(tmp_path) == [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": None}]
+
+
+def test_resume_drops_what_will_be_written_again_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 8)) + '{"step": 8, "tr')
+    tracking.Tracker(tmp_path, tracking.TrackerConfig(), {}, start_step=5).close()
+    assert [line["step"] for line in tracking.read(tmp_path)] == [1, 2, 3, 4, 5]
+    tracking.Tracker(tmp_path, tracking.TrackerConfig(), {}).close()
+    assert path.read_text() == ""
+
+
+def test_other_processes_log_nothing(tmp_path):
+    tracker = tracking.Tracker(tmp_path, tracking.TrackerConfig(wandb=True), {}, enabled=False)
+    tracker.log(1, {"train/loss": 0.5})
+    tracker.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_offline_needs_no_login(tmp_path):
+    pytest.importorskip("wandb")
+    code = (
+        "import sys; from pathlib import Path; from saejax import tracking as t\n"
+        "c = t.TrackerConfig(wandb=True, mode=t.WandbMode.offline)\n"
+        "x = t.Tracker(Path(sys.argv[1]), c, {'seed': 0}); x.log(1, {'train/loss': 0.5}); x.close()"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | {"WANDB_SILENT": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb")), done.stderr
+    assert (tmp_path / "wandb_id").read_text()
+    assert tracking.read(tmp_path) == [{"step": 1, "train/loss": 0.5}]

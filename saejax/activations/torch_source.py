@@ -199,7 +199,7 @@ def write_images(
 
     Example:
       >>> model = load("google/vit-base-patch16-224")  # doctest: +SKIP
-      >>> write_images(model, batches, "encoder.layer.9", "vit_rows")  # doctest: +SKIP
+      >>> write_images(model, batches, "layers.9", "vit_rows")  # doctest: +SKIP
       605184
     """
     folder, rows = pathlib.Path(path).expanduser(), 0

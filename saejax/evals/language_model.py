@@ -138,19 +138,19 @@ def _scores(means: dict[str, float]) -> dict[str, float]:
 @jax.jit
 def _score(
     clean: Float[Array, "b s vocab"], logits: Float[Array, "b s vocab"], tokens: Tokens, valid: Bool[Array, "b t"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sums over valid predictions of the cross-entropy and of the divergence from the clean distribution."""
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """Sums over the valid predictions of each row of the cross-entropy and of the divergence from the clean model."""
     log_p = jax.nn.log_softmax(clean[:, :-1].astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     ce = -jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1)[..., 0]
     kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return jnp.sum(jnp.where(valid, ce, 0.0)), jnp.sum(jnp.where(valid, kl, 0.0))
+    return jnp.sum(jnp.where(valid, ce, 0.0), axis=1), jnp.sum(jnp.where(valid, kl, 0.0), axis=1)
 
 
 def _add(sums: dict[str, float], name: str, scores: tuple[jax.Array, jax.Array]) -> None:
-    """Adds the sums of one batch to those of the run, in float64."""
+    """Adds the rows of one batch to those of the run, in float64."""
     for kind, value in zip(("ce", "kl"), scores, strict=True):
-        sums[f"{kind}_{name}"] = sums.get(f"{kind}_{name}", 0.0) + float(value)
+        sums[f"{kind}_{name}"] = sums.get(f"{kind}_{name}", 0.0) + float(np.asarray(value, np.float64).sum())
 
 
 def _mean_activation(

@@ -88,6 +88,7 @@ def train(arguments: list[str]) -> int:
         _log_to_stderr()
         return _finish_training(config.from_run(run_dir, overrides), run_dir, resume=True)
     preflight.check(arguments)
+    preflight.make_directories(arguments)
     _run_under_hydra(arguments)
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -32,6 +34,21 @@ def check(arguments: list[str]) -> None:
             if len(jobs) == 1:
                 raise
             raise UserError(f"{error} (in the job {' '.join(overrides)}; no job was started)") from error
+
+
+def make_directories(arguments: list[str]) -> None:
+    """Make the directory that a command line names for its runs, so that a wrong one fails in one line.
+
+    Args:
+      arguments: as typed.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and "${" not in value:
+            Path(value).mkdir(parents=True, exist_ok=True)
 
 
 def _jobs(arguments: list[str]) -> list[list[str]]:

@@ -85,7 +85,7 @@ def test_a_failing_job_does_not_stop_the_others(tmp_path):
         "train", "-m", "optim.lr=1e-3,1e30,1e-4", *QUICK, "train.log_every_steps=1", f"hydra.sweep.dir={tmp_path}"
     )
     assert done.returncode != 0
-    assert "train/loss is" in done.stdout + done.stderr
+    assert "lower optim.lr" in done.stdout + done.stderr
     assert [(tmp_path / n / "run.json").exists() for n in "012"] == [True, False, True]
 
 

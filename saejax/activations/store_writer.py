@@ -202,6 +202,8 @@ class ShardWriter:
             "segment_documents": self._segment_documents,
         }
         store_format.write_json(self._path / f"{self._name}.json", record)
+        for left in self._path.glob(f"{self._name}.json.partial-*"):  # by a process killed in the middle of publishing
+            left.unlink(missing_ok=True)
 
     def _discard(self) -> None:
         for suffix, file in self._files.items():

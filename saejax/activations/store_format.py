@@ -55,9 +55,13 @@ def numpy_dtype(name: str) -> np.dtype:
     return dtypes[name]
 
 
+SHARD_PREFIX = "shard-"
+"""How the name of every file of a shard begins."""
+
+
 def shard_name(number: int) -> str:
     """What a shard's files are called, without their suffix."""
-    return f"shard-{number:05d}"
+    return f"{SHARD_PREFIX}{number:05d}"
 
 
 def shard_shapes(record: dict, manifest: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -72,7 +76,7 @@ def shard_shapes(record: dict, manifest: dict) -> dict[str, tuple[np.dtype, tupl
 
 def published(path: pathlib.Path) -> list[int]:
     """Numbers of the shards that exist, ascending."""
-    return sorted(int(record.stem.removeprefix("shard-")) for record in path.glob("shard-*.json"))
+    return sorted(int(record.stem.removeprefix(SHARD_PREFIX)) for record in path.glob(f"{SHARD_PREFIX}*.json"))
 
 
 def fingerprint(manifest: dict) -> str:

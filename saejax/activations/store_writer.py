@@ -106,7 +106,11 @@ class Writer:
         return True
 
     def close(self) -> None:
-        """Lets other writers in."""
+        """Removes what an interrupt or a killed writer of the same number left unfinished, and lets others in."""
+        for left in self.path.glob(f"{store_format.SHARD_PREFIX}*partial*"):
+            number = int(left.name.removeprefix(store_format.SHARD_PREFIX).split(".")[0])
+            if number % self.n_processes == self.process:
+                left.unlink(missing_ok=True)
         self._lock.close()
 
     def __enter__(self) -> "Writer":
@@ -202,8 +206,6 @@ class ShardWriter:
             "segment_documents": self._segment_documents,
         }
         store_format.write_json(self._path / f"{self._name}.json", record)
-        for left in self._path.glob(f"{self._name}.json.partial-*"):  # by a process killed in the middle of publishing
-            left.unlink(missing_ok=True)
 
     def _discard(self) -> None:
         for suffix, file in self._files.items():

@@ -117,6 +117,6 @@ def test_private_places(line):
     assert len(place_findings("f.md", line)) == 1
 
 
-@pytest.mark.parametrize("line", ["docs/work/x", "/tmp/x", "~/home/x", "the root/ folder", "https://github.com/a/b"])
+@pytest.mark.parametrize("line", ["docs/works/x", "/tmp/x", "~/home/x", "the root/ folder", "https://github.com/a/b"])
 def test_public_places(line):
     assert place_findings("f.md", line) == []

@@ -14,6 +14,9 @@ from saejax.errors import UserError
 # A sweep of thousands is checked in part: composing one job takes a fifth of a second.
 MAX_JOBS = 64
 
+# Another search path, or a question to Hydra instead of a job: only Hydra itself knows the answer.
+HYDRA_ALONE = ("--config-", "-cd", "-cn", "-cp", "--cfg", "-c", "--info", "-i", "--package", "-p", "--hydra-help")
+
 
 def check(arguments: list[str]) -> None:
     """Compose the jobs of `saejax train ARGUMENTS` and throw the result away.
@@ -24,8 +27,8 @@ def check(arguments: list[str]) -> None:
     Raises:
       UserError: the first mistake, in one line; with the overrides of the job when there are several.
     """
-    if any(a.startswith(("--config-", "-cd", "-cn", "-cp")) for a in arguments):
-        return  # another search path: only Hydra itself knows it
+    if any(a.startswith(HYDRA_ALONE) for a in arguments):
+        return
     jobs = _jobs(arguments)
     for overrides in jobs[:MAX_JOBS]:
         try:

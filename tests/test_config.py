@@ -104,6 +104,7 @@ def test_a_mistake_ends_in_one_line(overrides, message):
 
 def test_a_wrong_point_of_a_sweep_stops_it_before_the_first_job():
     preflight.check(["-m", "sae.k=4,8", "seed=0,1"])
+    preflight.check(["--cfg", "job", "sae.k=4"])  # a question to Hydra, not a job
     with pytest.raises(UserError, match=r"sae.k must be in .* got 9999 \(in the job sae.k=9999 seed=0; no job was"):
         preflight.check(["-m", "sae.k=4,9999", "seed=0,1"])
 

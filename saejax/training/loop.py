@@ -108,8 +108,9 @@ def fit(
                 jax.block_until_ready(previous)
                 previous = metrics["loss"]
             log.flush()
-            if first < number < last:
-                _check_finite(number, metrics)
+            if number < last:  # stopped, perhaps before its first step: then what was drawn and estimated is saved
+                if metrics:
+                    _check_finite(number, metrics)
                 checkpoints.save(number, state, position, None)
             checkpoints.wait()
     except FloatingPointError as error:

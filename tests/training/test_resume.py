@@ -1,5 +1,6 @@
 """Nothing is lost: killed, stopped and resumed runs end as the one that was never interrupted."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import small_runs as runs
 from saejax import config, run
 from saejax.errors import UserError
 from saejax.sae import base
+from saejax.training import interrupt as signals
 
 # The command line of `runs.compose(architecture, 100)`, checkpoints kept so that step 50 can be looked at.
 COMMAND = [
@@ -173,3 +175,15 @@ def test_a_failing_evaluation_does_not_lose_the_training(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no"):
         runs.train(tmp_path, runs.compose("topk", 4))
     assert runs.checkpoint.steps(tmp_path) == [4]
+
+
+def test_a_run_stopped_before_its_first_step_goes_on_from_there(tmp_path, monkeypatch):
+    stopped = contextlib.nullcontext(signals.Interrupt())
+    stopped.enter_result.signum = signal.SIGTERM
+    cfg = runs.compose("topk", 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(signals, "watch", lambda: stopped)
+        assert runs.train(tmp_path / "run", cfg).step == 0
+    runs.train(tmp_path / "run", cfg, resume=True)
+    runs.train(tmp_path / "straight", cfg)
+    assert_equal_bits(runs.saved(tmp_path / "run", 4), runs.saved(tmp_path / "straight", 4))

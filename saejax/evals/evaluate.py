@@ -186,12 +186,9 @@ def make_evaluator(
     if mesh is not None:
         sharding.check_divides(mesh, n_lanes=mesh.shape[sharding.DATA], d_sae=sparsifier.d_sae)
 
-    def init() -> Any:
-        return tuple(m.init(sparsifier.d_in, sparsifier.d_sae) for m in metrics)
-
-    def update(params, mean, scale, states, x, weight):
+    def observe(params, mean, scale, x, weight) -> metric.EvalBatch:
         encoding = sparsifier.encode(params, (x - mean[None, :]) * scale)
-        batch = metric.EvalBatch(
+        return metric.EvalBatch(
             x=x,
             recon=sparsifier.decode(params, encoding) / scale + mean[None, :],
             encoding=encoding,
@@ -199,6 +196,15 @@ def make_evaluator(
             W_dec=params.W_dec / scale,
             b_dec=params.b_dec / scale + mean,
         )
+
+    def init() -> Any:
+        row = jax.ShapeDtypeStruct((1, sparsifier.d_in), jnp.float32)
+        params = jax.eval_shape(sparsifier.init, jax.eval_shape(lambda: jax.random.key(0)))
+        batch = jax.eval_shape(observe, params, jnp.zeros(sparsifier.d_in), jnp.ones(()), row, jnp.ones(1))
+        return tuple(m.init(batch) for m in metrics)
+
+    def update(params, mean, scale, states, x, weight):
+        batch = observe(params, mean, scale, x, weight)
         return tuple(m.update(state, batch) for m, state in zip(metrics, states, strict=True))
 
     placed = None if mesh is None else NamedSharding(mesh, P())

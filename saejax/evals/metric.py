@@ -1,6 +1,7 @@
 """What a metric is: a batch to look at, a state that merges, numbers read once at the end.
 
-Every file of metrics imports this one and no other metric's file; `evals.evaluate` runs them.
+Every file of metrics imports this one and no other metric's file. `evals.evaluate` runs those that look at an SAE's
+reconstructions (`EvalBatch`); `evals.over` runs any metric over arrays that are already there.
 """
 
 import abc
@@ -34,6 +35,9 @@ class EvalBatch:
       b_dec: The reconstruction where no latent fires, [d_in] float32.
     """
 
+    shared: ClassVar[tuple[str, ...]] = ("W_dec", "b_dec")
+    """Fields that are not one entry per row."""
+
     x: jax.Array
     recon: jax.Array
     encoding: base.Encoding
@@ -49,13 +53,24 @@ class Metric(abc.ABC):
     `init` and `update` run on the devices in float32 and int32 over a few batches. `merge` runs there and on the host,
     where the states are numpy arrays in float64 and int64, so it uses only operators that both kinds of array have.
     `merge` is associative and `init` its neutral element. Ratios are formed once, in `compute`.
+
+    A batch is a struct with `weight` [b], 1 for a real row and 0 for padding, whose other fields have one entry per row
+    except those named in its class attribute `shared`.
     """
 
     name: ClassVar[str]
+    batch_type: ClassVar[type] = EvalBatch
+    """The struct that `update` takes."""
+    on_host: ClassVar[bool] = False
+    """Whether `update` takes numpy batches of real rows, uncompiled, because it sorts or keeps rows."""
 
     @abc.abstractmethod
-    def init(self, d_in: int, d_sae: int) -> Any:
-        """Returns the state of no rows at all: a pytree of float32 and int32 arrays."""
+    def init(self, batch: Any) -> Any:
+        """Returns the state of no rows at all: a pytree of float32 and int32 arrays.
+
+        Args:
+          batch: A batch, or one of `jax.ShapeDtypeStruct`: only the shapes of its trailing dimensions are looked at.
+        """
 
     @abc.abstractmethod
     def update(self, state: Any, batch: EvalBatch) -> Any:

@@ -48,8 +48,8 @@ class Reconstruction(metric.Metric):
 
     name: ClassVar[str] = "reconstruction"
 
-    def init(self, d_in: int, d_sae: int) -> ReconstructionState:
-        zero, vector = jnp.zeros(()), jnp.zeros(d_in)
+    def init(self, batch: metric.EvalBatch) -> ReconstructionState:
+        zero, vector = jnp.zeros(()), jnp.zeros(batch.x.shape[-1])
         return ReconstructionState(rows=zero, mean=vector, spread=zero, error=zero, cosine=zero, direction=vector)
 
     def update(self, state: ReconstructionState, batch: metric.EvalBatch) -> ReconstructionState:
@@ -120,7 +120,7 @@ class FvuBatchLegacy(metric.Metric):
 
     name: ClassVar[str] = "fvu_batch_legacy"
 
-    def init(self, d_in: int, d_sae: int) -> FvuBatchState:
+    def init(self, batch: metric.EvalBatch) -> FvuBatchState:
         return FvuBatchState(ratios=jnp.zeros(()), batches=jnp.zeros(()))
 
     def update(self, state: FvuBatchState, batch: metric.EvalBatch) -> FvuBatchState:

@@ -53,7 +53,7 @@ class Norms(metric.Metric):
 
     name: ClassVar[str] = "norms"
 
-    def init(self, d_in: int, d_sae: int) -> NormState:
+    def init(self, batch: metric.EvalBatch) -> NormState:
         return NormState(*(jnp.zeros(()) for _ in range(6)))
 
     def update(self, state: NormState, batch: metric.EvalBatch) -> NormState:
@@ -108,8 +108,8 @@ class Gain(metric.Metric):
 
     name: ClassVar[str] = "gain"
 
-    def init(self, d_in: int, d_sae: int) -> GainState:
-        return GainState(pull=jnp.zeros(d_sae), power=jnp.zeros(d_sae))
+    def init(self, batch: metric.EvalBatch) -> GainState:
+        return GainState(pull=jnp.zeros(batch.W_dec.shape[0]), power=jnp.zeros(batch.W_dec.shape[0]))
 
     def update(self, state: GainState, batch: metric.EvalBatch) -> GainState:
         error = jnp.where(batch.weight[:, None] > 0, batch.x - batch.recon, 0.0)

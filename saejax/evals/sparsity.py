@@ -60,9 +60,9 @@ class Firing(metric.Metric):
         if not 0 < self.dense_above < 1:
             raise UserError(f"eval.dense_above must lie between 0 and 1, got {self.dense_above}")
 
-    def init(self, d_in: int, d_sae: int) -> FiringState:
-        zeros = jnp.zeros(d_sae, jnp.int32)
-        silent = jnp.zeros((len(self.windows), d_sae), jnp.int32)
+    def init(self, batch: metric.EvalBatch) -> FiringState:
+        zeros = jnp.zeros(batch.encoding.d_sae, jnp.int32)
+        silent = jnp.zeros((len(self.windows), batch.encoding.d_sae), jnp.int32)
         return FiringState(rows=jnp.zeros((), jnp.int32), count=zeros, lead=zeros, trail=zeros, silent=silent)
 
     def update(self, state: FiringState, batch: metric.EvalBatch) -> FiringState:

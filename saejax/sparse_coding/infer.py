@@ -1,0 +1,182 @@
+"""The one door to the solvers with a fixed dictionary: checks its input, then runs a pure jitted function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from saejax.errors import UserError
+from saejax.sparse_coding import basis_pursuit, one_step, proximal, pursuit
+from saejax.sparse_coding.solution import Solution
+
+UNIT_TOLERANCE = 1e-3
+"""How far the norm of an atom may be from 1."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One solver: its function and the options it takes."""
+
+    run: Callable[..., Solution]
+    """Pure and jitted: (y, dictionary, **options) -> Solution."""
+    needs: str | None
+    """Option without which it cannot run: k, l1_coef or threshold; None: none."""
+    takes: frozenset[str] = frozenset()
+    """Options it may be given: of warm_start, max_iterations, tolerance."""
+
+
+_ITERATIVE = frozenset({"warm_start", "max_iterations", "tolerance"})
+METHODS: dict[str, Method] = {
+    "threshold": Method(run=one_step.threshold, needs="threshold"),
+    "top_k": Method(run=one_step.top_k, needs="k"),
+    "mp": Method(run=pursuit.mp, needs="k", takes=frozenset({"tolerance"})),
+    "omp": Method(run=pursuit.omp, needs="k", takes=frozenset({"tolerance"})),
+    "gradient_pursuit": Method(run=pursuit.gradient_pursuit, needs="k", takes=frozenset({"tolerance"})),
+    "ista": Method(run=proximal.ista, needs="l1_coef", takes=_ITERATIVE),
+    "fista": Method(run=proximal.fista, needs="l1_coef", takes=_ITERATIVE),
+    "basis_pursuit": Method(run=basis_pursuit.basis_pursuit, needs=None, takes=_ITERATIVE),
+}
+"""Every solver by name."""
+
+
+def infer(
+    y: Float[Array, "b d"],
+    dictionary: Float[Array, "n_atoms d"],
+    *,
+    method: str = "omp",
+    k: int | None = None,
+    l1_coef: float | None = None,
+    threshold: float | None = None,
+    nonneg: bool = True,
+    bias: Float[Array, "d"] | None = None,
+    warm_start: Solution | Float[Array, "b n_atoms"] | None = None,
+    max_iterations: int | None = None,
+    tolerance: float = 1e-5,
+) -> Solution:
+    """Returns the sparse codes of signals over a fixed dictionary.
+
+    Args:
+      y: Signals, real and finite.
+      dictionary: One atom per row, of norm 1.
+      method: A name in `METHODS`.
+      k: Atoms per signal; for top_k, mp, omp and gradient_pursuit.
+      l1_coef: Weight of the l1 norm against half the squared error; for ista and fista.
+      threshold: Level of the correlations to keep; for threshold.
+      nonneg: Whether codes must not fall below 0.
+      bias: Subtracted from the signals first.
+      warm_start: Codes to start from; for ista, fista and basis_pursuit.
+      max_iterations: Where ista, fista and basis_pursuit give up; None takes the method's own limit.
+      tolerance: When a row is done; relative to the norm of its signal for pursuits, and see the methods.
+
+    Returns:
+      The codes with the solver's account: look at `converged`.
+
+    Raises:
+      UserError: An argument is missing, not used by the method, or cannot be right.
+
+    Example:
+      >>> solution = infer(jnp.array([[0.0, 3.0, -1.0]]), jnp.eye(3), k=2)
+      >>> solution.dense().tolist(), solution.converged.tolist()
+      ([[0.0, 3.0, 0.0]], [True])
+    """
+    y, dictionary = _arrays(y, dictionary)
+    if bias is not None:
+        bias = jnp.asarray(bias, jnp.float32)
+        _demand(bias.shape == y.shape[1:], "bias", f"must have shape {y.shape[1:]}", bias.shape)
+        y = y - bias[None, :]
+    check_values(y, dictionary)
+    options = dict(k=k, l1_coef=l1_coef, threshold=threshold, warm_start=warm_start, max_iterations=max_iterations)
+    return run_method(y, dictionary, method, nonneg, tolerance, options)
+
+
+def run_method(
+    y: Float[Array, "b d"],
+    dictionary: Float[Array, "n_atoms d"],
+    method: str,
+    nonneg: bool,
+    tolerance: float,
+    options: dict[str, Any],
+) -> Solution:
+    """Runs a method on arrays that need no check (an atom of zeros is never chosen); checks the options."""
+    _demand(method in METHODS, "method", f"must be one of {', '.join(METHODS)}", repr(method))
+    chosen = METHODS[method]
+    given = {name: value for name, value in options.items() if value is not None}
+    needs = {chosen.needs} if chosen.needs else set()
+    for name in sorted(needs - set(given)):
+        raise UserError(f"{name} must be given for method {method!r}")
+    for name in sorted(set(given) - needs - chosen.takes):
+        raise UserError(f"{name} is not used by method {method!r}, got {given[name]}")
+    _check_options(given, method, y.shape[0], *dictionary.shape)
+    if "tolerance" in chosen.takes:
+        _demand(_above(tolerance, 0), "tolerance", "must be a number above 0", tolerance)
+        given["tolerance"] = tolerance
+    if isinstance(given.get("warm_start"), Solution):
+        given["warm_start"] = given["warm_start"].dense()
+    return chosen.run(y, dictionary, nonneg=nonneg, **given)
+
+
+def check_values(y: Float[Array, "b d"], dictionary: Float[Array, "n_atoms d"], unit: bool = True) -> None:
+    """Raises UserError for NaN, infinities, atoms of zeros or (if `unit`) of another norm; nothing while tracing."""
+    if isinstance(y, jax.core.Tracer) or isinstance(dictionary, jax.core.Tracer):
+        return
+    finite_y, finite_dictionary, least, most = (float(value) for value in _look(y, dictionary))
+    _demand(finite_y, "y", "must be finite", "NaN or infinity")
+    _demand(finite_dictionary, "dictionary", "must be finite", "NaN or infinity")
+    if unit:
+        _demand(least > 0, "dictionary", "must have no row of zeros", "a row of norm 0")
+        wrong = least if abs(least - 1) > abs(most - 1) else most
+        _demand(
+            abs(wrong - 1) <= UNIT_TOLERANCE, "dictionary", "must have rows of norm 1", f"a row of norm {wrong:.6g}"
+        )
+
+
+@jax.jit
+def _look(y, dictionary):
+    norms = jnp.linalg.norm(dictionary, axis=1)
+    return jnp.all(jnp.isfinite(y)), jnp.all(jnp.isfinite(dictionary)), jnp.min(norms), jnp.max(norms)
+
+
+def _arrays(y: Any, dictionary: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns both as float32 after a look at their shapes."""
+    y, dictionary = jnp.asarray(y), jnp.asarray(dictionary)
+    for name, array in (("y", y), ("dictionary", dictionary)):
+        _demand(jnp.isrealobj(array), name, "must be real", array.dtype)
+        _demand(array.ndim == 2, name, "must have two dimensions", f"shape {array.shape}")
+        _demand(array.size > 0, name, "must not be empty", f"shape {array.shape}")
+    _demand(
+        y.shape[1] == dictionary.shape[1], "y", f"must have d={dictionary.shape[1]} columns as dictionary", y.shape[1]
+    )
+    return y.astype(jnp.float32), dictionary.astype(jnp.float32)
+
+
+def _check_options(given: dict[str, Any], method: str, b: int, n: int, d: int) -> None:
+    k, warm_start = given.get("k"), given.get("warm_start")
+    if k is not None:
+        most = min(n, d) if method == "omp" else n
+        limit = f"must be a whole number in [1, {'d' if most < n else 'n_atoms'}={most}]"
+        _demand(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= most, "k", limit, k)
+    if "l1_coef" in given:
+        _demand(_above(given["l1_coef"], 0), "l1_coef", "must be a number above 0", given["l1_coef"])
+    if "threshold" in given:
+        _demand(_above(given["threshold"], -1e-30), "threshold", "must be a number, at least 0", given["threshold"])
+    if "max_iterations" in given:
+        n_steps = given["max_iterations"]
+        _demand(isinstance(n_steps, int) and n_steps >= 1, "max_iterations", "must be a whole number above 0", n_steps)
+    if warm_start is not None:
+        shape = (b, warm_start.n_atoms) if isinstance(warm_start, Solution) else jnp.shape(warm_start)
+        _demand(shape == (b, n), "warm_start", f"must have shape {(b, n)}", shape)
+    if method == "basis_pursuit":
+        _demand(n >= d, "dictionary", f"must have at least d={d} atoms for basis_pursuit", n)
+
+
+def _above(value: Any, bound: float) -> bool:
+    """Whether a number, finite and above the bound; an array under trace is believed."""
+    return isinstance(value, jax.core.Tracer) or bool(jnp.isfinite(value) & (value > bound))
+
+
+def _demand(ok: Any, name: str, must: str, got: object) -> None:
+    if not ok:
+        raise UserError(f"{name} {must}, got {got}")

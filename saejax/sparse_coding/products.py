@@ -1,0 +1,43 @@
+"""The two products of every solver, in full float32 on every device, and the choice of the best atom."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+_EXACT = lax.Precision.HIGHEST  # accelerators would round the operands otherwise
+
+
+def correlate(residual: Float[Array, "b d"], dictionary: Float[Array, "n d"]) -> Float[Array, "b n"]:
+    """Returns the inner product of every residual with every atom."""
+    return jnp.matmul(residual, dictionary.T, precision=_EXACT)
+
+
+def synthesise(latents: Float[Array, "b n"], dictionary: Float[Array, "n d"]) -> Float[Array, "b d"]:
+    """Returns the signals that dense codes stand for."""
+    return jnp.matmul(latents, dictionary, precision=_EXACT)
+
+
+def combine(values: Float[Array, "b k"], atoms: Float[Array, "b k d"]) -> Float[Array, "b d"]:
+    """Returns the signals that k-sparse codes stand for, from their own atoms."""
+    return jnp.einsum("bk,bkd->bd", values, atoms, precision=_EXACT)
+
+
+def inner(atoms: Float[Array, "b k d"], vectors: Float[Array, "b d"]) -> Float[Array, "b k"]:
+    """Returns the inner product of each row's atoms with its vector."""
+    return jnp.einsum("bkd,bd->bk", atoms, vectors, precision=_EXACT)
+
+
+def best(scores: Float[Array, "b n"]) -> tuple[Float[Array, "b"], Int[Array, "b"]]:
+    """Returns the largest score of each row and its lowest index.
+
+    Two plain reductions: `argmax` carries pairs, which XLA does not vectorise on CPU (6 times slower).
+    """
+    top = jnp.max(scores, axis=1)
+    n = scores.shape[1]
+    index = jnp.min(jnp.where(scores >= top[:, None], jnp.arange(n)[None, :], n - 1), axis=1)
+    return top, index.astype(jnp.int32)
+
+
+def norms(rows: Float[Array, "b d"]) -> Float[Array, "b"]:
+    """Returns the norm of each row."""
+    return jnp.sqrt(jnp.sum(rows**2, axis=1))

@@ -1,0 +1,170 @@
+"""Greedy pursuits: one atom at a time, the one that correlates most with the residual.
+
+A step costs one product of the residuals with the dictionary; all else touches chosen atoms only. Non-negative
+pursuits choose by correlation, signed ones by magnitude, and the former stop where no correlation is above 0.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from saejax.sparse_coding import products, row_blocks, support
+from saejax.sparse_coding.solution import Solution
+
+_STATIC = ("k", "nonneg")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def mp(
+    y: Float[Array, "b d"], dictionary: Float[Array, "n d"], k: int, nonneg: bool = True, tolerance: float = 1e-5
+) -> Solution:
+    r"""Matching pursuit: k times :math:`z_j \mathrel{+}= d_j^T r,\; r \mathrel{-}= (d_j^T r) d_j`.
+
+    An atom may be chosen again, so the support has at most k atoms. Each step takes :math:`(d_j^T r)^2` of the energy.
+    """
+    return _pursue(_mp_step, y, dictionary, k, nonneg, tolerance)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def omp(
+    y: Float[Array, "b d"], dictionary: Float[Array, "n d"], k: int, nonneg: bool = True, tolerance: float = 1e-5
+) -> Solution:
+    r"""Orthogonal matching pursuit: after each choice, least squares on all chosen atoms; never the same atom twice.
+
+    The residual is orthogonal to the chosen atoms (non-negative: to those above 0). Stops early where the residual is
+    within `tolerance` of the signal's norm or no correlation is left.
+
+    Source: Pati, Rezaiifar and Krishnaprasad, Orthogonal matching pursuit, 1993.
+    """
+    return _pursue(_omp_step, y, dictionary, k, nonneg, tolerance)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def gradient_pursuit(
+    y: Float[Array, "b d"], dictionary: Float[Array, "n d"], k: int, nonneg: bool = True, tolerance: float = 1e-5
+) -> Solution:
+    r"""Gradient pursuit: after each choice, one exact line search along :math:`g = D_S r` on the chosen atoms.
+
+    Non-negative codes are clipped at 0 and the residual is taken anew.
+
+    Source: Blumensath and Davies, Gradient pursuits, 2008.
+    """
+    return _pursue(_gradient_step, y, dictionary, k, nonneg, tolerance)
+
+
+def _pursue(step, y, dictionary, k, nonneg, tolerance) -> Solution:
+    """Runs `step` up to k times on every row and gives its account."""
+    n = dictionary.shape[0]
+
+    def block(y, dictionary):
+        b, d = y.shape
+        limit = tolerance * products.norms(y)
+        state = {
+            "residual": y,
+            "values": jnp.zeros((b, k)),
+            "indices": jnp.full((b, k), n, jnp.int32),  # n: an empty slot
+            "atoms": jnp.zeros((b, k, d)),
+            "running": products.norms(y) > limit,
+            "solved": jnp.ones(b, bool),
+            "iterations": jnp.zeros(b, jnp.int32),
+        }
+        if step is _omp_step:
+            state |= {"gram": jnp.zeros((b, k, k)), "target": jnp.zeros((b, k)), "passive": jnp.zeros((b, k), bool)}
+
+        def once(carry):
+            t, state = carry
+            new = step(t, state, y, dictionary, nonneg)
+            new["iterations"] = state["iterations"] + new["running"]
+            left = new["running"] & (products.norms(new["residual"]) > limit)
+            keep = new.pop("running")
+            state = {name: _where(keep, new[name], state[name]) for name in new}
+            return t + 1, state | {"running": left}
+
+        def unfinished(carry):
+            return (carry[0] < k) & jnp.any(carry[1]["running"])
+
+        _, state = lax.while_loop(unfinished, once, (0, state))
+        indices = jnp.where(state["indices"] == n, 0, state["indices"])
+        return state["values"], indices, products.norms(state["residual"]), state["iterations"], state["solved"]
+
+    values, indices, residual_norm, iterations, solved = row_blocks.over_blocks(block, (y,), (dictionary,), n)
+    gap = jnp.full(residual_norm.shape, jnp.nan)
+    return Solution(residual_norm, iterations, solved, gap, values, indices, n_atoms=n)
+
+
+def _where(keep, new, old):
+    """Takes `new` in the rows that still run."""
+    return jnp.where(keep.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _choose(state, dictionary, nonneg, again: bool):
+    """Returns the best atom of each row, its correlation, and whether it explains anything."""
+    scores = products.correlate(state["residual"], dictionary)
+    signed = scores
+    scores = scores if nonneg else jnp.abs(scores)
+    if not again:
+        rows = jnp.arange(scores.shape[0])[:, None]
+        scores = scores.at[rows, state["indices"]].set(-1.0, mode="drop")
+    top, chosen = products.best(scores)
+    correlation = top if nonneg else jnp.take_along_axis(signed, chosen[:, None], axis=1)[:, 0]
+    return chosen, correlation, state["running"] & (top > 0)
+
+
+def _mp_step(t, state, y, dictionary, nonneg):
+    chosen, correlation, running = _choose(state, dictionary, nonneg, again=True)
+    same = state["indices"] == chosen[:, None]
+    # The slot of the same atom if it has one, else the first empty one.
+    empty = jnp.cumsum(state["indices"] == dictionary.shape[0], axis=1) == 1
+    empty = empty & (state["indices"] == dictionary.shape[0])
+    slot = jnp.where(jnp.any(same, axis=1, keepdims=True), same, empty)
+    residual = state["residual"] - correlation[:, None] * dictionary[chosen]
+    values = state["values"] + jnp.where(slot, correlation[:, None], 0)
+    indices = jnp.where(slot, chosen[:, None], state["indices"])
+    return state | {"residual": residual, "values": values, "indices": indices, "running": running}
+
+
+def _append(t, state, dictionary, nonneg):
+    """Returns the state with the best new atom in slot t, and the atom."""
+    chosen, _, running = _choose(state, dictionary, nonneg, again=False)
+    atom = dictionary[chosen]
+    indices = state["indices"].at[:, t].set(chosen)
+    atoms = state["atoms"].at[:, t].set(atom)
+    return state | {"indices": indices, "atoms": atoms, "running": running}, atom
+
+
+def _omp_step(t, state, y, dictionary, nonneg):
+    state, atom = _append(t, state, dictionary, nonneg)
+    products_with_new = products.inner(state["atoms"], atom)
+    gram = state["gram"].at[:, t, :].set(products_with_new).at[:, :, t].set(products_with_new)
+    target = state["target"].at[:, t].set(jnp.sum(atom * y, axis=1))
+    used = jnp.arange(gram.shape[1])[None, :] <= t
+    used = jnp.broadcast_to(used, target.shape)
+    solved, passive = state["solved"], used
+    if nonneg:
+        guess = state["passive"].at[:, t].set(True)
+        values, passive, solved = support.nonneg_least_squares(gram, target, used & state["running"][:, None], guess)
+    else:
+        values = support.least_squares(gram, target, used)
+    error = products.inner(state["atoms"], y - products.combine(values, state["atoms"]))
+    values = values + support.least_squares(gram, error, passive & used)
+    values = jnp.maximum(values, 0) if nonneg else values
+    # An atom that the others span in float32 ends the row: its system has no solution.
+    running = state["running"] & jnp.all(jnp.isfinite(values), axis=1)
+    residual = y - products.combine(values, state["atoms"])
+    new = {"residual": residual, "values": values, "gram": gram, "target": target, "passive": passive}
+    return state | new | {"solved": solved, "running": running}
+
+
+def _gradient_step(t, state, y, dictionary, nonneg):
+    state, _ = _append(t, state, dictionary, nonneg)
+    gradient = products.inner(state["atoms"], state["residual"])
+    direction = products.combine(gradient, state["atoms"])
+    energy = jnp.sum(direction**2, axis=1)
+    step = jnp.sum(gradient**2, axis=1) / jnp.where(energy > 0, energy, 1)  # <r, D_S g> = ||g||^2
+    values = state["values"] + step[:, None] * gradient
+    values = jnp.maximum(values, 0) if nonneg else values
+    residual = y - products.combine(values, state["atoms"])
+    return state | {"values": values, "residual": residual}

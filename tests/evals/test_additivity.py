@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import additivity, over
+from saejax.evals import additivity, binding, over
 
 RNG = np.random.default_rng(0)
 WEIGHTS, BIAS = RNG.standard_normal((5, 8)), RNG.standard_normal(8)
@@ -78,3 +78,31 @@ def test_row_ids_must_be_distinct():
     batch = additivity.PairBatch(f_a=A, f_b=A, f_ab=A, row_id=np.zeros(len(A), int), f_blank=BIAS[:5])
     with pytest.raises(UserError, match="row_id must be distinct"):
         over.over(additivity.AdditivityRetrieval(), batch)
+
+
+def scenes(n=60, m=6):
+    """Vectors for a, b (roles) and x, y (fillers), one set for each row."""
+    return np.random.default_rng(1).standard_normal((4, n, m))
+
+
+def test_a_sum_of_parts_binds_nothing():
+    a, b, x, y = scenes()
+    result = over.over(binding.Binding(), binding.SwapBatch(f_bound=a + x + b + y, f_swapped=a + y + b + x))
+    assert result["binding_distance"] <= 1e-6 and result["binding_distance_rms"] <= 1e-6
+    assert result["binding_distance_rms_shuffled"] == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_tensor_products_bind():
+    """Roles and fillers are random: |a x + b y - a y - b x|^2 / |a x + b y|^2 is near 2."""
+    a, b, x, y = scenes()
+    outer = np.einsum
+    bound = (outer("ni,nj->nij", a, x) + outer("ni,nj->nij", b, y)).reshape(60, -1)
+    swapped = (outer("ni,nj->nij", a, y) + outer("ni,nj->nij", b, x)).reshape(60, -1)
+    result = over.over(binding.Binding(), binding.SwapBatch(f_bound=bound, f_swapped=swapped))
+    length = np.linalg.norm(bound, axis=1)
+    assert result["binding_distance"] == pytest.approx(np.mean(np.linalg.norm(bound - swapped, axis=1) / length), 1e-5)
+    assert result["binding_distance"] > 0.5
+    apart = ((bound[:, None] - swapped[None, :]) ** 2).sum(-1)
+    expected = apart[~np.eye(60, dtype=bool)].mean() / (length**2).mean()
+    assert result["binding_distance_rms_shuffled"] == pytest.approx(expected**0.5, rel=1e-5)
+    assert result["binding_distance_rms"] == pytest.approx((np.diag(apart).mean() / (length**2).mean()) ** 0.5, 1e-5)

@@ -13,7 +13,6 @@ Sources:
   optimal directions for frame design, 1999 (MOD); Beck and Teboulle 2009, O'Donoghue and Candes 2015 (FISTA, restart).
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from saejax.errors import UserError
+from saejax.sparse_coding import proximal
 
 METHODS = ("online", "mod")
 """How the dictionary follows from the averages."""
@@ -48,13 +48,12 @@ class Learned:
     history: dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """What the compiled loop is specialised to."""
+class _Knobs(NamedTuple):
+    """What may change without compiling again."""
 
-    method: str
-    nonneg: bool
+    l1_coef: float
     n_iterations: int
+    decay: float
     patience: int
     twin_cos: float
 
@@ -120,8 +119,8 @@ def learn(
     rng = np.random.default_rng(seed)
     start = _start(rows, n_atoms, initial, rng)
     order = jnp.asarray(_order(rng, len(rows), n_steps, batch))
-    settings = _Settings(method=method, nonneg=nonneg, n_iterations=n_iterations, patience=patience, twin_cos=twin_cos)
-    dictionary, history = _run(settings, jnp.asarray(rows), jnp.asarray(start), order, l1_coef, decay)
+    knobs = _Knobs(l1_coef, n_iterations, decay, patience, twin_cos)
+    dictionary, history = _run(method, nonneg, jnp.asarray(rows), jnp.asarray(start), order, knobs)
     return Learned(dictionary=dictionary, history={name: np.asarray(value) for name, value in history.items()})
 
 
@@ -175,20 +174,21 @@ def _order(rng: np.random.Generator, n: int, n_steps: int, batch: int) -> Int[np
     return order[: n_steps * batch].reshape(n_steps, batch).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(settings: _Settings, y, dictionary, order, l1_coef, decay):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(method: str, nonneg: bool, y, dictionary, order, knobs: _Knobs):
     """All steps in one compiled loop: the last dictionary, and the history."""
     n, d = dictionary.shape
 
     def step(state: _State, at):
         number, chosen = at
         rows = y[chosen]
-        codes = _codes(rows, state.dictionary, l1_coef, settings)
+        codes = _codes(rows, state.dictionary, nonneg, knobs)
         residual = rows - _product(codes, state.dictionary)
-        report = _report(rows, codes, residual, state.dictionary, l1_coef, settings.nonneg)
-        state = _averages(state, rows, codes, (1.0 - 1.0 / (number + 1.0)) ** decay)
-        better = _one_by_one(state) if settings.method == "online" else _all_at_once(state)
-        state, reseeded = _reseed(state._replace(dictionary=better), residual, settings)
+        report = _report(rows, codes, residual, state.dictionary, knobs.l1_coef, nonneg)
+        state = _averages(state, rows, codes, (1.0 - 1.0 / (number + 1.0)) ** knobs.decay)
+        state = state._replace(dictionary=_one_by_one(state) if method == "online" else _all_at_once(state))
+        stale = (state.unused >= knobs.patience) | _twins(state, nonneg, knobs.twin_cos)
+        state, reseeded = _reseed(state, residual, stale)
         return state, report | {"reseeded": reseeded}
 
     state = _State(dictionary, jnp.zeros((n, n)), jnp.zeros((n, d)), jnp.zeros(n, jnp.int32))
@@ -196,37 +196,24 @@ def _run(settings: _Settings, y, dictionary, order, l1_coef, decay):
     return state.dictionary, history
 
 
-def _codes(y, dictionary, l1_coef, settings: _Settings) -> Float[Array, "b n"]:
+def _codes(y, dictionary, nonneg: bool, knobs: _Knobs) -> Float[Array, "b n"]:
     """Nearly optimal codes after a fixed number of FISTA iterations with restart per row."""
     n, d = dictionary.shape
     target = _product(y, dictionary.T)
     gram = _product(dictionary, dictionary.T)
-    step = 1.0 / _largest_eigenvalue(gram if n <= d else _product(dictionary.T, dictionary))
+    step = 1.0 / proximal.lipschitz(dictionary)
 
     def iterate(_, carry):
         z, v, t = carry
         ahead = _product(v, gram) if n <= 2 * d else _product(_product(v, dictionary), dictionary.T)
-        new = _shrink(v - step * (ahead - target), step * l1_coef, settings.nonneg)
+        new = proximal.shrink(v - step * (ahead - target), step * knobs.l1_coef, nonneg)
         # Momentum that points uphill is dropped.
         t = jnp.where(jnp.sum((v - new) * (new - z), axis=1) > 0, 1.0, t)
         t_next = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
         return new, new + ((t - 1) / t_next)[:, None] * (new - z), t_next
 
     zero = jnp.zeros_like(target)
-    return lax.fori_loop(0, settings.n_iterations, iterate, (zero, zero, jnp.ones(len(y))))[0]
-
-
-def _shrink(u, threshold, nonneg: bool):
-    if nonneg:
-        return jnp.maximum(u - threshold, 0)
-    return jnp.sign(u) * jnp.maximum(jnp.abs(u) - threshold, 0)
-
-
-def _largest_eigenvalue(gram: Float[Array, "m m"]) -> Float[Array, ""]:
-    """An upper bound that is nearly tight: power iteration plus one per cent."""
-    start = jnp.ones(len(gram)) + 1e-3 * jnp.arange(len(gram))  # not orthogonal to the leading vector by symmetry
-    v = lax.fori_loop(0, 30, lambda _, v: gram @ v / jnp.linalg.norm(gram @ v), start)
-    return 1.01 * jnp.vdot(v, gram @ v) / jnp.vdot(v, v)
+    return lax.fori_loop(0, knobs.n_iterations, iterate, (zero, zero, jnp.ones(len(y))))[0]
 
 
 def _averages(state: _State, rows, codes, rho) -> _State:
@@ -258,13 +245,11 @@ def _all_at_once(state: _State) -> Float[Array, "n d"]:
     return jnp.where(norm > 1e-8, D / jnp.maximum(norm, 1e-8), state.dictionary)
 
 
-def _reseed(state: _State, residual: Float[Array, "b d"], settings: _Settings) -> tuple[_State, Float[Array, ""]]:
-    """Starts unused atoms and twins anew, each from another of the rows that are explained worst."""
+def _reseed(state: _State, residual: Float[Array, "b d"], stale: Bool[Array, "n"]) -> tuple[_State, Float[Array, ""]]:
+    """Starts atoms anew, each from another of the rows that are explained worst."""
     size = jnp.linalg.norm(residual, axis=1)
-    n = len(state.dictionary)
-    take = min(n, len(residual))
+    take = min(len(stale), len(residual))
     _, worst = lax.top_k(size, take)
-    stale = (state.unused >= settings.patience) | _twins(state, settings)
     place = jnp.cumsum(stale) - 1
     rows = worst[jnp.clip(place, 0, take - 1)]
     new = residual[rows] / jnp.maximum(size[rows], 1e-12)[:, None]
@@ -278,13 +263,13 @@ def _reseed(state: _State, residual: Float[Array, "b d"], settings: _Settings) -
     ), jnp.sum(replace, dtype=jnp.float32)
 
 
-def _twins(state: _State, settings: _Settings) -> Bool[Array, "n"]:
+def _twins(state: _State, nonneg: bool, twin_cos) -> Bool[Array, "n"]:
     """Atoms that another, more used one repeats; of a signed dictionary also its mirror image."""
     cos = _product(state.dictionary, state.dictionary.T)
-    same = (cos if settings.nonneg else jnp.abs(cos)) > settings.twin_cos
+    same = (cos if nonneg else jnp.abs(cos)) > twin_cos
     use, number = jnp.diagonal(state.A), jnp.arange(len(cos))
     more = (use[None, :] > use[:, None]) | ((use[None, :] == use[:, None]) & (number[None, :] < number[:, None]))
-    return jnp.any(same & more, axis=1) & (settings.twin_cos < 1)
+    return jnp.any(same & more, axis=1) & (twin_cos < 1)
 
 
 def _report(rows, codes, residual, dictionary, l1_coef, nonneg: bool) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from saejax.errors import UserError
@@ -120,7 +121,7 @@ def run_method(
 
 def check_values(y: Float[Array, "b d"], dictionary: Float[Array, "n_atoms d"], unit: bool = True) -> None:
     """Raises UserError for NaN, infinities, atoms of zeros or (if `unit`) of another norm; nothing while tracing."""
-    if isinstance(y, jax.core.Tracer) or isinstance(dictionary, jax.core.Tracer):
+    if isinstance(y, Tracer) or isinstance(dictionary, Tracer):
         return
     finite_y, finite_dictionary, least, most = (float(value) for value in _look(y, dictionary))
     _demand(finite_y, "y", "must be finite", "NaN or infinity")
@@ -174,7 +175,7 @@ def _check_options(given: dict[str, Any], method: str, b: int, n: int, d: int) -
 
 def _above(value: Any, bound: float) -> bool:
     """Whether a number, finite and above the bound; an array under trace is believed."""
-    return isinstance(value, jax.core.Tracer) or bool(jnp.isfinite(value) & (value > bound))
+    return isinstance(value, Tracer) or bool(jnp.isfinite(value) & (value > bound))
 
 
 def _demand(ok: Any, name: str, must: str, got: object) -> None:

@@ -6,8 +6,8 @@ Splits an SAE's error into what its encoder loses and what its dictionary loses.
 import warnings
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from saejax.errors import UserError
@@ -46,6 +46,7 @@ def encode(
       max_iterations, tolerance: As in `infer`.
 
     Example:
+      >>> import jax
       >>> from saejax.sae import TopK
       >>> config = TopK(d_in=8, d_sae=32, k=4)
       >>> sae, x = SAE(config, config.init(jax.random.key(0))), jnp.ones((2, 8))
@@ -67,7 +68,7 @@ def encode(
         max_iterations=max_iterations,
         tolerance=tolerance,
     )
-    if not isinstance(solution.converged, jax.core.Tracer) and not bool(jnp.all(solution.converged)):
+    if not isinstance(solution.converged, Tracer) and not bool(jnp.all(solution.converged)):
         n_failed = int(jnp.sum(~solution.converged))
         message = f"{method}: {n_failed} of {solution.converged.shape[0]} rows did not converge"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
@@ -101,4 +102,5 @@ def solve(
     solution = run_method(y, dictionary, method, nonneg, tolerance, options)
     if solution.values is not None:
         return solution.replace(values=solution.values / safe[solution.indices])  # pyright: ignore[reportAttributeAccessIssue]
+    assert solution.latents is not None
     return solution.replace(latents=solution.latents / safe[None, :])  # pyright: ignore[reportAttributeAccessIssue]

@@ -49,5 +49,4 @@ def over_blocks(body: Callable, rows: tuple[Any, ...], shared: tuple[Any, ...], 
         out = lax.map(lambda block: body(*tree.unflatten(block), *shared), blocks)
         return jax.tree.map(lambda a: a.reshape(n_blocks * size, *a.shape[2:])[:b], out)
 
-    own = [P(cut.rows) for _ in leaves]
-    return cut.run(shard, (own, P()), P(cut.rows))(leaves, shared)
+    return cut.run(shard, (P(cut.rows), P()), P(cut.rows))(leaves, shared)

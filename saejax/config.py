@@ -152,6 +152,37 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
     return to_object(composed)
 
 
+def override(default: Any, overrides: list[str]) -> Any:
+    """A frozen config object with `key=value` on top.
+
+    Args:
+      default: instance of a frozen dataclass of scalars, enums, tuples and dataclasses of these.
+      overrides: `key=value` each; keys must exist, lists are typed as [1,2].
+
+    Returns:
+      A new instance of the same class; tuples arrive as lists.
+
+    Raises:
+      UserError: an unknown key or a wrong value, in one line.
+    """
+    _ROOTS.add(type(default))
+    node = OmegaConf.structured(default)
+    _unlock(node)
+    try:
+        merged: Any = OmegaConf.merge(node, OmegaConf.from_dotlist(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_one_line(error)) from error
+    return to_object(merged)
+
+
+def _unlock(node: Any) -> None:
+    """Let values be written to a config made of frozen instances."""
+    OmegaConf.set_readonly(node, None)
+    for key in node if OmegaConf.is_dict(node) else ():
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_config(node._get_node(key)):
+            _unlock(node._get_node(key))
+
+
 def to_object(composed: DictConfig) -> Any:
     """Instantiate a composed config; every `__post_init__` check runs here.
 
@@ -218,6 +249,8 @@ def to_plain(value: Any) -> Any:
     """A config as nested dicts of scalars, `type` naming the class where a group has several."""
     if isinstance(value, enum.Enum):
         return value.name
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         name = getattr(type(value), "name", None)

@@ -9,14 +9,15 @@ from test_layers import LAYERS
 
 from saejax import cli, config, preflight
 from saejax.evals import evaluate, language_model, recovery
+from saejax.experiments import all_experiments
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 # `saejax train a=1 b=2`, also as the batch script passes its arguments on; what follows two spaces is another column.
 COMMAND = re.compile(
-    r"(?:saejax (?P<name>train|harvest|evaluate|export|report|store)|sbatch scripts/train\.sbatch)"
-    r"(?P<arguments>(?: (?:-m|info|verify|[\w+~./]+=[^\s`'\")]+)(?=[\s`'\").]|$))*)"
+    r"(?:saejax (?P<name>train|harvest|evaluate|export|report|store|experiment)|sbatch scripts/train\.sbatch)"
+    r"(?P<arguments>(?: (?:-m|info|verify|all_quick|[a-z]+/\w+|[\w+~./]+=[^\s`'\")]+)(?=[\s`'\").]|$))*)"
 )
 
 
@@ -54,6 +55,11 @@ def understood(name, arguments, store):
     if name == "store":
         assert not arguments or arguments[0] in ("info", "verify")
         return
+    if name == "experiment":
+        if arguments and arguments[0] != "all_quick":
+            keys = [a for a in arguments[1:] if not a.startswith(("out=", "quick="))]
+            config.override(all_experiments()[arguments[0]](), keys)
+        return
     if "resume=" in " ".join(arguments):
         assert name == "train" and len(arguments) == 1
         return
@@ -90,5 +96,7 @@ def test_commands_are_found():
         ("harvest", ["path=a", "hook=b"]),
         ("store", ["info"]),
     ]
+    text = "`saejax experiment synth/sb_iid quick=true`, saejax experiment all_quick"
+    assert commands(text) == [("experiment", ["synth/sb_iid", "quick=true"]), ("experiment", ["all_quick"])]
     found = {name for text in documents().values() for name, arguments in commands(text) if arguments}
     assert found == set(cli.COMMANDS)

@@ -59,6 +59,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tokenizers": ("saejax.activations.language_model",),
     "gguf": ("saejax.activations.language_model",),
     "jinja2": ("saejax.report",),
+    "matplotlib": ("saejax.experiments",),
+    "sklearn": ("saejax.experiments",),
 }
 
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "misc"}

@@ -155,8 +155,11 @@ def default_metrics() -> tuple[metric.Metric, ...]:
     return (
         reconstruction.Reconstruction(),
         reconstruction.FvuBatchLegacy(),
+        reconstruction.EvLegacy(),
         sparsity.Firing(),
+        sparsity.Activity(),
         shrinkage.Norms(),
+        shrinkage.NormSlope(),
         shrinkage.Gain(),
     )
 

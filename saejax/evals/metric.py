@@ -105,6 +105,30 @@ def dot(a: Float[Array, "b d_in"], b: Float[Array, "b d_in"]) -> Float[Array, "b
     return jnp.sum(a * b, axis=-1)
 
 
+def centred(
+    x: Float[Array, "b d"], weight: Float[Array, "b"]
+) -> tuple[Float[Array, ""], Float[Array, "d"], Float[Array, "b d"]]:
+    """Number of real rows, their mean, and each row minus that mean, 0 on padding; exact where the mean is large."""
+    real = weight[:, None] > 0
+    x = jnp.where(real, x, 0.0)
+    rows = jnp.sum(weight)
+    w = (weight / jnp.maximum(rows, 1.0))[:, None]
+    rough = jnp.sum(x * w, axis=0)
+    # The second pass takes away what rounding left in the first: it matters when the mean dwarfs the spread.
+    mean = rough + jnp.sum((x - rough[None, :]) * w, axis=0)
+    return rows, mean, jnp.where(real, x - mean[None, :], 0.0)
+
+
+def share_of_second(a_rows: Any, b_rows: Any) -> Any:
+    """b_rows / (a_rows + b_rows), 0 for two empty states: with it means and scatter matrices merge (Chan et al. 1983).
+
+    The mean of both is `a + shift * share` with `shift = b - a`; sums of products about the mean add up, plus
+    `outer(shift, shift') * a_rows * share`.
+    """
+    rows = a_rows + b_rows
+    return b_rows / (rows + (rows == 0))
+
+
 def ratio(numerator: Any, denominator: Any) -> float:
     """Quotient of two sums as a Python float; NaN, never an error, where the denominator is 0.
 

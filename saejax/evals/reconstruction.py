@@ -31,6 +31,9 @@ class ReconstructionState:
       error: Sum of squared distances of `x` to its reconstruction, scalar.
       cosine: Sum of the cosines of `x` and its reconstruction, scalar.
       direction: Sum of `x / |x|`, [d_in].
+      power: Sum of |x|^2, scalar.
+      row_error: Sum of |x - recon|^2 / |x|^2 over rows with x not 0, scalar.
+      nonzero: Number of those rows, scalar.
     """
 
     rows: jax.Array
@@ -39,6 +42,9 @@ class ReconstructionState:
     error: jax.Array
     cosine: jax.Array
     direction: jax.Array
+    power: jax.Array
+    row_error: jax.Array
+    nonzero: jax.Array
 
 
 @metric.register
@@ -50,35 +56,51 @@ class Reconstruction(metric.Metric):
 
     def init(self, batch: metric.EvalBatch) -> ReconstructionState:
         zero, vector = jnp.zeros(()), jnp.zeros(batch.x.shape[-1])
-        return ReconstructionState(rows=zero, mean=vector, spread=zero, error=zero, cosine=zero, direction=vector)
+        return ReconstructionState(
+            rows=zero,
+            mean=vector,
+            spread=zero,
+            error=zero,
+            cosine=zero,
+            direction=vector,
+            power=zero,
+            row_error=zero,
+            nonzero=zero,
+        )
 
     def update(self, state: ReconstructionState, batch: metric.EvalBatch) -> ReconstructionState:
         x, recon, weight = batch.x, batch.recon, batch.weight
-        rows, mean, spread = _moments(x, weight)
+        rows, mean, apart = metric.centred(x, weight)
         error = x - recon
-        unit = x * _inverse_norm(x)[:, None]
+        inverse = _inverse_norm(x)
+        unit, relative = x * inverse[:, None], error * inverse[:, None]
         unit_recon = recon * _inverse_norm(recon)[:, None]
         this = ReconstructionState(
             rows=rows,
             mean=mean,
-            spread=spread,
+            spread=metric.total(metric.dot(apart, apart), weight),
             error=metric.total(metric.dot(error, error), weight),
             cosine=metric.total(metric.dot(unit, unit_recon), weight),
             direction=jnp.sum(unit * weight[:, None], axis=0),
+            power=metric.total(metric.dot(x, x), weight),
+            row_error=metric.total(metric.dot(relative, relative), weight),
+            nonzero=metric.total((inverse > 0).astype(jnp.float32), weight),
         )
         return self.merge(state, this)
 
     def merge(self, a: ReconstructionState, b: ReconstructionState) -> ReconstructionState:
-        rows = a.rows + b.rows
-        share = b.rows / (rows + (rows == 0))  # 0 for two empty states
+        share = metric.share_of_second(a.rows, b.rows)
         shift = b.mean - a.mean
         return ReconstructionState(
-            rows=rows,
+            rows=a.rows + b.rows,
             mean=a.mean + shift * share,
             spread=a.spread + b.spread + (shift * shift).sum() * a.rows * share,
             error=a.error + b.error,
             cosine=a.cosine + b.cosine,
             direction=a.direction + b.direction,
+            power=a.power + b.power,
+            row_error=a.row_error + b.row_error,
+            nonzero=a.nonzero + b.nonzero,
         )
 
     def compute(self, state: ReconstructionState) -> dict[str, float | np.ndarray]:
@@ -88,6 +110,9 @@ class Reconstruction(metric.Metric):
             "mse": metric.ratio(state.error, state.rows),
             "mse_mean_baseline": metric.ratio(state.spread, state.rows),
             "fvu": metric.ratio(state.error, state.spread),
+            "r2": 1.0 - metric.ratio(state.error, state.spread),
+            "fvu_uncentred": metric.ratio(state.error, state.power),
+            "nmse": metric.ratio(state.row_error, state.nonzero),
             "cosine": metric.ratio(state.cosine, state.rows),
             "cosine_mean_baseline": metric.ratio(float(np.dot(state.direction, mean)), float(state.rows) * length),
         }
@@ -99,6 +124,11 @@ class Reconstruction(metric.Metric):
             "predicting the mean.",
             "fvu": "Fraction of variance unexplained: sum over all rows of |x - recon|^2 divided by the sum over all "
             "rows of |x - c|^2, c the mean of all evaluated rows; 0 is perfect, 1 is no better than the mean.",
+            "r2": "1 - fvu: the share of the variance about the mean of all evaluated rows that is explained.",
+            "fvu_uncentred": "Sum over all rows of |x - recon|^2 divided by the sum over all rows of |x|^2; lower than "
+            "fvu wherever the mean is not 0, and 1 for a reconstruction of zeros.",
+            "nmse": "Mean over rows of |x - recon|^2 / |x|^2, rows with x = 0 left out: each row counts alike, whatever "
+            "its length.",
             "cosine": "Mean over rows of the cosine of x and recon; a row where either is zero counts as 0.",
             "cosine_mean_baseline": "Mean over rows of the cosine of x and the mean of the evaluated rows: the cosine "
             "of predicting the mean.",
@@ -125,7 +155,8 @@ class FvuBatchLegacy(metric.Metric):
 
     def update(self, state: FvuBatchState, batch: metric.EvalBatch) -> FvuBatchState:
         error = batch.x - batch.recon
-        _, _, spread = _moments(batch.x, batch.weight)
+        _, _, apart = metric.centred(batch.x, batch.weight)
+        spread = metric.total(metric.dot(apart, apart), batch.weight)
         defined = spread > 0  # a batch of one row, or of padding, has no variance to explain
         value = metric.total(metric.dot(error, error), batch.weight) / jnp.where(defined, spread, 1.0)
         this = FvuBatchState(ratios=jnp.where(defined, value, 0.0), batches=defined.astype(jnp.float32))
@@ -144,17 +175,47 @@ class FvuBatchLegacy(metric.Metric):
         }
 
 
-def _moments(
-    x: Float[Array, "b d_in"], weight: Float[Array, "b"]
-) -> tuple[Float[Array, ""], Float[Array, "d_in"], Float[Array, ""]]:
-    """Number of rows, their mean, and the sum of squared distances to it."""
-    rows = jnp.sum(weight)
-    w = (weight / jnp.maximum(rows, 1.0))[:, None]
-    rough = jnp.sum(x * w, axis=0)
-    # The second pass takes away what rounding left in the first: it matters when the mean dwarfs the spread.
-    mean = rough + jnp.sum((x - rough[None, :]) * w, axis=0)
-    apart = x - mean[None, :]
-    return rows, mean, metric.total(metric.dot(apart, apart), weight)
+@struct.dataclass
+class EvLegacyState:
+    """Sum over rows of the explained share and number of rows, scalars."""
+
+    explained: jax.Array
+    rows: jax.Array
+
+
+@metric.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvLegacy(metric.Metric):
+    """The explained variance of older papers, row by row about the batch's mean; only to compare with theirs."""
+
+    name: ClassVar[str] = "ev_legacy"
+
+    def init(self, batch: metric.EvalBatch) -> EvLegacyState:
+        return EvLegacyState(explained=jnp.zeros(()), rows=jnp.zeros(()))
+
+    def update(self, state: EvLegacyState, batch: metric.EvalBatch) -> EvLegacyState:
+        error = batch.x - batch.recon
+        _, _, apart = metric.centred(batch.x, batch.weight)
+        spread = metric.dot(apart, apart)
+        defined = spread > 0
+        explained = jnp.where(defined, 1.0 - metric.dot(error, error) / jnp.where(defined, spread, 1.0), 0.0)
+        this = EvLegacyState(
+            explained=metric.total(explained, batch.weight),
+            rows=metric.total(defined.astype(jnp.float32), batch.weight),
+        )
+        return self.merge(state, this)
+
+    def merge(self, a: EvLegacyState, b: EvLegacyState) -> EvLegacyState:
+        return EvLegacyState(explained=a.explained + b.explained, rows=a.rows + b.rows)
+
+    def compute(self, state: EvLegacyState) -> dict[str, float | np.ndarray]:
+        return {"ev_legacy": metric.ratio(state.explained, state.rows)}
+
+    def definitions(self) -> dict[str, str]:
+        return {
+            "ev_legacy": "Mean over rows of 1 - |x - recon|^2 / |x - batch mean|^2, as in SAEBench's published numbers; "
+            "depends on the batch size and is kept only for comparison with those.",
+        }
 
 
 def _inverse_norm(x: Float[Array, "b d_in"]) -> Float[Array, "b"]:

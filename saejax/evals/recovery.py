@@ -13,18 +13,25 @@ import numpy as np
 from jaxtyping import Float
 
 from saejax.errors import UserError
-
-_CHANCE_STREAM = 0x6D6363
+from saejax.evals import matching
 
 DEFINITIONS: dict[str, str] = {
     "mcc": "Mean |cos| between decoder rows and true features over the one-to-one matching that maximises it "
     "(Hungarian), over the smaller of both numbers of directions.",
     "mcc_features": "As mcc, but averaged over all true features, one without a partner counting as 0.",
     "recovered_features": "Share of true features whose partner in the matching of mcc has |cos| above 0.9.",
+    "recovered_features_above_07": "As recovered_features, with |cos| above 0.7.",
     "mmcs_features": "Mean over true features of the largest |cos| to any decoder row.",
     "mmcs_latents": "Mean over decoder rows of the largest |cos| to any true feature; rows of zeros count as 0.",
+    "uniqueness": "Distinct true features that are the best match (largest |cos|) of some decoder row, over the number of "
+    "decoder rows.",
     "mcc_chance": "mcc of as many random directions as there are latents, averaged over the draws.",
+    "mcc_features_chance": "mcc_features of the same random directions.",
+    "recovered_features_chance": "recovered_features of the same random directions.",
+    "recovered_features_above_07_chance": "recovered_features_above_07 of the same random directions.",
     "mmcs_features_chance": "mmcs_features of the same random directions.",
+    "mmcs_latents_chance": "mmcs_latents of the same random directions.",
+    "uniqueness_chance": "uniqueness of the same random directions.",
     "match": "For each true feature, the latent matched to it, or -1.",
     "match_cos": "For each true feature, the cosine with that latent, sign kept; 0 without a partner.",
 }
@@ -34,16 +41,18 @@ def dictionary_recovery(
     dictionary: Float[np.ndarray, "d_sae d_in"],
     features: Float[np.ndarray, "n_features d_in"],
     *,
-    n_chance: int = 3,
+    n_chance: int | None = None,
     seed: int = 0,
+    block: int = 1024,
 ) -> dict[str, float | np.ndarray]:
     """Compares a learnt dictionary to the true features.
 
     Args:
       dictionary: One direction per row; lengths do not matter.
       features: True directions, one per row; lengths do not matter.
-      n_chance: Random dictionaries behind the level of chance.
+      n_chance: Random dictionaries behind the level of chance; None for 3, or 1 from 4,096 latents on.
       seed: Of those.
+      block: Rows per product. 16,384 latents and features need 3 GB and, with one random dictionary, about a minute.
 
     Returns:
       The keys of DEFINITIONS; `match` is [n_features] int64, `match_cos` [n_features] float64.
@@ -56,48 +65,50 @@ def dictionary_recovery(
       >>> scores["mcc"], scores["match"].tolist()
       (1.0, [1, 2, 0])
     """
+    dictionary, features = np.asarray(dictionary), np.asarray(features)
     if dictionary.shape[-1] != features.shape[-1]:
         raise UserError(f"the true features have width {features.shape[-1]}, the SAE has d_in={dictionary.shape[-1]}")
-    truth = _unit(features)
-    signed = _unit(dictionary) @ truth.T
-    match = _matched(np.abs(signed))
+    similarity = matching.abs_cos(dictionary, features, block=block)
+    match = matching.matched(similarity)
     partnered = match >= 0
-    cos = np.where(partnered, signed[match, np.arange(len(truth))], 0.0)
-    # Synthetic features may come from the plain seed: the same draws again would put chance at 1.
-    rng = np.random.default_rng((seed, _CHANCE_STREAM))
-    chance = [np.abs(_unit(rng.standard_normal(dictionary.shape)) @ truth.T) for _ in range(n_chance)]
+    pairs = matching.unit_rows(dictionary[match]) * matching.unit_rows(features)
+    cos = np.where(partnered, pairs.sum(axis=1), 0.0)
+    best_latent, best_feature = similarity.max(axis=1), similarity.max(axis=0)
+    tracked = np.unique(similarity.argmax(axis=1)[best_latent > 0])
+    del similarity
     return {
         "mcc": float(np.abs(cos[partnered]).mean()),
         "mcc_features": float(np.abs(cos).mean()),
         "recovered_features": float((np.abs(cos) > 0.9).mean()),
-        "mmcs_features": float(np.abs(signed).max(axis=0).mean()),
-        "mmcs_latents": float(np.abs(signed).max(axis=1).mean()),
-        "mcc_chance": float(np.mean([_mcc(c) for c in chance])),
-        "mmcs_features_chance": float(np.mean([c.max(axis=0).mean() for c in chance])),
+        "recovered_features_above_07": float((np.abs(cos) > 0.7).mean()),
+        "mmcs_features": float(best_feature.mean(dtype=np.float64)),
+        "mmcs_latents": float(best_latent.mean(dtype=np.float64)),
+        "uniqueness": len(tracked) / len(dictionary),
+        **_chance(dictionary.shape, features, n_chance, seed, block),
         "match": match,
         "match_cos": cos,
     }
 
 
-def _mcc(similarity: Float[np.ndarray, "d_sae n_features"]) -> float:
-    """Mean similarity of the matched pairs."""
-    match = _matched(similarity)
-    found = np.flatnonzero(match >= 0)
-    return float(similarity[match[found], found].mean())
-
-
-def _matched(similarity: Float[np.ndarray, "d_sae n_features"]) -> np.ndarray:
-    """The row matched to each column by the assignment of largest total, or -1."""
-    import scipy.optimize  # slow to import, and only data with known features need it
-
-    rows, columns = scipy.optimize.linear_sum_assignment(similarity, maximize=True)
-    match = np.full(similarity.shape[1], -1)
-    match[columns] = rows
-    return match
-
-
-def _unit(directions: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
-    """Rows of length 1 in float64; rows of zeros stay zeros."""
-    directions = np.asarray(directions, np.float64)
-    norm = np.linalg.norm(directions, axis=-1, keepdims=True)
-    return directions / np.where(norm > 0, norm, 1.0)
+def _chance(
+    shape: tuple[int, int], features: Float[np.ndarray, "n_features d_in"], n_chance: int | None, seed: int, block: int
+) -> dict[str, float]:
+    """The scores of random dictionaries, averaged."""
+    scores: dict[str, list[float]] = {}
+    for directions in matching.random_directions(shape, n_chance, seed):
+        similarity = matching.abs_cos(directions, features, block=block)
+        match = matching.matched(similarity)
+        found = np.flatnonzero(match >= 0)
+        cos = similarity[match[found], found].astype(np.float64)
+        one = {
+            "mcc": cos.mean(),
+            "mcc_features": cos.sum() / len(features),
+            "recovered_features": (cos > 0.9).sum() / len(features),
+            "recovered_features_above_07": (cos > 0.7).sum() / len(features),
+            "mmcs_features": similarity.max(axis=0).mean(dtype=np.float64),
+            "mmcs_latents": similarity.max(axis=1).mean(dtype=np.float64),
+            "uniqueness": len(np.unique(similarity.argmax(axis=1))) / len(directions),
+        }
+        for key, value in one.items():
+            scores.setdefault(f"{key}_chance", []).append(float(value))
+    return {key: float(np.mean(values)) for key, values in scores.items()}

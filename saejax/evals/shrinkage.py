@@ -9,11 +9,12 @@ Three different numbers for the same codes, and none of them is called just "shr
 An unbiased imperfect reconstruction has gamma 1 and an l2_ratio below 1.
 
 Sources:
+  Gao et al., Scaling and evaluating sparse autoencoders, 2024 (arXiv:2406.04093), section 5.1: refinement.
   Rajamanoharan et al., Improving dictionary learning with gated sparse autoencoders, 2024 (arXiv:2404.16014): gamma.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,51 @@ class Norms(metric.Metric):
 
 
 @struct.dataclass
+class NormSlopeState:
+    """Rows, the means of (|x|, |recon|) [2], and the sums of their products about the means [2, 2]."""
+
+    rows: jax.Array
+    mean: jax.Array
+    scatter: jax.Array
+
+
+@metric.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormSlope(metric.Metric):
+    """The straight line of |recon| on |x|: whether long rows are shortened more than short ones."""
+
+    name: ClassVar[str] = "norm_slope"
+
+    def init(self, batch: metric.EvalBatch) -> NormSlopeState:
+        return NormSlopeState(rows=jnp.zeros(()), mean=jnp.zeros(2), scatter=jnp.zeros((2, 2)))
+
+    def update(self, state: NormSlopeState, batch: metric.EvalBatch) -> NormSlopeState:
+        norms = jnp.stack([jnp.linalg.norm(batch.x, axis=-1), jnp.linalg.norm(batch.recon, axis=-1)], axis=-1)
+        rows, mean, apart = metric.centred(norms, batch.weight)
+        scatter = jnp.matmul(apart.T, apart, precision=jax.lax.Precision.HIGHEST)
+        return self.merge(state, NormSlopeState(rows=rows, mean=mean, scatter=scatter))
+
+    def merge(self, a: NormSlopeState, b: NormSlopeState) -> NormSlopeState:
+        share, shift = metric.share_of_second(a.rows, b.rows), b.mean - a.mean
+        return NormSlopeState(
+            rows=a.rows + b.rows,
+            mean=a.mean + shift * share,
+            scatter=a.scatter + b.scatter + shift[:, None] * shift[None, :] * (a.rows * share),
+        )
+
+    def compute(self, state: NormSlopeState) -> dict[str, float | np.ndarray]:
+        slope = metric.ratio(state.scatter[0, 1], state.scatter[0, 0])
+        return {"norm_slope": slope, "norm_intercept": float(state.mean[1]) - slope * float(state.mean[0])}
+
+    def definitions(self) -> dict[str, str]:
+        return {
+            "norm_slope": "Slope of the least-squares line of |recon| on |x| over all rows, with an intercept; 1 keeps "
+            "differences of length; undefined where all rows have the same length.",
+            "norm_intercept": "Intercept of that line, in units of the data; 0 with a slope of 1 is no shrinkage.",
+        }
+
+
+@struct.dataclass
 class GainState:
     """Sums over rows for each latent, [d_sae]: firing times projected error, and firing squared times |d|^2."""
 
@@ -131,6 +177,74 @@ class Gain(metric.Metric):
             "gain": "For each latent, the factor on its activation that minimises the squared error over all rows with "
             "every other latent held fixed; above 1 where the latent is shrunk, undefined where it never fires.",
             "gain_median": "Median of gain over the latents that fire.",
+        }
+
+
+@struct.dataclass
+class RefitBatch:
+    """Latents of an SAE beside those refitted on the same support, `sparse_coding.refit` for one.
+
+    Attributes:
+      latents: As encoded, [b, d_sae] float32.
+      refit: The same latents after least squares on their support, [b, d_sae] float32.
+      weight: 1 for a real row, 0 for padding, [b] float32.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    latents: jax.Array
+    refit: jax.Array
+    weight: jax.Array | None = None
+
+
+@struct.dataclass
+class RefinementState:
+    """Sums over rows for each latent, [d_sae]: as encoded, and refitted."""
+
+    encoded: jax.Array
+    refit: jax.Array
+
+
+@metric.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefinementRatio(metric.Metric):
+    r"""How much of its refitted activation each latent has: \(\sum_i \hat z_{ij} / \sum_i \hat z^{refit}_{ij}\).
+
+    Source: Gao et al., Scaling and evaluating sparse autoencoders, 2024, section 5.1 (activations refined on a fixed
+    support).
+    """
+
+    name: ClassVar[str] = "refinement_ratio"
+    batch_type: ClassVar[type] = RefitBatch
+
+    def init(self, batch: RefitBatch) -> RefinementState:
+        zeros = jnp.zeros(batch.latents.shape[-1])
+        return RefinementState(encoded=zeros, refit=zeros)
+
+    def update(self, state: RefinementState, batch: Any) -> RefinementState:
+        real = batch.weight[:, None] > 0
+        encoded, refit = (jnp.sum(jnp.where(real, z, 0.0), axis=0) for z in (batch.latents, batch.refit))
+        return self.merge(state, RefinementState(encoded=encoded, refit=refit))
+
+    def merge(self, a: RefinementState, b: RefinementState) -> RefinementState:
+        return RefinementState(encoded=a.encoded + b.encoded, refit=a.refit + b.refit)
+
+    def compute(self, state: RefinementState) -> dict[str, float | np.ndarray]:
+        encoded, refit = np.asarray(state.encoded), np.asarray(state.refit)
+        each = np.divide(encoded, refit, out=np.full(refit.shape, np.nan), where=refit > 0)
+        known = each[refit > 0]
+        return {
+            "refinement_ratio_shared": metric.ratio(encoded.sum(), refit.sum()),
+            "refinement_ratio_median": float(np.median(known)) if known.size else float("nan"),
+            "refinement_ratio": each,
+        }
+
+    def definitions(self) -> dict[str, str]:
+        return {
+            "refinement_ratio": "For each latent, the sum over rows of its activation divided by the sum after refitting "
+            "all active latents of a row to the data; below 1 is shrunk, undefined where the refit sums to 0.",
+            "refinement_ratio_median": "Median of refinement_ratio over the latents where it is defined.",
+            "refinement_ratio_shared": "The same ratio of sums over all latents together.",
         }
 
 

@@ -1,4 +1,4 @@
-"""How often latents fire: L0, firing rate of each, density histogram, dead and dense shares.
+"""How often latents fire: L0 and its quantiles, firing rates, density histogram, dead and dense shares, L1.
 
 Dead shares in windows need more than counts. For each latent the state keeps the silent run it starts with, the one it
 ends with, and the number of silent windows in between; two states join by joining the end of one to the start of the
@@ -106,6 +106,7 @@ class Firing(metric.Metric):
             "l0": metric.ratio(count.sum(), rows),
             "dead_share": float(never.mean()),
             "dense_share": float((rate > self.dense_above).mean()),
+            "dense_share_1pct": float((rate > 0.01).mean()),
             **dead,
             "firing_rate": rate,
             "log10_density_hist": hist,
@@ -122,6 +123,7 @@ class Firing(metric.Metric):
             "l0": "Mean over rows of the number of latents above zero.",
             "dead_share": "Share of latents that fire on none of the evaluated rows.",
             "dense_share": f"Share of latents that fire on more than {self.dense_above:.0%} of the evaluated rows.",
+            "dense_share_1pct": "Share of latents that fire on more than 1% of the evaluated rows.",
             **windows,
             "firing_rate": "For each latent, the share of evaluated rows on which it is above zero.",
             "log10_density_hist": "Number of latents by log10 of their firing rate; latents that never fire are left "
@@ -154,12 +156,106 @@ class Firing(metric.Metric):
         return (run - lengths + 1).clip(0)
 
 
+@struct.dataclass
+class ActivityState:
+    """Sums over rows.
+
+    Attributes:
+      histogram: Rows by their number of latents above 0, [d_sae + 1] or, k-sparse, [k + 1]; integers.
+      above_1e6: Latents above 1e-6, scalar.
+      l1: Sum of latents, scalar.
+      l1_scaled: Sum of latents times the length of their decoder rows, scalar.
+    """
+
+    histogram: jax.Array
+    above_1e6: jax.Array
+    l1: jax.Array
+    l1_scaled: jax.Array
+
+
+@metric.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activity(metric.Metric):
+    """How many latents are active in a row, as a distribution, and how much they add up to."""
+
+    name: ClassVar[str] = "activity"
+
+    quantiles: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
+    """Of the number of active latents per row; each in (0, 1], given in whole percent."""
+
+    def __post_init__(self) -> None:
+        if any(not 0 < q <= 1 for q in self.quantiles):
+            raise UserError(f"quantiles must all lie in (0, 1], got {self.quantiles}")
+
+    def init(self, batch: metric.EvalBatch) -> ActivityState:
+        encoding, zero = batch.encoding, jnp.zeros(())
+        most = encoding.d_sae if encoding.values is None else encoding.values.shape[-1]
+        return ActivityState(histogram=jnp.zeros(most + 1, jnp.int32), above_1e6=zero, l1=zero, l1_scaled=zero)
+
+    def update(self, state: ActivityState, batch: metric.EvalBatch) -> ActivityState:
+        encoding, weight = batch.encoding, batch.weight
+        length = jnp.linalg.norm(batch.W_dec, axis=-1)
+        if encoding.latents is None:
+            assert encoding.values is not None
+            active, scaled = encoding.values, encoding.values * length[encoding.indices]
+        else:
+            active, scaled = encoding.latents, encoding.latents * length[None, :]
+        l0 = jnp.sum(active > 0, axis=-1)
+        counted = jnp.zeros_like(state.histogram).at[l0].add((weight > 0).astype(jnp.int32))
+        this = ActivityState(
+            histogram=counted,
+            above_1e6=metric.total(jnp.sum(active > 1e-6, axis=-1).astype(jnp.float32), weight),
+            l1=metric.total(jnp.sum(active, axis=-1), weight),
+            l1_scaled=metric.total(jnp.sum(scaled, axis=-1), weight),
+        )
+        return self.merge(state, this)
+
+    def merge(self, a: ActivityState, b: ActivityState) -> ActivityState:
+        return jax.tree.map(lambda p, q: p + q, a, b)
+
+    def compute(self, state: ActivityState) -> dict[str, float | np.ndarray]:
+        histogram = np.asarray(state.histogram)
+        below, rows = np.cumsum(histogram), int(histogram.sum())
+        return {
+            "l0_above_1em6": metric.ratio(state.above_1e6, rows),
+            "l1": metric.ratio(state.l1, rows),
+            "l1_scaled": metric.ratio(state.l1_scaled, rows),
+            **{_quantile_key(q): float(np.searchsorted(below, q * rows)) for q in self.quantiles if rows},
+            "l0_hist": histogram,
+        }
+
+    def definitions(self) -> dict[str, str]:
+        quantiles = {
+            _quantile_key(q): f"Smallest number of latents above zero that at least {q:.0%} of the rows do not exceed."
+            for q in self.quantiles
+        }
+        return {
+            "l0_above_1em6": "Mean over rows of the number of latents above 1e-6; equal to l0 unless many latents are "
+            "almost off.",
+            "l1": "Mean over rows of the sum of the latents, as the encoder gives them.",
+            "l1_scaled": "Mean over rows of the sum of latents times the length of their decoder rows: does not change "
+            "when a latent is scaled up and its decoder row down.",
+            **quantiles,
+            "l0_hist": "Number of rows by their number of latents above zero, from 0 on.",
+        }
+
+
+def _quantile_key(quantile: float) -> str:
+    """Key of a quantile of l0.
+
+    Example:
+      >>> _quantile_key(0.05), _quantile_key(1.0)
+      ('l0_q05', 'l0_q100')
+    """
+    return f"l0_q{round(100 * quantile):02d}"
+
+
 def _dead_key(window: int) -> str:
     """Key of a window, short for powers of ten.
 
     Example:
       >>> _dead_key(100_000), _dead_key(250)
-      ('dead_share_1e5', 'dead_share_250')
+      ('dead_fraction_1e5_tokens', 'dead_fraction_250_tokens')
     """
     exponent = round(math.log10(window))
-    return f"dead_share_1e{exponent}" if 10**exponent == window else f"dead_share_{window}"
+    return f"dead_fraction_{f'1e{exponent}' if 10**exponent == window else window}_tokens"

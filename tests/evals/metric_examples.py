@@ -19,12 +19,13 @@ EXAMPLES: dict[type[metric.Metric], Example] = {}
 """Metric class -> its example."""
 
 OF_THE_BATCH: dict[type[metric.Metric], str] = {
+    reconstruction.EvLegacy: "measures from the mean of each batch, as the papers do whose numbers it is compared to",
     reconstruction.FvuBatchLegacy: "averages a ratio per batch, as the trainers do whose numbers it is compared to",
 }
 """Metrics whose value depends on how rows are cut into batches, with the reason. None but those named legacy."""
 
 OF_THE_STREAM: dict[type[metric.Metric], tuple[tuple[str, ...], str]] = {
-    sparsity.Firing: (("dead_share_1e1",), "silence over consecutive rows is about their order"),
+    sparsity.Firing: (("dead_fraction_1e1_tokens",), "silence over consecutive rows is about their order"),
 }
 """Metrics about the order of rows: the keys that a permutation may change, with the reason."""
 
@@ -52,10 +53,21 @@ def reconstructions(m: metric.Metric) -> Example:
     return lambda rng, n: (m, eval_batch(rng, n))
 
 
+def refit_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]:
+    """Latents that are 0.8 of their refit, roughly."""
+    refit = np.maximum(rng.standard_normal((n, 6)), 0).astype(np.float32)
+    latents = (refit * rng.uniform(0.6, 1.0, refit.shape)).astype(np.float32)
+    return shrinkage.RefinementRatio(), shrinkage.RefitBatch(latents=latents, refit=refit)
+
+
 EXAMPLES |= {
     reconstruction.Reconstruction: reconstructions(reconstruction.Reconstruction()),
     reconstruction.FvuBatchLegacy: reconstructions(reconstruction.FvuBatchLegacy()),
+    reconstruction.EvLegacy: reconstructions(reconstruction.EvLegacy()),
     sparsity.Firing: reconstructions(sparsity.Firing(windows=(10,))),
     shrinkage.Norms: reconstructions(shrinkage.Norms()),
+    sparsity.Activity: reconstructions(sparsity.Activity()),
     shrinkage.Gain: reconstructions(shrinkage.Gain()),
+    shrinkage.NormSlope: reconstructions(shrinkage.NormSlope()),
+    shrinkage.RefinementRatio: refit_example,
 }

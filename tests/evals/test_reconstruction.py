@@ -5,7 +5,7 @@ import pytest
 
 from saejax.evals import evaluate, reconstruction
 
-METRICS = (reconstruction.Reconstruction(), reconstruction.FvuBatchLegacy())
+METRICS = (reconstruction.Reconstruction(), reconstruction.FvuBatchLegacy(), reconstruction.EvLegacy())
 
 
 def test_against_numpy(sae, forward, rows):
@@ -20,6 +20,9 @@ def test_against_numpy(sae, forward, rows):
     per_batch = [
         error[i : i + 50].sum() / ((x[i : i + 50] - x[i : i + 50].mean(0)) ** 2).sum() for i in range(0, 211, 50)
     ]
+    ev_rows = np.concatenate(
+        [1 - error[i : i + 50] / ((x[i : i + 50] - x[i : i + 50].mean(0)) ** 2).sum(1) for i in range(0, 211, 50)]
+    )
     wanted = {
         "mse": error.mean(),
         "mse_mean_baseline": centred.mean(),
@@ -27,6 +30,10 @@ def test_against_numpy(sae, forward, rows):
         "cosine": cosine(x, recon),
         "cosine_mean_baseline": cosine(x, x.mean(0)),
         "fvu_batch_legacy": np.mean(per_batch),
+        "r2": 1 - error.sum() / centred.sum(),
+        "fvu_uncentred": error.sum() / (x**2).sum(),
+        "nmse": (error / (x**2).sum(1)).mean(),
+        "ev_legacy": np.mean(ev_rows),
     }
     assert set(result) == set(wanted)
     for key, value in wanted.items():

@@ -46,9 +46,9 @@ def test_dead_windows_against_sliding_one_by_one(make_sae, kind, batch_rows):
     windows = (7, 40, 300, 301, 302)
     result = replay(make_sae, fires, kind, batch_rows, windows=windows)
     for w in windows[:-1]:
-        assert result[f"dead_share_{w}"] == pytest.approx(brute_force_dead(fires, w), rel=1e-12), w
-    assert result["dead_share_301"] == result["dead_share"] == 1 / 12
-    assert "dead_share_302" not in result and "dead_share_302" not in result.definitions
+        assert result[f"dead_fraction_{w}_tokens"] == pytest.approx(brute_force_dead(fires, w), rel=1e-12), w
+    assert result["dead_fraction_301_tokens"] == result["dead_share"] == 1 / 12
+    assert "dead_fraction_302_tokens" not in result and "dead_fraction_302_tokens" not in result.definitions
 
 
 def test_the_latent_made_dead_is_the_one_reported(sae, rows):
@@ -60,13 +60,17 @@ def test_the_latent_made_dead_is_the_one_reported(sae, rows):
     assert 11 in never
     if sae.config.name == "test-dense":
         assert never.tolist() == [11] and result["dead_share"] == 1 / 16
-        assert result["dead_share_1e2"] == 1 / 16 and result["dense_share"] == 15 / 16
+        assert result["dead_fraction_1e2_tokens"] == 1 / 16 and result["dense_share"] == 15 / 16
 
 
 def test_window_keys_and_default_windows(make_sae):
     result = replay(make_sae, np.ones((50, 3), bool))
-    assert set(result) == {"l0", "dead_share", "dense_share"}
-    assert set(sparsity.Firing().definitions()) >= {"dead_share_1e5", "dead_share_1e6", "dead_share_1e7"}
+    assert set(result) == {"l0", "dead_share", "dense_share", "dense_share_1pct"}
+    assert set(sparsity.Firing().definitions()) >= {
+        "dead_fraction_1e5_tokens",
+        "dead_fraction_1e6_tokens",
+        "dead_fraction_1e7_tokens",
+    }
 
 
 def test_a_rate_below_the_histogram_is_in_its_first_bin():

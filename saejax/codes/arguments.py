@@ -1,0 +1,77 @@
+"""Checks of the arguments of this package: one line that names argument, value and what is allowed."""
+
+from saejax.errors import UserError
+
+
+def check_sizes(**sizes: float) -> None:
+    """Refuse sizes that are not whole numbers of at least 1, and k > n_atoms.
+
+    Args:
+      sizes: by the name that the caller knows, e.g. `n_atoms`, `d`, `k`, `trials`.
+
+    Raises:
+      UserError: naming the first bad argument.
+    """
+    for name, value in sizes.items():
+        if isinstance(value, bool) or int(value) != value or value < 1:
+            raise UserError(f"{name} = {value}: a whole number of at least 1 is needed")
+    if "k" in sizes and "n_atoms" in sizes and sizes["k"] > sizes["n_atoms"]:
+        raise UserError(f"k = {sizes['k']}: at most n_atoms = {sizes['n_atoms']} atoms can be active")
+
+
+def check_probability(**probabilities: float) -> None:
+    """Refuse probabilities outside (0, 1).
+
+    Args:
+      probabilities: by the name that the caller knows.
+
+    Raises:
+      UserError: naming the first bad argument.
+    """
+    for name, value in probabilities.items():
+        if not 0 < value < 1:
+            raise UserError(f"{name} = {value}: a probability inside (0, 1) is needed")
+
+
+def check_pairs(n_atoms: int) -> None:
+    """Refuse dictionaries without a pair of atoms.
+
+    Args:
+      n_atoms: number of rows.
+
+    Raises:
+      UserError: fewer than 2.
+    """
+    check_sizes(n_atoms=n_atoms)
+    if n_atoms < 2:
+        raise UserError(f"n_atoms = {n_atoms}: interference needs at least 2 atoms")
+
+
+def check_positive(**values: float) -> None:
+    """Refuse numbers that are not finite and above 0.
+
+    Args:
+      values: by the name that the caller knows.
+
+    Raises:
+      UserError: naming the first bad argument.
+    """
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"{name} = {value}: a finite number above 0 is needed")
+
+
+def check_choice(name: str, value: str, allowed: object) -> None:
+    """Refuse a name that is not one of the allowed ones.
+
+    Args:
+      name: of the argument.
+      value: what the caller gave.
+      allowed: anything that iterates over the allowed names.
+
+    Raises:
+      UserError: listing what is allowed.
+    """
+    names = sorted(allowed)  # type: ignore[call-overload]
+    if value not in names:
+        raise UserError(f"{name} = {value!r}: one of {', '.join(names)} is needed")

@@ -1,6 +1,7 @@
 """The one door to the solvers with a fixed dictionary: checks its input, then runs a pure jitted function."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ def run_method(
     for name in sorted(needs - set(given)):
         raise UserError(f"{name} must be given for method {method!r}")
     for name in sorted(set(given) - needs - chosen.takes):
-        raise UserError(f"{name} is not used by method {method!r}, got {given[name]}")
+        raise UserError(f"{name} must not be given, method {method!r} does not use it")
     _check_options(given, method, y.shape[0], *dictionary.shape)
     if "tolerance" in chosen.takes:
         _demand(_above(tolerance, 0), "tolerance", "must be a number above 0", tolerance)
@@ -175,7 +176,7 @@ def _check_options(given: dict[str, Any], method: str, b: int, n: int, d: int) -
 
 def _above(value: Any, bound: float) -> bool:
     """Whether a number, finite and above the bound; an array under trace is believed."""
-    return isinstance(value, Tracer) or bool(jnp.isfinite(value) & (value > bound))
+    return isinstance(value, Tracer) or bound < float(value) < math.inf
 
 
 def _demand(ok: Any, name: str, must: str, got: object) -> None:

@@ -112,9 +112,9 @@ class LinearProbe(metric.Metric):
         scores = least_squares.r2(test, weights, intercept)
         singular = np.linalg.svd(least_squares.fit_through_origin(train, m)[:, :q], compute_uv=False)
         return {
-            "probe_r2": _mean(scores[:q]),
-            "probe_r2_chance": _mean(scores[q:]),
-            "probe_r2_train": _mean(least_squares.r2(train, weights, intercept)[:q]),
+            "probe_r2": rows.known_mean(scores[:q]),
+            "probe_r2_chance": rows.known_mean(scores[q:]),
+            "probe_r2_train": rows.known_mean(least_squares.r2(train, weights, intercept)[:q]),
             "probe_r2_per_latent": scores[:q],
             "orthogonality_mae": _mae(singular),
             "orthogonality_mae_chance": self._mae_of_random_maps(m, q),
@@ -242,9 +242,3 @@ def _mae(singular: np.ndarray) -> float:
     """Mean distance from 1 of singular values over their mean."""
     mean = singular.mean()
     return float(np.abs(singular / mean - 1.0).mean()) if mean > 0 else float("nan")
-
-
-def _mean(scores: np.ndarray) -> float:
-    """Mean of what is known."""
-    known = scores[~np.isnan(scores)]
-    return float(known.mean()) if known.size else float("nan")

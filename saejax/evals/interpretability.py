@@ -78,7 +78,7 @@ class Intruder(_Described, metric.Metric):
         described = rows.unit(state["descriptor"])
         scores = np.array([self._unit(u, a, state["row_id"], described) for u, a in enumerate(state["latents"].T)])
         return {
-            "intruder_accuracy": _mean(scores),
+            "intruder_accuracy": rows.known_mean(scores),
             "intruder_accuracy_chance": 1.0 / (self.n_top + 1),
             "intruder_units": float(np.sum(~np.isnan(scores))),
             "intruder_per_unit": scores,
@@ -147,9 +147,9 @@ class TwoAlternatives(_Described, metric.Metric):
         alive = state["latents"].max(axis=0) > state["latents"].min(axis=0)
         soft, hard = np.where(alive, soft, np.nan), np.where(alive, hard, np.nan)
         return {
-            "mis": _mean(soft),
+            "mis": rows.known_mean(soft),
             "mis_chance": 0.5,
-            "mis_accuracy": _mean(hard),
+            "mis_accuracy": rows.known_mean(hard),
             "mis_accuracy_chance": 0.5,
             "mis_units": float(alive.sum()),
             "mis_per_unit": soft,
@@ -236,9 +236,3 @@ def _share_of_lowest(sums: np.ndarray) -> np.ndarray:
     """For each trial, whether column 0 is the lowest, shared among ties; [trials]."""
     lowest = sums <= sums.min(axis=1, keepdims=True) + _TIE
     return lowest[:, 0] / lowest.sum(axis=1)
-
-
-def _mean(scores: np.ndarray) -> float:
-    """Mean of what is known."""
-    known = scores[~np.isnan(scores)]
-    return float(known.mean()) if known.size else float("nan")

@@ -107,6 +107,12 @@ def unit(a: np.ndarray) -> np.ndarray:
     return a / np.where(length > 0, length, 1.0)
 
 
+def known_mean(scores: np.ndarray) -> float:
+    """Mean of the scores that are not NaN; NaN if none is known."""
+    known = scores[~np.isnan(scores)]
+    return float(known.mean()) if known.size else float("nan")
+
+
 def _mixed(h: Any) -> Any:
     """Murmur3's finaliser, a bijection of uint32."""
     h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)

@@ -131,8 +131,8 @@ class TopActivating(metric.Metric):
             "where it fires on fewer.",
             "top_activation": "The activations on those rows; undefined where there is none.",
             "decile_row": f"For each latent, ids of {n} rows drawn uniformly, by a hash of the id, from those on which "
-            f"it fires, sorted by activation and cut into ten groups of {self.n_decile}, weakest first; -1 for a latent "
-            f"that fires on fewer than {n} rows.",
+            f"it fires, sorted by activation and cut into ten groups of {self.n_decile}, weakest first; -1 for a "
+            f"latent that fires on fewer than {n} rows.",
             "decile_activation": "The activations on those rows; undefined where there is none.",
             "top_latents": "Number of latents that fire at all.",
             "decile_latents": f"Number of latents that fire on at least {n} rows, and so have deciles.",

@@ -1,4 +1,4 @@
-"""Which direction belongs to which: unit rows, |cos| in blocks, the best one-to-one matching. Plain functions, no metric.
+"""Which direction belongs to which: unit rows, |cos| in blocks, the best one-to-one matching. No metric.
 
 Two dictionaries of 16,384 rows give a matrix of 1 GB in float32; it is computed in blocks of rows and solved in place.
 Random directions are the hard case of the matching, learnt dictionaries that agree are 10 to 20 times faster.

@@ -127,8 +127,8 @@ class Reconstruction(metric.Metric):
             "r2": "1 - fvu: the share of the variance about the mean of all evaluated rows that is explained.",
             "fvu_uncentred": "Sum over all rows of |x - recon|^2 divided by the sum over all rows of |x|^2; lower than "
             "fvu wherever the mean is not 0, and 1 for a reconstruction of zeros.",
-            "nmse": "Mean over rows of |x - recon|^2 / |x|^2, rows with x = 0 left out: each row counts alike, whatever "
-            "its length.",
+            "nmse": "Mean over rows of |x - recon|^2 / |x|^2, rows with x = 0 left out: each row counts alike, of any "
+            "length.",
             "cosine": "Mean over rows of the cosine of x and recon; a row where either is zero counts as 0.",
             "cosine_mean_baseline": "Mean over rows of the cosine of x and the mean of the evaluated rows: the cosine "
             "of predicting the mean.",
@@ -213,7 +213,7 @@ class EvLegacy(metric.Metric):
 
     def definitions(self) -> dict[str, str]:
         return {
-            "ev_legacy": "Mean over rows of 1 - |x - recon|^2 / |x - batch mean|^2, as in SAEBench's published numbers; "
+            "ev_legacy": "Mean over rows of 1 - |x - recon|^2 / |x - batch mean|^2, as SAEBench published; "
             "depends on the batch size and is kept only for comparison with those.",
         }
 

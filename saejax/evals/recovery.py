@@ -23,8 +23,8 @@ DEFINITIONS: dict[str, str] = {
     "recovered_features_above_07": "As recovered_features, with |cos| above 0.7.",
     "mmcs_features": "Mean over true features of the largest |cos| to any decoder row.",
     "mmcs_latents": "Mean over decoder rows of the largest |cos| to any true feature; rows of zeros count as 0.",
-    "uniqueness": "Distinct true features that are the best match (largest |cos|) of some decoder row, over the number of "
-    "decoder rows.",
+    "uniqueness": "Distinct true features that are the best match (largest |cos|) of some decoder row, over the number "
+    "of decoder rows.",
     "mcc_chance": "mcc of as many random directions as there are latents, averaged over the draws.",
     "mcc_features_chance": "mcc_features of the same random directions.",
     "recovered_features_chance": "recovered_features of the same random directions.",

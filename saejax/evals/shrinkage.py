@@ -241,8 +241,9 @@ class RefinementRatio(metric.Metric):
 
     def definitions(self) -> dict[str, str]:
         return {
-            "refinement_ratio": "For each latent, the sum over rows of its activation divided by the sum after refitting "
-            "all active latents of a row to the data; below 1 is shrunk, undefined where the refit sums to 0.",
+            "refinement_ratio": "For each latent, the sum over rows of its activation divided by the sum after "
+            "refitting all active latents of a row to the data; below 1 is shrunk, undefined where the refit sums "
+            "to 0.",
             "refinement_ratio_median": "Median of refinement_ratio over the latents where it is defined.",
             "refinement_ratio_shared": "The same ratio of sums over all latents together.",
         }

@@ -10,7 +10,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.evals import metric, reconstruction, shrinkage, sparsity
+from saejax.evals import (
+    absorption,
+    dark_matter,
+    dimension,
+    gaps,
+    metric,
+    normaliser,
+    reconstruction,
+    shrinkage,
+    sparsity,
+    true_codes,
+)
 from saejax.sae import base
 
 Example = Callable[[np.random.Generator, int], tuple[metric.Metric, Any]]
@@ -60,6 +71,51 @@ def refit_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]
     return shrinkage.RefinementRatio(), shrinkage.RefitBatch(latents=latents, refit=refit)
 
 
+def code_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]:
+    """Five sparse features and seven latents, four of which follow a feature."""
+    features = (rng.random((n, 5)) * (rng.random((n, 5)) < 0.4)).astype(np.float32)
+    latents = np.concatenate([0.8 * features[:, :4], rng.random((n, 3)) * (rng.random((n, 3)) < 0.3)], axis=1)
+    latents = (latents * (rng.random(latents.shape) < 0.9)).astype(np.float32)
+    split = true_codes.split_rows(np.arange(n))
+    match = np.array([0, 1, 2, 3, -1], np.int32)
+    batch = true_codes.CodeBatch(features=features, latents=latents, split=split, match=match)
+    return true_codes.CodeMcc(), batch
+
+
+def support_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]:
+    """The same codes."""
+    return true_codes.Support(), code_example(rng, n)[1]
+
+
+def loss_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]:
+    """A solver that is better, but for some rows."""
+    solver = rng.random(n).astype(np.float32) + 1
+    return gaps.AmortisationGap(), gaps.LossPairBatch(solver=solver, encoder=solver * np.float32(1.1) - np.float32(0.1))
+
+
+def family_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]:
+    """Three parents, each with a child now and then."""
+    parent, child = rng.random((2, n, 3)) < 0.5
+    latent = (parent & (rng.random((n, 3)) < 0.7)).astype(np.float32)
+    return absorption.ParentAbsorption(), absorption.FamilyBatch(parent=parent, child=child, latent=latent)
+
+
+def probe_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]:
+    """Eight latents of which two stand for the concept."""
+    W_dec = rng.standard_normal((8, 5)).astype(np.float32)
+    latents = (rng.random((n, 8)) * (rng.random((n, 8)) < 0.5)).astype(np.float32)
+    x = latents @ W_dec + 0.1 * rng.standard_normal((n, 5)).astype(np.float32)
+    main = np.arange(8) < 2
+    batch = absorption.ProbeBatch(x=x, latents=latents, W_dec=W_dec, probe=W_dec[0] + W_dec[1], main=main)
+    return absorption.ProbeAbsorption(), batch
+
+
+def round_trip_example(rng: np.random.Generator, n: int) -> tuple[metric.Metric, Any]:
+    """Rows that come back with an error in the second digit."""
+    x = rng.standard_normal((n, 4)).astype(np.float32)
+    return normaliser.RoundTrip(), normaliser.RoundTripBatch(x=x, returned=x + 0.01 * rng.random(x.shape, np.float32))
+
+
 EXAMPLES |= {
     reconstruction.Reconstruction: reconstructions(reconstruction.Reconstruction()),
     reconstruction.FvuBatchLegacy: reconstructions(reconstruction.FvuBatchLegacy()),
@@ -70,4 +126,12 @@ EXAMPLES |= {
     shrinkage.Gain: reconstructions(shrinkage.Gain()),
     shrinkage.NormSlope: reconstructions(shrinkage.NormSlope()),
     shrinkage.RefinementRatio: refit_example,
+    true_codes.CodeMcc: code_example,
+    true_codes.Support: support_example,
+    gaps.AmortisationGap: loss_example,
+    absorption.ParentAbsorption: family_example,
+    absorption.ProbeAbsorption: probe_example,
+    dimension.EffectiveDimension: reconstructions(dimension.EffectiveDimension()),
+    dark_matter.DarkMatter: reconstructions(dark_matter.DarkMatter()),
+    normaliser.RoundTrip: round_trip_example,
 }

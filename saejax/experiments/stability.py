@@ -1,0 +1,143 @@
+"""E10: do two trainings find the same latents? And the trap of starting both from the same weights.
+
+PW-MCC compares two dictionaries by the mean |cos| of their best one-to-one matching. Two SAEs with the same initial
+weights agree before they have learnt anything, so agreement at the end proves nothing: what counts is how much of it
+training brought about (stabilisation = PW-MCC at the end minus PW-MCC at the start).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.synthetic import Synthetic
+from saejax.evals import matching
+from saejax.experiments import figures, fit, harness
+from saejax.sae import TopK, model
+
+REFERENCE = "independent NumPy reference run"
+
+
+@harness.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeds(harness.Experiment):
+    """Instability: TopK SAEs of different seeds agree less with each other than with the truth."""
+
+    name = "stability/seeds"
+    summary = "agreement of SAEs over seeds, beside chance, truth and the trap of identical initial weights"
+    cpu_seconds = (70, 30)
+
+    n_tokens: int = 3_072_000
+    """Rows that each SAE is trained on."""
+    n_seeds: int = 3
+    """Independent trainings (>= 2)."""
+    aux_alpha: float = 0.0
+    """Weight of AuxK; 0, no revival, is the setting of the reference."""
+    least_stabilisation: float = 0.1
+    """Agreement that training must have brought about, or the comparison is flagged as a trap."""
+
+    def quick(self):
+        """Two seeds and half the rows."""
+        return dataclasses.replace(self, n_seeds=2, n_tokens=1_536_000)
+
+    def run(self) -> harness.Outcome:
+        """Train independent SAEs, and one that shares the first one's initial weights but not its data order."""
+        source = Synthetic()
+        sparsifier = TopK(d_in=source.d_in, d_sae=source.n_features, k=4, aux_alpha=self.aux_alpha)
+        seeds = range(self.seed, self.seed + self.n_seeds)
+        fits = [fit.fit(sparsifier, source, n_tokens=self.n_tokens, seed=s, data_seed=1000 + s) for s in seeds]
+        trap = fit.fit(sparsifier, source, n_tokens=self.n_tokens, seed=self.seed, data_seed=2000 + self.seed)
+        features = source.features()
+        values: dict[str, Any] = {
+            "independent": self._compared(fits),
+            "identical_init": self._compared([fits[0], trap]),
+            "mcc_true": [_agreement(_directions(done.sae), features) for done in fits],
+            "chance": float(np.mean([_agreement(r, features) for r in matching.random_directions(features.shape)])),
+        }
+        return harness.Outcome(values, self._checks(values), _figure(values))
+
+    def _compared(self, fits: list[fit.Fit]) -> dict[str, Any]:
+        """Mean agreement of all pairs at the start and at the end, and whether it may be believed."""
+        pairs = list(itertools.combinations(fits, 2))
+        start = float(np.mean([_agreement(_directions(a.start), _directions(b.start)) for a, b in pairs]))
+        ends = [_agreement(_directions(a.sae), _directions(b.sae)) for a, b in pairs]
+        gained = float(np.mean(ends)) - start
+        return {
+            "pw_mcc_start": start,
+            "pw_mcc": float(np.mean(ends)),
+            "pw_mcc_pairs": ends,
+            "stabilisation": gained,
+            "flagged": gained < self.least_stabilisation,
+        }
+
+    def _checks(self, values: dict[str, Any]) -> list[harness.Check]:
+        free, trap, chance = values["independent"], values["identical_init"], values["chance"]
+        true = float(np.mean(values["mcc_true"]))
+        return [
+            harness.Check(
+                quantity="PW-MCC, independent seeds",
+                measured=free["pw_mcc"],
+                low=0.80,
+                high=0.95,
+                source=f"{REFERENCE}: .868; Song et al. 2025 for the metric",
+            ),
+            harness.Check(
+                quantity="MCC with the truth minus PW-MCC",
+                measured=true - free["pw_mcc"],
+                low=0.0,
+                source=f"{REFERENCE}: .92 - .87",
+            ),
+            # Chance over this shape has a standard deviation below .002 from dictionary to dictionary.
+            harness.near("PW-MCC before training", free["pw_mcc_start"], chance, 0.02, "random directions, same shape"),
+            harness.Check(
+                quantity="stabilisation, independent seeds",
+                measured=free["stabilisation"],
+                low=self.least_stabilisation,
+                source="training must bring agreement about",
+            ),
+            harness.Check(
+                quantity="identical init: PW-MCC (looks stable)",
+                measured=trap["pw_mcc"],
+                low=0.80,
+                source="the trap: shared weights pass for agreement of seeds",
+            ),
+            harness.Check(
+                quantity="identical init: stabilisation (flagged)",
+                measured=trap["stabilisation"],
+                high=0.0,
+                source="it starts at 1, so training can only lose agreement",
+            ),
+            harness.Check(
+                quantity="flags raised: identical init, seeds",
+                measured=float(trap["flagged"]) - float(free["flagged"]),
+                low=1.0,
+                expected="first only",
+                source="the control that metric M27 is for",
+            ),
+        ]
+
+
+def _directions(sae: model.SAE) -> np.ndarray:
+    return np.asarray(sae.params.W_dec)
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """PW-MCC of two dictionaries."""
+    return matching.matched_mean(matching.abs_cos(a, b))
+
+
+def _figure(values: dict[str, Any]) -> Any:
+    figure, (ax,) = figures.new(width=5.6, height=3.4)
+    arms = [values["independent"], values["identical_init"]]
+    names = ["independent seeds", "identical initial weights\n(flagged)"]
+    rows = [[arm[key] for arm in arms] for key in ("pw_mcc_start", "pw_mcc", "stabilisation")]
+    figures.bars(ax, names, rows, series=("PW-MCC before training", "PW-MCC after", "stabilisation: the difference"))
+    figures.reference(ax, values["chance"], "chance")
+    figures.reference(ax, float(np.mean(values["mcc_true"])), "MCC with the truth")
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_ylim(-0.2, 1.45)
+    figures.finish(ax, x="", y="mean |cos| of matched latents", title="Agreement of two trainings", legend=True)
+    return figure

@@ -1,0 +1,86 @@
+"""E4: latents that die in training, and what brings them back. Data: the benchmark SB-iid."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from saejax.activations.synthetic import Synthetic
+from saejax.evals import evaluate
+from saejax.experiments import figures, fit, harness
+from saejax.sae import TopK, base
+
+REFERENCE = "independent NumPy reference run"
+
+
+@harness.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeadLatents(harness.Experiment):
+    """The signature of dead latents: without revival a tenth of TopK's latents never fires again, with AuxK none."""
+
+    name = "synth/dead_latents"
+    summary = "known features: the share of latents that die without revival and with AuxK"
+    cpu_seconds = (60, 30)
+
+    n_tokens: int = 3_072_000
+    """Rows that each SAE is trained on."""
+    alphas: tuple[float, ...] = (0.0, 0.03125, 1.0)
+    """Weights of AuxK to compare; 0 is no revival."""
+    eval_rows: int = 20_000
+    """Held-out rows: a latent that fires in none of them counts as dead."""
+
+    def quick(self):
+        """Without the arm at weight 1/32."""
+        return dataclasses.replace(self, alphas=(0.0, 1.0))
+
+    def run(self) -> harness.Outcome:
+        """Train one SAE per weight and count the latents that fire on no held-out row."""
+        source = Synthetic()
+        shape: dict[str, Any] = {"d_in": source.d_in, "d_sae": source.n_features, "k": 4}
+        arms: dict[str, base.Sparsifier] = {_arm(alpha): TopK(**shape, aux_alpha=alpha) for alpha in self.alphas}
+        if "batch_topk" in base.ARCHITECTURES and 0.0 in self.alphas:
+            arms["BatchTopK, no revival"] = base.ARCHITECTURES["batch_topk"](**(shape | {"aux_alpha": 0.0}))
+        values: dict[str, Any] = {}
+        curves: dict[str, Any] = {}
+        for name, sparsifier in arms.items():
+            done = fit.fit(sparsifier, source, n_tokens=self.n_tokens, seed=self.seed)
+            result = evaluate.evaluate(done.sae, source, max_rows=self.eval_rows)
+            keys = ("dead_share", "mcc", "mcc_chance", "recovered_features", "fvu", "l0")
+            values[name] = {key: result[key] for key in keys}
+            curves[name] = done.history
+        checks = [self._check(name, scores["dead_share"]) for name, scores in values.items()]
+        if "BatchTopK, no revival" not in arms:
+            checks.append(self._check("BatchTopK, no revival", None))
+        checks.append(
+            harness.Check(
+                quantity="dead latents, TopK with resampling", measured=None, high=0.03, source=f"{REFERENCE}: .023"
+            )
+        )
+        values = {"rows_of_the_window": self.eval_rows, "arms": values, "curves": curves}
+        return harness.Outcome(values, checks, _figure(values))
+
+    @staticmethod
+    def _check(name: str, share: float | None) -> harness.Check:
+        quantity = f"dead latents, {name}"
+        if name.endswith("no revival"):
+            reached = ".27" if name.startswith("Batch") else ".094"
+            return harness.Check(quantity=quantity, measured=share, low=0.08, source=f"{REFERENCE}: {reached}")
+        return harness.Check(quantity=quantity, measured=share, high=0.01, source=f"{REFERENCE}: 0")
+
+
+def _arm(alpha: float) -> str:
+    return f"TopK + AuxK {alpha:g}" if alpha else "TopK, no revival"
+
+
+def _figure(values: dict[str, Any]) -> Any:
+    figure, (left, right) = figures.new(1, 2)
+    for i, (name, history) in enumerate(values["curves"].items()):
+        figures.line(left, history["step"], 100 * history["dead_share"], i, name)
+    figures.finish(left, x="training step", y="dead latents (% of 256)", title="During training", legend=True)
+    arms = values["arms"]
+    names = [name.replace(", ", "\n").replace(" + ", "\n+ ") for name in arms]
+    rows = [[scores[key] for scores in arms.values()] for key in ("dead_share", "mcc")]
+    figures.bars(right, names, rows, series=("dead share", "dictionary MCC"))
+    right.set_ylim(0, 1.3)
+    figures.finish(right, x="", y="share or score (0 to 1)", title="After it", legend=True)
+    return figure

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import representation_examples
 
 from saejax.evals import (
     absorption,
@@ -135,3 +136,5 @@ EXAMPLES |= {
     dark_matter.DarkMatter: reconstructions(dark_matter.DarkMatter()),
     normaliser.RoundTrip: round_trip_example,
 }
+
+EXAMPLES |= representation_examples.EXAMPLES

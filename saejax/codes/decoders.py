@@ -238,7 +238,7 @@ def decode(
         return _threshold(x, dictionary, decoder.threshold)
     if decoder.method in DECODERS:
         return DECODERS[decoder.method](x, dictionary, k)
-    options = dict(decoder.options) | ({"k": k} if METHODS[decoder.method].needs == "k" else {})
+    options: dict[str, Any] = dict(decoder.options) | ({"k": k} if METHODS[decoder.method].needs == "k" else {})
     solution = infer(x, dictionary, method=decoder.method, nonneg=decoder.nonneg, **options)
     return round_code(solution.dense(), k, decoder.rounding)
 

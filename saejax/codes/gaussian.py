@@ -7,6 +7,7 @@ N(0, k/d), nearly independent. Measured probabilities agree to 3 % in d for k >=
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -85,4 +86,4 @@ def dims_for(success: Callable[[float], float], probability: float) -> float:
     high = 1.0
     while success(high) < probability:
         high *= 2
-    return float(brentq(lambda d: success(d) - probability, 1e-9, high, xtol=1e-6, rtol=1e-10))
+    return cast(float, brentq(lambda d: success(d) - probability, 1e-9, high, xtol=1e-6))

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 from scipy.optimize import brentq
 
@@ -139,7 +140,7 @@ def ln_max_features(d: int, k: int, rule: str) -> float:
         return math.nan
     if dims(_LARGEST_LN, k) < d:
         return math.inf
-    return float(brentq(lambda ln_n: dims(ln_n, k) - d, lowest, _LARGEST_LN, xtol=1e-9))
+    return cast(float, brentq(lambda ln_n: dims(ln_n, k) - d, lowest, _LARGEST_LN, xtol=1e-9))
 
 
 def max_active(n_atoms: int, d: int, rule: str) -> int:
@@ -158,7 +159,7 @@ def max_active(n_atoms: int, d: int, rule: str) -> int:
 
     Example:
       >>> max_active(2**20, 768, "threshold"), max_active(2**20, 768, "integer_pursuit")
-      (6, 33)
+      (6, 36)
     """
     check_sizes(n_atoms=n_atoms, d=d)
     dims, ln_n = _rule(rule).dims, math.log(n_atoms)

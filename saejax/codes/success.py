@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 from scipy.optimize import isotonic_regression
 
 from saejax.codes import decoders, subsets
@@ -189,7 +189,8 @@ def curve(
 ) -> Curve:
     """Success of any decoder on whole Rademacher dictionaries of moderate size.
 
-    The same dictionaries and subsets as `one_step` draws for the same seed and the same largest dimension.
+    The same dictionaries and subsets as `one_step` draws for the same seed. Scores are rounded floats here, so a
+    score that equals a threshold exactly may fall on either side; `one_step` counts it as off.
 
     Args:
       decoder: see `decoders.decode`.
@@ -216,7 +217,7 @@ def curve(
         whole = signs(jax.random.fold_in(key, 0), jnp.arange(n_atoms), grid[-1])
         chosen = subsets.of_keys(keys, n_atoms, k)
         for place, d in enumerate(grid):
-            dictionary = _replicate(whole[:, :d] / np.sqrt(d, dtype=np.float32), mesh)
+            dictionary = _replicate(_cut(whole, d), mesh)
             successes[place] += int(recovered(decoder, dictionary, chosen)[:rows].sum())
     return Curve(dims=np.array(grid), successes=successes, trials=n_dictionaries * n_supports)
 
@@ -234,9 +235,25 @@ def recovered(
     Returns:
       True where the counts equal the 0/1 code.
     """
-    signals = jnp.sum(dictionary[chosen], axis=1)
-    counts = decoders.decode(signals, dictionary, chosen.shape[1], decoder)
-    return decoders.exact(counts, subsets.indicator(chosen, dictionary.shape[0]))
+    counts = decoders.decode(signals(dictionary, chosen), dictionary, chosen.shape[1], decoder)
+    return _found(counts, chosen)
+
+
+@jax.jit
+def signals(dictionary: Float[Array, "n_atoms d"], chosen: Int[Array, "b k"]) -> Float[Array, "b d"]:
+    """Sum of the atoms of every subset."""
+    return jnp.sum(dictionary[chosen], axis=1)
+
+
+@jax.jit
+def _found(counts: Int[Array, "b n_atoms"], chosen: Int[Array, "b k"]) -> Bool[Array, "b"]:
+    return decoders.exact(counts, subsets.indicator(chosen, counts.shape[1]))
+
+
+@partial(jax.jit, static_argnames=("d",))
+def _cut(rows: Float[Array, "n_atoms longest"], d: int) -> Float[Array, "n_atoms d"]:
+    """Unit rows from the first d signs."""
+    return rows[:, :d] / np.sqrt(d, dtype=np.float32)
 
 
 def _checked_dims(n_atoms: int, k: int, dims: Sequence[int]) -> list[int]:
@@ -286,12 +303,10 @@ def _margins(
         """Scores at every dimension, [n_dims, ...], as running sums over the segments between them."""
         return jnp.cumsum(jnp.stack([score(slice(*ends)) for ends in segments]), axis=0)
 
-    signals = jax.lax.fori_loop(
-        0, k, lambda j, total: total + signs(key, chosen[:, j], d), jnp.zeros((b, d), jnp.float32)
-    )
+    sums = jax.lax.fori_loop(0, k, lambda j, total: total + signs(key, chosen[:, j], d), jnp.zeros((b, d), jnp.float32))
 
     def active(j: jax.Array, weakest: jax.Array) -> jax.Array:
-        product = signs(key, chosen[:, j], d) * signals
+        product = signs(key, chosen[:, j], d) * sums
         return jnp.minimum(weakest, nested(lambda at: product[:, at].sum(axis=1)))
 
     def inactive(start: jax.Array, strongest: jax.Array) -> jax.Array:
@@ -303,7 +318,7 @@ def _margins(
         total, best = mask, []
         for ends in segments:
             at = slice(*ends)
-            total = total + jnp.matmul(signals[:, at], rows[:, at].T, precision=jax.lax.Precision.HIGHEST)
+            total = total + jnp.matmul(sums[:, at], rows[:, at].T, precision=jax.lax.Precision.HIGHEST)
             best.append(total.max(axis=1))
         return jnp.maximum(strongest, jnp.stack(best))
 

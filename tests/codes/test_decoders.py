@@ -1,0 +1,129 @@
+"""Decoders: hand cases, the definition of integer pursuit, posteriors by enumeration, and what bounds what."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.codes import decoders, dictionaries, subsets, success
+from saejax.codes.decoders import Decoder, decode
+from saejax.errors import UserError
+
+
+def code(n_atoms=60, d=40, k=3, b=12, seed=0):
+    """(signals, dictionary, 0/1 code)."""
+    key = jax.random.key(seed)
+    dictionary = dictionaries.spherical(key, n_atoms, d)
+    chosen = subsets.sample(key, n_atoms, k, b)
+    return dictionary[chosen].sum(axis=1), dictionary, np.asarray(subsets.indicator(chosen, n_atoms)).astype(int)
+
+
+@pytest.mark.parametrize("method", ["threshold_half", "threshold_optimal", "top_k", "map", "integer_pursuit"])
+def test_orthonormal_atoms_are_always_found(method):
+    dictionary = dictionaries.orthonormal(jax.random.key(0), 32, 32)
+    chosen = subsets.sample(jax.random.key(1), 32, 5, 20)
+    # Isotropic interference is k/d here: the MAP threshold is 0.5 + 5/32 ln(27/5) = 0.76, below the score 1.
+    assert np.asarray(success.recovered(method, dictionary, chosen)).all()
+
+
+@pytest.mark.parametrize("method", ["mp", "omp", "gradient_pursuit", "basis_pursuit", "fista", "ista"])
+def test_every_solver_joins_through_rounding(method):
+    x, dictionary, truth = code(n_atoms=50, d=45, k=2, b=4)
+    options = (("l1_coef", 0.1),) if method in ("fista", "ista") else ()
+    for rounding in decoders.ROUNDING:
+        counts = decode(x, dictionary, 2, Decoder(method=method, rounding=rounding, options=options))
+        np.testing.assert_array_equal(counts, truth)
+
+
+def test_rounding_rules_differ():
+    values = jnp.array([[0.6, 0.7, 0.9, 0.1]])
+    assert decoders.round_code(values, 2, "half").tolist() == [[1, 1, 1, 0]]
+    assert decoders.round_code(values, 2, "largest").tolist() == [[0, 1, 1, 0]]
+
+
+def test_integer_pursuit_as_written_down():
+    x, dictionary, _ = code(n_atoms=80, d=12, k=4, b=30)
+    expected = np.zeros((30, 80), int)
+    for row, signal in enumerate(np.asarray(x, np.float64)):
+        for _ in range(4):
+            left = signal - expected[row] @ np.asarray(dictionary, np.float64)
+            expected[row, np.argmax(np.asarray(dictionary, np.float64) @ left)] += 1
+    counts = np.asarray(decode(x, dictionary, 4, "integer_pursuit"))
+    np.testing.assert_array_equal(counts, expected)
+    assert (counts.sum(axis=1) == 4).all()
+
+
+def test_integer_pursuit_may_repeat_an_atom_and_then_has_failed():
+    # Both active atoms lean on a third: x = a + b is closest to c, and what is left of it to c again.
+    c = np.array([1.0, 0, 0])
+    a, b = np.array([0.8, 0.6, 0]), np.array([0.8, -0.6, 0])
+    dictionary = jnp.asarray([a, b, c, [0, 0, 1]], jnp.float32)
+    counts = decode(dictionary[:1] + dictionary[1:2], dictionary, 2, "integer_pursuit")
+    assert counts.tolist() == [[0, 0, 2, 0]]
+    assert not bool(success.recovered("integer_pursuit", dictionary, jnp.array([[0, 1]]))[0])
+
+
+def test_covariance_is_that_of_all_subsets():
+    dictionary = dictionaries.gaussian(jax.random.key(0), 7, 3)
+    signals = [np.asarray(dictionary)[list(chosen)].sum(axis=0) for chosen in itertools.combinations(range(7), 3)]
+    expected = np.cov(np.array(signals), rowvar=False, bias=True)
+    np.testing.assert_allclose(decoders.interference_covariance(dictionary, 3), expected, atol=1e-5)
+
+
+def test_log_odds_are_those_of_two_gaussians():
+    """Against densities: x ~ N(f, S) where the atom is on, N(0, S) where it is off."""
+    from scipy.stats import multivariate_normal
+
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((4, 4))
+    covariance, prior = root @ root.T + np.eye(4), 0.2
+    x, dictionary = rng.standard_normal((5, 4)), rng.standard_normal((6, 4))
+    lam, rho = decoders.matched_filter(*(jnp.asarray(a, jnp.float32) for a in (x, dictionary, covariance)))
+    odds = np.asarray(decoders.log_odds(lam, rho, prior))
+    for i, atom in enumerate(dictionary):
+        on, off = (multivariate_normal(mean, covariance).logpdf(x) for mean in (atom, np.zeros(4)))
+        np.testing.assert_allclose(odds[:, i], on - off + np.log(prior / (1 - prior)), atol=2e-3)
+
+
+def test_full_covariance_beats_the_isotropic_one_where_interference_is_not_white():
+    """Atoms crowd into half of the dimensions; only the full S tells the quiet dimensions."""
+    n_atoms, d, k = 256, 64, 4
+    key = jax.random.key(0)
+    scale = jnp.where(jnp.arange(d) < d // 4, 3.0, 0.5)[None, :]
+    raw = dictionaries.gaussian(key, n_atoms, d) * scale
+    dictionary = raw / jnp.linalg.norm(raw, axis=1, keepdims=True)
+    chosen = subsets.sample(key, n_atoms, k, 200)
+    truth = np.asarray(subsets.indicator(chosen, n_atoms))
+    x = dictionary[chosen].sum(axis=1)
+    errors = {m: np.sum(np.asarray(decode(x, dictionary, k, m)) != truth) for m in ("map", "map_full")}
+    assert errors["map_full"] < 0.7 * errors["map"]
+
+
+def test_a_threshold_that_succeeds_implies_top_k():
+    x, dictionary, truth = code(n_atoms=200, d=60, k=3, b=200)
+    by = {m: (np.asarray(decode(x, dictionary, 3, m)) == truth).all(axis=1) for m in ("threshold_half", "top_k")}
+    assert by["threshold_half"].any() and (by["top_k"] & ~by["threshold_half"]).any()
+    assert not (by["threshold_half"] & ~by["top_k"]).any()
+
+
+def test_top_k_breaks_ties_by_index():
+    assert decoders.largest(jnp.array([[1.0, 2.0, 1.0, 1.0]]), 2).tolist() == [[1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "call, named",
+    [
+        (lambda: decode(jnp.ones((1, 3)), jnp.eye(4), 1, "top_k"), "x = "),
+        (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), 5, "top_k"), "k = 5"),
+        (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), 1, "magic"), "method = 'magic'"),
+        (lambda: Decoder(method="threshold"), "threshold = None"),
+        (lambda: Decoder(method="top_k", threshold=0.3), "threshold = 0.3"),
+        (lambda: Decoder(method="omp", rounding="up"), "rounding = 'up'"),
+        (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), 1, Decoder(method="fista")), "l1_coef"),
+    ],
+)
+def test_bad_arguments_are_named(call, named):
+    with pytest.raises(UserError, match=named):
+        call()

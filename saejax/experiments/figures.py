@@ -113,7 +113,9 @@ def bars(ax: Axes, names: Sequence[str], values: Any, *, spread: Any = None, ser
             yerr=None if errors is None else errors[i],
             capsize=2,
         )
-        ax.bar_label(drawn, fmt="%.3g", fontsize=7, padding=1)
+        ax.bar_label(
+            drawn, fmt="%.3g", fontsize=7, padding=2, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        )
     ax.set_xticks(np.arange(len(names)), names)
 
 

@@ -12,6 +12,8 @@ from saejax.sae import TopK, base
 
 REFERENCE = "independent NumPy reference run"
 
+_NO_REVIVAL: dict[str, Any] = {"aux_alpha": 0.0}
+
 
 @harness.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class DeadLatents(harness.Experiment):
         shape: dict[str, Any] = {"d_in": source.d_in, "d_sae": source.n_features, "k": 4}
         arms: dict[str, base.Sparsifier] = {_arm(alpha): TopK(**shape, aux_alpha=alpha) for alpha in self.alphas}
         if "batch_topk" in base.ARCHITECTURES and 0.0 in self.alphas:
-            arms["BatchTopK, no revival"] = base.ARCHITECTURES["batch_topk"](**(shape | {"aux_alpha": 0.0}))
+            arms["BatchTopK, no revival"] = base.ARCHITECTURES["batch_topk"](**shape, **_NO_REVIVAL)
         values: dict[str, Any] = {}
         curves: dict[str, Any] = {}
         for name, sparsifier in arms.items():

@@ -74,3 +74,16 @@ def test_every_key_is_defined_and_widths_must_agree(features):
     assert set(recovery.dictionary_recovery(features, features)) == set(recovery.DEFINITIONS)
     with pytest.raises(UserError, match="width 10.*d_in=9"):
         recovery.dictionary_recovery(features[:, :9], features)
+
+
+def test_uniqueness_counts_features_not_latents(features):
+    """Three latents on feature 0, one on feature 1: two features are tracked by four latents."""
+    scores = recovery.dictionary_recovery(features[[0, 0, 0, 1]], features)
+    assert scores["uniqueness"] == 2 / 4 and 0 < scores["uniqueness_chance"] <= 1
+
+
+def test_every_score_has_its_chance(features):
+    scores = recovery.dictionary_recovery(features, features)
+    for key in ("mcc", "mcc_features", "recovered_features", "mmcs_features", "mmcs_latents", "uniqueness"):
+        assert 0 <= scores[f"{key}_chance"] < scores[key] == pytest.approx(1.0), key
+    assert scores["recovered_features_above_07_chance"] <= 1.0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from saejax.evals import evaluate, shrinkage
+from saejax.evals.over import over
 
 METRICS = (shrinkage.Norms(), shrinkage.Gain())
 
@@ -80,3 +81,26 @@ def test_three_numbers_are_three_numbers(sae, forward, rows):
 def test_rows_of_zeros_have_no_ratio(make_sae):
     x = np.concatenate([np.ones((5, 6)), np.zeros((3, 6))]).astype(np.float32)
     assert evaluate.evaluate_rows(identity(make_sae, 0.5), [x], METRICS)["l2_ratio"] == pytest.approx(0.5)
+
+
+def test_line_of_the_norms(sae, forward, rows):
+    result = evaluate.evaluate_rows(sae, [rows], (shrinkage.NormSlope(),), batch_rows=50)
+    _, recon = forward(sae, rows)
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1), np.linalg.norm(recon, axis=1)
+    slope, intercept = np.polyfit(*lengths, 1)
+    assert result["norm_slope"] == pytest.approx(slope, rel=1e-4)
+    assert result["norm_intercept"] == pytest.approx(intercept, rel=1e-4)
+
+
+def test_refinement_of_a_soft_threshold_on_an_orthonormal_dictionary():
+    """Refitting z - t on its support gives z back: the ratio of sums is 1 - t n / sum z, latent by latent."""
+    t = 0.3
+    z = np.random.default_rng(0).exponential(size=(500, 3)).astype(np.float32)
+    z[:, 2] = 0.0
+    shrunk, support = np.maximum(z - t, 0), z > t
+    result = over(shrinkage.RefinementRatio(), shrinkage.RefitBatch(latents=shrunk, refit=z * support), rows=64)
+    wanted = 1 - t * support[:, :2].sum(0) / (z * support)[:, :2].sum(0)
+    np.testing.assert_allclose(result.arrays["refinement_ratio"][:2], wanted, rtol=1e-5)
+    assert np.isnan(result.arrays["refinement_ratio"][2])
+    assert result["refinement_ratio_median"] == pytest.approx(np.median(wanted), rel=1e-5)
+    assert result["refinement_ratio_shared"] == pytest.approx(shrunk.sum() / (z * support).sum(), rel=1e-5)

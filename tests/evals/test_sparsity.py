@@ -86,3 +86,28 @@ def test_settings_out_of_range_are_refused():
         sparsity.Firing(windows=(1,))
     with pytest.raises(UserError, match="eval.dense_above"):
         sparsity.Firing(dense_above=1.0)
+
+
+@pytest.mark.parametrize("batch_rows", [13, None])
+def test_activity_against_numpy(sae, forward, rows, batch_rows):
+    quantiles = (0.05, 0.33, 0.5, 1.0)
+    result = evaluate.evaluate_rows(sae, [rows], (sparsity.Activity(quantiles=quantiles),), batch_rows=batch_rows)
+    latents, _ = forward(sae, rows)
+    l0 = (latents > 0).sum(1)
+    for q in quantiles:
+        key = f"l0_q{round(100 * q):02d}"
+        assert result[key] == np.quantile(l0, q, method="inverted_cdf"), key
+    length = np.linalg.norm(np.asarray(sae.params.W_dec, np.float64), axis=1)
+    assert result["l1"] == pytest.approx(latents.sum(1).mean(), rel=1e-5)
+    assert result["l1_scaled"] == pytest.approx((latents * length).sum(1).mean(), rel=1e-5)
+    hist = result.arrays["l0_hist"]
+    np.testing.assert_array_equal(hist, np.bincount(l0, minlength=len(hist)))
+
+
+def test_latents_almost_off_show_in_the_second_count(make_sae):
+    fires = np.zeros((10, 4), np.float32)
+    fires[:, 0], fires[:, 1] = 1.0, 1e-7
+    eye, zero = np.eye(4, dtype=np.float32), np.zeros(4, np.float32)
+    sae = make_sae("dense", d_in=4, d_sae=4, W_enc=eye, b_enc=zero, W_dec=eye, b_dec=zero)
+    result = evaluate.evaluate_rows(sae, [fires], (sparsity.Firing(windows=()), sparsity.Activity()))
+    assert result["l0"] == 2.0 and result["l0_above_1em6"] == 1.0

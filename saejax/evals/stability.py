@@ -25,6 +25,8 @@ IDENTICAL_ABOVE = 0.99
 DEFINITIONS: dict[str, str] = {
     "pw_mcc": "Mean over pairs of dictionaries of the mean |cos| of their best one-to-one matching.",
     "pw_mcc_chance": "pw_mcc of random directions of the same shape.",
+    "pw_shared_above_07_chance": "pw_shared_above_07 of random directions.",
+    "pw_shared_above_09_chance": "pw_shared_above_09 of random directions.",
     "pw_mcc_pairs": "Matrix [n, n] of the matched mean of each pair; 1 on the diagonal.",
     "pw_shared_above_07": "Mean over pairs of the share of rows matched with |cos| above 0.7, over the larger "
     "dictionary.",
@@ -35,6 +37,8 @@ DEFINITIONS: dict[str, str] = {
     "shared_fraction_both": "The same with encoder |cos| above the threshold too.",
     "same_partner": "Share of latents matched to the same partner by decoder and by encoder, whatever the |cos|.",
     "shared_fraction_chance": "shared_fraction of random directions.",
+    "shared_fraction_both_chance": "shared_fraction_both of random directions.",
+    "same_partner_chance": "same_partner of random directions.",
     "stabilisation": "pw_mcc at the end minus pw_mcc at the start of training.",
     "pw_mcc_initial": "pw_mcc at the start.",
     "pw_mcc_final": "pw_mcc at the end.",
@@ -77,24 +81,21 @@ def pairwise_mcc(
     """
     if len(dictionaries) < 2:
         raise UserError(f"stability needs at least two dictionaries, got {len(dictionaries)}")
-    pairs = np.eye(len(dictionaries))
-    shared: dict[float, list[float]] = {0.7: [], 0.9: []}
+    pairs, scores = np.eye(len(dictionaries)), []
     for a, b in itertools.combinations(range(len(dictionaries)), 2):
-        cos = _matched_cos(dictionaries[a], dictionaries[b], block)
-        pairs[a, b] = pairs[b, a] = cos.mean()
-        for above, shares in shared.items():
-            shares.append(float((cos > above).sum() / max(len(dictionaries[a]), len(dictionaries[b]))))
+        scores.append(_agreement(dictionaries[a], dictionaries[b], block))
+        pairs[a, b] = pairs[b, a] = scores[-1][0]
     first, second = np.asarray(dictionaries[0]).shape, np.asarray(dictionaries[1]).shape
     draws = zip(
         matching.random_directions(first, n_chance, seed),
         matching.random_directions(second, n_chance, seed + 1),
         strict=False,
     )
+    found, chance = np.mean(scores, axis=0), np.mean([_agreement(a, b, block) for a, b in draws], axis=0)
+    names = ("pw_mcc", "pw_shared_above_07", "pw_shared_above_09")
     return {
-        "pw_mcc": float(pairs[np.triu_indices(len(pairs), 1)].mean()),
-        "pw_mcc_chance": float(np.mean([_matched_cos(a, b, block).mean() for a, b in draws])),
-        "pw_shared_above_07": float(np.mean(shared[0.7])),
-        "pw_shared_above_09": float(np.mean(shared[0.9])),
+        **{name: float(value) for name, value in zip(names, found, strict=True)},
+        **{f"{name}_chance": float(value) for name, value in zip(names, chance, strict=True)},
         "pw_mcc_pairs": pairs,
     }
 
@@ -117,7 +118,7 @@ def shared_fraction(
       block: Rows per product.
 
     Returns:
-      `shared_fraction`, `shared_fraction_both`, `same_partner`, `shared_fraction_chance`; shares of the larger SAE.
+      `shared_fraction`, `shared_fraction_both`, `same_partner` and the `_chance` of each; shares of the larger SAE.
 
     Raises:
       UserError: decoder and encoder of one SAE differ in shape.
@@ -144,7 +145,7 @@ def shared_fraction(
     names = ("shared_fraction", "shared_fraction_both", "same_partner")
     return {
         **{name: float(value) for name, value in zip(names, found, strict=True)},
-        "shared_fraction_chance": float(chance[0]),
+        **{f"{name}_chance": float(value) for name, value in zip(names, chance, strict=True)},
     }
 
 
@@ -235,9 +236,10 @@ def _children(narrow: np.ndarray, wide: np.ndarray, above: float, block: int) ->
     return counts, is_child
 
 
-def _matched_cos(a: np.ndarray, b: np.ndarray, block: int) -> np.ndarray:
-    """|cos| of the pairs of the best matching of two dictionaries."""
+def _agreement(a: np.ndarray, b: np.ndarray, block: int) -> tuple[float, float, float]:
+    """Mean |cos| of the best matching of two dictionaries, and the shares of the larger one above 0.7 and 0.9."""
     similarity = matching.abs_cos(a, b, block=block)
     match = matching.matched(similarity)
     found = np.flatnonzero(match >= 0)
-    return similarity[match[found], found].astype(np.float64)
+    cos, size = similarity[match[found], found].astype(np.float64), max(similarity.shape)
+    return float(cos.mean()), float((cos > 0.7).sum() / size), float((cos > 0.9).sum() / size)

@@ -76,7 +76,7 @@ def test_the_split_belongs_to_the_row():
 
 
 def test_support_by_counting():
-    """Four rows, two features, three latents; latent 2 belongs to feature 0, latent 0 to none, feature 1 to latent 1."""
+    """Four rows, two features, three latents; latent 2 belongs to feature 0, latent 1 to feature 1."""
     features = np.array([[1, 0], [2, 2], [0, 4], [0, 0]], np.float32)
     latents = np.array([[1, 0, 0.5], [0, 1, 1.0], [0, 0, 3.0], [1, 1, 0]], np.float32)
     match = np.array([2, 1], np.int32)

@@ -10,14 +10,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from saejax import sparse_coding
-from saejax.evals import matching
+from saejax.evals import matching, true_codes
+from saejax.evals.over import over
 from saejax.sae.model import SAE
 
 DROP_BELOW = 0.1
-"""Codes below this count as absent after OMP: a fifth of the smallest true amplitude of the benchmarks."""
+"""Codes below this count as absent after OMP: a fifth of the smallest amplitude of SB-iid and SB-hier."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,47 +61,23 @@ class Dictionary:
 
 
 def scores(true: Float[np.ndarray, "b n"], found: Float[np.ndarray, "b m"], match: np.ndarray) -> dict[str, float]:
-    """Support F1 (micro), code MCC, L0 and share of unused atoms of found codes.
+    """Support F1 (micro) and code MCC, each with its chance, L0 and share of unused atoms of found codes.
 
     Args:
       true: codes behind the data.
       found: codes to judge.
-      match: for each true feature its column of `found`, or -1.
+      match: for each true feature its column of `found`, or -1; code MCC finds a matching of its own.
     """
+    batch = true_codes.CodeBatch(
+        features=jnp.asarray(true, jnp.float32),
+        latents=jnp.asarray(found, jnp.float32),
+        split=jnp.asarray(true_codes.split_rows(np.arange(len(true)))),
+        match=jnp.asarray(match, jnp.int32),
+    )
+    support = over(true_codes.Support(), batch)
     return {
-        "f1": support_f1(true > 0, found > 0, match),
-        "code_mcc": code_mcc(true, found),
+        **{key.removeprefix("support_"): support[key] for key in ("support_f1", "support_f1_chance")},
+        **{key: value for key, value in over(true_codes.CodeMcc(), batch).items() if "features" not in key},
         "l0": float((found > 0).sum(axis=1).mean()),
         "unused": float((~(found > 0).any(axis=0)).mean()),
     }
-
-
-def support_f1(true: Bool[np.ndarray, "b n"], found: Bool[np.ndarray, "b m"], match: np.ndarray) -> float:
-    """2 TP / (true + found), all entries of all rows together; columns without a partner count as found."""
-    partnered = match >= 0
-    both = (true[:, partnered] & found[:, match[partnered]]).sum()
-    return float(2 * both / max(true.sum() + found.sum(), 1))
-
-
-def code_mcc(true: Float[np.ndarray, "b n"], found: Float[np.ndarray, "b m"]) -> float:
-    """Mean |Pearson correlation| of matched columns: matched on even rows, scored on odd rows, 0 for a dead column."""
-    match = matching.matched(correlation(found[::2], true[::2]))
-    return matched_correlation(true[1::2], found[1::2], match)
-
-
-def matched_correlation(true: Float[np.ndarray, "b n"], found: Float[np.ndarray, "b m"], match: np.ndarray) -> float:
-    """Mean |Pearson correlation| under a given matching, over the true columns that vary."""
-    vary = true.std(axis=0) > 0
-    agreement = correlation(found, true)[match, np.arange(len(match))]
-    return float(np.where(match >= 0, agreement, 0.0)[vary].mean())
-
-
-def correlation(a: Float[np.ndarray, "b m"], b: Float[np.ndarray, "b n"]) -> Float[np.ndarray, "m n"]:
-    """|Pearson correlation| of all pairs of columns, 0 where a column is constant."""
-    return np.abs(_standard(a).T @ _standard(b))
-
-
-def _standard(a: np.ndarray) -> np.ndarray:
-    centred = a - a.mean(axis=0)
-    length = np.linalg.norm(centred, axis=0)
-    return centred / np.where(length > 1e-9, length, np.inf)

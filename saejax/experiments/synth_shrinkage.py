@@ -230,7 +230,9 @@ def _figure(values: dict[str, Any]) -> Any:
     at = np.arange(len(trained))
     forms = {"gamma": "trained SAE", "closed_form": "closed form", "closed_form_without_decoder_bias": "without b_dec"}
     for i, (key, label) in enumerate(forms.items()):
-        figures.line(middle, at, [found[key] for found in trained.values()], i, label, linestyle="none")
+        figures.line(
+            middle, at + 0.12 * (i - 1), [found[key] for found in trained.values()], i, label, linestyle="none"
+        )
     middle.set_xticks(at, [arm.rsplit(" ", 1)[0] + "\npenalty " + arm.rsplit(" ", 1)[1] for arm in trained])
     middle.margins(x=0.2)
     figures.finish(middle, x="", y="gamma", title="Trained L1, orthonormal features", legend=True)

@@ -26,13 +26,16 @@ class MLP:
     """Units of every layer, from the input to the output."""
     slope: float = 0.0
     """Slope of the hidden units below zero: 0 is ReLU, else leaky ReLU."""
+    glorot: bool = False
+    """Whether weights and biases start within sqrt(6 / (fan_in + fan_out)), as in scikit-learn, instead of
+    sqrt(1 / fan_in), as in PyTorch."""
 
     def init(self, key: jax.Array) -> Params:
-        """Draws weights and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch.nn.Linear does."""
+        """Draws weights and biases uniformly from one interval per layer; see `glorot`."""
         params = []
         for n_in, n_out in zip(self.widths[:-1], self.widths[1:], strict=True):
             key, key_w, key_b = jax.random.split(key, 3)
-            bound = n_in**-0.5
+            bound = (6 / (n_in + n_out)) ** 0.5 if self.glorot else n_in**-0.5
             W = jax.random.uniform(key_w, (n_in, n_out), minval=-bound, maxval=bound)
             params.append({"W": W, "b": jax.random.uniform(key_b, (n_out,), minval=-bound, maxval=bound)})
         return params

@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from saejax.errors import UserError
-from saejax.evals import identifiability as probes
-from saejax.evals import over
+from saejax.evals import identifiability, manifold_probe, over
 from saejax.experiments import classifier, figures
-from saejax.experiments.harness import Check, Experiment, Outcome, register
+from saejax.experiments.harness import Check, Experiment, Outcome, near, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,32 +30,17 @@ Embedded = Float[np.ndarray, "rows n"]
 
 
 def embed_circles(angles: Angles) -> Embedded:
-    """(cos, sin) of each angle side by side: [rows, q] -> [rows, 2 q].
+    """All cosines, then all sines: [rows, q] -> [rows, 2 q].
 
     Example:
       >>> embed_circles(np.array([[0.0, np.pi / 2]])).round(3).tolist()
       [[1.0, 0.0, 0.0, 1.0]]
     """
-    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(len(angles), -1)
-
-
-def embed_rotations(vectors: Angles) -> Embedded:
-    """The nine matrix entries of rotations by |v| about v, row by row (Rodrigues): [rows, 3] -> [rows, 9].
-
-    Example:
-      >>> embed_rotations(np.array([[0.0, 0.0, np.pi / 2]])).round(3).tolist()
-      [[0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]]
-    """
-    angle = np.linalg.norm(vectors, axis=1)[:, None, None]
-    x, y, z = (vectors / np.maximum(angle[:, :, 0], 1e-300)).T
-    zero = np.zeros_like(x)
-    cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=1).reshape(-1, 3, 3)
-    matrix = np.eye(3)[None] + np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross)
-    return matrix.reshape(-1, 9)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def rotation_vectors(matrices: Embedded) -> Angles:
-    """Inverse of `embed_rotations` for angles below pi: [rows, 9] -> [rows, 3]."""
+    """Inverse of `rotation_matrices` for angles below pi: [rows, 9] -> [rows, 3]."""
     m = matrices.reshape(-1, 3, 3)
     axial = np.stack([m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]], axis=1)
     length = np.linalg.norm(axial, axis=1, keepdims=True)  # 2 sin(angle)
@@ -63,10 +48,10 @@ def rotation_vectors(matrices: Embedded) -> Angles:
     return angle * axial / np.maximum(length, 1e-300)
 
 
-def rotation_angles(rng: np.random.Generator, rows: int, kappa: float) -> Float[np.ndarray, "rows"]:
+def rotation_angles(rng: np.random.Generator, rows: int, kappa: float) -> np.ndarray:
     """Draws the angle of a rotation S with density exp(kappa tr S): proportional to (1 - cos a) exp(2 kappa cos a).
 
-    The cumulative density is tabulated at 2^14 points, and inverted linearly in between.
+    The cumulative density is tabulated at 2^14 points, and inverted linearly in between; returns [rows].
     """
     edges = np.linspace(0, np.pi, 2**14)
     centres = (edges[1:] + edges[:-1]) / 2
@@ -86,9 +71,7 @@ def draw_circles(q: int) -> Callable[..., tuple[Angles, Angles]]:
     return draw
 
 
-def draw_rotations(
-    rng: np.random.Generator, labels: np.ndarray, n_classes: int, kappa: float
-) -> tuple[Angles, Angles]:
+def draw_rotations(rng: np.random.Generator, labels: np.ndarray, n_classes: int, kappa: float) -> tuple[Angles, Angles]:
     """A sampler of rotation vectors (latents [rows, 3], class centres [n_classes, 3]) of length at most pi."""
 
     def about(angles: np.ndarray) -> Angles:
@@ -96,8 +79,8 @@ def draw_rotations(
         return angles[:, None] * axes / np.linalg.norm(axes, axis=1, keepdims=True)
 
     centres = about(rotation_angles(rng, n_classes, 0.0))
-    turns = embed_rotations(about(rotation_angles(rng, len(labels), kappa))).reshape(-1, 3, 3)
-    turned = embed_rotations(centres)[labels].reshape(-1, 3, 3) @ turns
+    turns = manifold_probe.rotation_matrices(about(rotation_angles(rng, len(labels), kappa))).reshape(-1, 3, 3)
+    turned = manifold_probe.rotation_matrices(centres)[labels].reshape(-1, 3, 3) @ turns
     return rotation_vectors(turned.reshape(-1, 9)), centres
 
 
@@ -106,6 +89,7 @@ class Space:
     """A space of latents.
 
     Attributes:
+      manifold: what `ManifoldProbe` calls it.
       draw: (rng, labels, n_classes, kappa) -> latents, class centres.
       embed: latents [rows, q] -> [rows, n].
       linear_angle_r2: R2 of the best linear map from E(z) to the raw coordinates, for uniform z: what a perfect
@@ -113,6 +97,7 @@ class Space:
       kappa: concentration of the clusters.
     """
 
+    manifold: Literal["circles", "rotations"]
     draw: Callable[..., tuple[Angles, Angles]]
     embed: Callable[[Angles], Embedded]
     linear_angle_r2: float
@@ -120,12 +105,18 @@ class Space:
 
 
 SPACES = {
-    "circle": Space(draw_circles(1), embed_circles, 6 / math.pi**2, 10.0),
-    "torus": Space(draw_circles(2), embed_circles, 6 / math.pi**2, 10.0),
-    "rotations": Space(draw_rotations, embed_rotations, (25 / 16) / (1 + math.pi**2 / 6), 5.0),
+    "circle": Space("circles", draw_circles(1), embed_circles, 6 / math.pi**2, 10.0),
+    "torus": Space("circles", draw_circles(2), embed_circles, 6 / math.pi**2, 4.0),
+    "rotations": Space(
+        "rotations", draw_rotations, manifold_probe.rotation_matrices, (25 / 16) / (1 + math.pi**2 / 6), 3.0
+    ),
 }
 """Circle: E[t sin t]^2 / (E[t^2] E[sin^2 t]) = 6 / pi^2, and the cosine adds nothing. Rotations: the same quotient for
-the angle of a uniform rotation, whose density is (1 - cos a) / pi."""
+the angle of a uniform rotation, whose density is (1 - cos a) / pi. Each kappa lets neighbouring clusters overlap:
+where a space of more dimensions is left empty between them (torus with kappa 10: R2 .82), training stops short."""
+
+MEASURED = "own measurement, on an open question of Klindt et al. 2025"
+CLOSED = "closed form for uniform latents: 6 / pi^2 on circles, .5908 for rotations"
 
 
 @register
@@ -145,11 +136,11 @@ class NonEuclidean(Experiment):
     """Rows to train on."""
     n_test: int = 4_000
     """Rows to measure on."""
-    n_steps: int = 8_000
+    n_steps: int = 4_000
     """Updates of the classifier."""
     batch: int = 256
     """Rows per update."""
-    learning_rate: float = 0.003
+    learning_rate: float = 0.01
     """Of Adam, falling to 0 along half a cosine."""
 
     def __post_init__(self) -> None:
@@ -159,8 +150,8 @@ class NonEuclidean(Experiment):
             raise UserError(f"spaces={list(self.spaces)}: some of {list(SPACES)} are needed")
 
     def quick(self) -> Self:
-        """Half the steps."""
-        return dataclasses.replace(self, n_steps=4_000)
+        """Half the steps: R2 of the embedding falls by at most .02."""
+        return dataclasses.replace(self, n_steps=2_000)
 
     def run(self) -> Outcome:
         values = {name: self.measure(SPACES[name]) for name in self.spaces}
@@ -187,33 +178,49 @@ class NonEuclidean(Experiment):
             learning_rate=self.learning_rate,
         )
         represent = jax.jit(trained.model.representation)
-        layers = {"": represent(trained.params, x), "_untrained": represent(trained.start, x), "_input": x}
+        layers = {
+            "": represent(trained.params, x),
+            "_untrained": represent(trained.start, x),
+            "_input": x,
+            "_limit": embedded,
+        }
         test = slice(self.n_train, None)
         gap = over.over(
-            probes.CrossEntropyGap(),
-            probes.ClassBatch(
-                logits=trained.model.logits(trained.params, x[test]),
+            identifiability.CrossEntropyGap(),
+            identifiability.ClassBatch(
+                logits=trained.model.logits(trained.params, jnp.asarray(x[test])),
                 bayes_logits=space.kappa * embedded[test] @ space.embed(centres).T,
                 label=labels[test],
             ),
         )
-        found = {f"r2_embedding{name}": self.probe(h, embedded) for name, h in layers.items()}
-        found |= {f"r2_angle{name}": self.probe(h, angles) for name, h in layers.items()}
-        found["r2_angle_limit"] = self.probe(embedded, angles)
-        return found | {"r2_angle_limit_uniform": space.linear_angle_r2, "ce_gap": gap["ce_gap"]}
+        found = {"ce_gap": gap["ce_gap"], "r2_angle_limit_uniform": space.linear_angle_r2}
+        for name, h in layers.items():
+            score = self.probe(space, h, angles)
+            found |= {f"r2_embedding{name}": score["manifold_r2"], f"r2_angle{name}": score["manifold_raw_r2"]}
+            found |= {f"angular_error{name}": score["angular_error"]}
+            found |= {f"angular_error_chance{name}": score["angular_error_chance"]}
+        return found
 
-    def probe(self, h: np.ndarray | jax.Array, z: np.ndarray) -> float:
-        """R2 of a linear probe on the last `n_test` rows, fitted to all others."""
-        ids = np.arange(len(z))
-        batch = probes.ProbeBatch(h=np.asarray(h), z=z, test=ids >= self.n_train, row_id=ids)
-        return over.over(probes.LinearProbe(), batch)["probe_r2"]
+    def probe(self, space: Space, h: Any, angles: Angles) -> dict[str, float]:
+        """Linear probes on the last `n_test` rows, fitted to all others."""
+        ids = np.arange(len(angles))
+        batch = manifold_probe.ManifoldBatch(h=np.asarray(h), point=angles, test=ids >= self.n_train, row_id=ids)
+        return over.over(manifold_probe.ManifoldProbe(manifold=space.manifold), batch)
 
 
 def _checks(name: str, found: dict[str, float]) -> list[Check]:
-    """Rows of the table for one space."""
+    """Rows of the table for one space.
+
+    Measured over three seeds: embedding .965 to .997 (.953 to .990 with half the steps), angle .53 to .62. A perfectly
+    linear representation would score `r2_angle_limit` on the angle; what is nonlinear in the trained one moves it by
+    .034 at most (.062 with half the steps).
+    """
+    limit = found["r2_angle_limit"]
     return [
-        Check(quantity=f"R2 embedding, {name}", measured=found["r2_embedding"], low=0.9, source=""),
-        Check(quantity=f"R2 raw angle, {name}", measured=found["r2_angle"], high=0.7, source=""),
+        Check(quantity=f"R2 embedding, {name}", measured=found["r2_embedding"], low=0.9, source=MEASURED),
+        Check(quantity=f"R2 raw angle, {name}", measured=found["r2_angle"], high=0.7, source=MEASURED),
+        near(f"R2 raw angle above a perfect embedding's, {name}", found["r2_angle"] - limit, 0.0, 0.08, CLOSED),
+        Check(quantity=f"R2 embedding from the input, {name}", measured=found["r2_embedding_input"], source="control"),
     ]
 
 

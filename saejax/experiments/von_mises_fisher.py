@@ -1,6 +1,7 @@
-"""Latents on the unit sphere with known classes: an exact von Mises-Fisher sampler and what is known of it in closed form.
+"""Latents on the unit sphere: an exact von Mises-Fisher sampler, and the mean that it must have.
 
-The data of the experiment `ident/vmf`; not an experiment itself. Everything here is numpy in float64 on the host: the samples are the ground truth.
+The data of the experiment `ident/vmf`; not an experiment itself. Everything is numpy in float64 on the host: the
+samples are the ground truth.
 """
 
 import numpy as np
@@ -29,8 +30,8 @@ def mean_resultant_length(n: int, kappa: float) -> float:
 def cosines(rng: np.random.Generator, rows: int, n: int, kappa: float) -> Float[np.ndarray, "rows"]:
     """Draws w = <v, z>, whose density is proportional to exp(kappa w) (1 - w^2)^{(n-3)/2}, by exact rejection.
 
-    The envelope is a Beta((n-1)/2, (n-1)/2) variable t seen through w = (1 - (1+b) t) / (1 - (1-b) t), which follows the
-    target for any kappa: at least two of three proposals are accepted.
+    The envelope is a Beta((n-1)/2, (n-1)/2) variable t seen through w = (1 - (1+b) t) / (1 - (1-b) t), which follows
+    the target for any kappa: at least two of three proposals are accepted.
 
     Source: Wood 1994, "Simulation of the von Mises Fisher distribution".
     """
@@ -49,7 +50,7 @@ def cosines(rng: np.random.Generator, rows: int, n: int, kappa: float) -> Float[
 
 
 def sample(rng: np.random.Generator, means: Float[np.ndarray, "rows n"], kappa: float) -> Float[np.ndarray, "rows n"]:
-    """Draws one z ~ vMF(v, kappa) for every unit row v: density proportional to exp(kappa <v, z>) on S^{n-1}, n >= 2."""
+    """Draws z ~ vMF(v, kappa) for every unit row v: density proportional to exp(kappa <v, z>) on S^{n-1}, n >= 2."""
     rows, n = means.shape
     w = cosines(rng, rows, n, kappa)[:, None]
     tangent = rng.standard_normal((rows, n))

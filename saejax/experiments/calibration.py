@@ -60,7 +60,8 @@ class Calibration(Experiment):
         control = points[-1]["components"] / points[0]["components"]
         checks = [
             # 1 for every seed and size tried: L0 rises by 2 and more per step of K, far above its noise of about 0.1.
-            Check(quantity="Spearman of L0 and true K", measured=sparse, low=0.9, source="no published value: a monotone rise"),
+            Check(quantity="Spearman of L0 and true K", measured=sparse, low=0.9,
+                  source="no published value: a monotone rise"),
             Check(quantity="L0 at the largest K / at the smallest", measured=points[-1]["l0"] / points[0]["l0"],
                   expected=f"{self.firing[-1] / self.firing[0]:.3g} if it were K itself", source="the data"),
             Check(quantity="largest L0 / K", measured=max(ratio), expected="1 if it were K itself", source="the data"),
@@ -113,8 +114,8 @@ def _fvu(dictionary: Dictionary, rows: np.ndarray, codes: np.ndarray) -> float:
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation; without ties."""
-    ranks = np.stack([np.argsort(np.argsort(v)) for v in (x, y)])
-    return float(np.corrcoef(ranks)[0, 1])
+    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (x, y)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _figure(config: Calibration, points: list[dict[str, float]]) -> Figure:

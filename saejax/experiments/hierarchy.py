@@ -101,7 +101,8 @@ def _scored(source: Synthetic, codes: np.ndarray, found: np.ndarray, dictionary:
 def _checks(arms: dict[str, dict[str, float]]) -> list[Check]:
     topk = arms["TopK"]
     checks = [
-        near("absorption, true dictionary, matched filter", arms["true, matched filter"]["absorption"], 0.297, 0.05, RUN),
+        near("absorption, true dictionary, matched filter",
+             arms["true, matched filter"]["absorption"], 0.297, 0.05, RUN),
         Check(quantity="absorption, true dictionary, OMP", measured=arms["true, OMP"]["absorption"], high=0.05,
               source=f"{RUN}: .017"),
         Check(quantity="absorption, TopK", measured=topk["absorption"], low=0.55, source=f"{RUN}: .715; {PAPER}"),

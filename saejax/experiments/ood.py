@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from saejax.errors import UserError
-from saejax.evals import matching, true_codes
+from saejax.evals import gaps, matching, true_codes
 from saejax.evals.over import over
 from saejax.experiments import figures, fit
 from saejax.experiments.harness import Check, Experiment, Outcome, register
@@ -56,6 +56,8 @@ class Compositional(Experiment):
     """Passes of the SAE over the training signals (>= 1)."""
     n_learning_steps: int = 2000
     """Steps of dictionary learning, 128 signals each (>= 1)."""
+    n_restarts: int = 3
+    """Starts of dictionary learning, of which the lowest loss is taken (>= 1)."""
     n_seeds: int = 3
     """Dictionaries, data sets and trainings to average over (>= 1)."""
 
@@ -66,6 +68,8 @@ class Compositional(Experiment):
                 f"k must be in [1, n_features / 2] and n_features at least 4, got k={self.k}, "
                 f"n_features={self.n_features}"
             )
+        if self.n_restarts < 1 or self.n_seeds < 1:
+            raise UserError(f"n_restarts and n_seeds must be at least 1, got {self.n_restarts} and {self.n_seeds}")
 
     @property
     def d(self) -> int:
@@ -90,12 +94,7 @@ class Compositional(Experiment):
         seed = int(rng.integers(2**31))
         signals = train @ features
         oracle = Dictionary.of(features, features)
-        # Small batches soon forgotten: with larger ones some atoms stay in mixtures of two features.
-        found = learning.learn(
-            jnp.asarray(signals), len(features), l1_coef=0.07, batch=128, decay=100.0, n_steps=self.n_learning_steps,
-            seed=seed,
-        )  # fmt: skip
-        learnt = Dictionary.of(found.dictionary, features)
+        learnt = self._learnt(signals, features, seed)
         architecture = TopK(d_in=self.d, d_sae=len(features), k=self.k, k_aux=min(32, len(features)))
         batch = 64
         n_tokens = self.n_epochs * (self.n_train // batch) * batch
@@ -112,6 +111,23 @@ class Compositional(Experiment):
             name: _scored(splits, [encode(z @ features) for z in splits]) | {"dictionary_mcc": mcc}
             for name, (encode, mcc) in arms.items()
         }
+
+    def _learnt(self, signals: np.ndarray, features: np.ndarray, seed: int) -> Dictionary:
+        """The dictionary of the lowest loss on the training signals, of several starts: a few atoms get stuck."""
+        best, least = None, np.inf
+        for start in range(self.n_restarts):
+            # Small batches soon forgotten: with larger ones more atoms stay mixtures of two features.
+            found = learning.learn(
+                jnp.asarray(signals), len(features), l1_coef=L1_COEF / 2, batch=min(128, len(signals)), decay=300.0,
+                n_steps=self.n_learning_steps, seed=seed + start,
+            )  # fmt: skip
+            dictionary = Dictionary.of(found.dictionary, features)
+            codes = dictionary.codes(signals, "fista", l1_coef=L1_COEF)
+            loss = float(jnp.mean(gaps.lasso_loss(*map(jnp.asarray, (signals, codes, dictionary.rows)), L1_COEF)))
+            if loss < least:
+                best, least = dictionary, loss
+        assert best is not None
+        return best
 
 
 def _scored(true: tuple[np.ndarray, np.ndarray], found: list[np.ndarray]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from saejax.sparse_coding import products, row_blocks, support
 from saejax.sparse_coding.solution import Solution
 
 _STATIC = ("k", "nonneg")
+_DEPENDENT = 1e-5  # energy of an atom outside the span of the others below which float32 cannot add it; ends the row
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -72,7 +73,8 @@ def _pursue(step, y, dictionary, k, nonneg, tolerance) -> Solution:
             "iterations": jnp.zeros(b, jnp.int32),
         }
         if step is _omp_step:
-            state |= {"gram": jnp.zeros((b, k, k)), "target": jnp.zeros((b, k)), "passive": jnp.zeros((b, k), bool)}
+            state |= {"gram": jnp.zeros((b, k, k)), "inverse": jnp.zeros((b, k, k))}
+            state |= {"target": jnp.zeros((b, k)), "passive": jnp.zeros((b, k), bool)}
 
         def once(carry):
             t, state = carry
@@ -137,25 +139,20 @@ def _append(t, state, dictionary, nonneg):
 
 def _omp_step(t, state, y, dictionary, nonneg):
     state, atom = _append(t, state, dictionary, nonneg)
-    products_with_new = products.inner(state["atoms"], atom)
-    gram = state["gram"].at[:, t, :].set(products_with_new).at[:, :, t].set(products_with_new)
+    atoms, passive, solved = state["atoms"], state["passive"].at[:, t].set(True), state["solved"]
+    column = products.inner(atoms, atom)
+    gram = state["gram"].at[:, t, :].set(column).at[:, :, t].set(column)
     target = state["target"].at[:, t].set(jnp.sum(atom * y, axis=1))
-    used = jnp.arange(gram.shape[1])[None, :] <= t
-    used = jnp.broadcast_to(used, target.shape)
-    solved, passive = state["solved"], used
+    inverse, rest = support.extend(state["inverse"], column, t)
+    running = state["running"] & (rest > _DEPENDENT)
+    values = support.multiply(inverse, target)
     if nonneg:
-        guess = state["passive"].at[:, t].set(True)
-        values, passive, solved = support.nonneg_least_squares(gram, target, used & state["running"][:, None], guess)
-    else:
-        values = support.least_squares(gram, target, used)
-    error = products.inner(state["atoms"], y - products.combine(values, state["atoms"]))
-    values = values + support.least_squares(gram, error, passive & used)
-    values = jnp.maximum(values, 0) if nonneg else values
-    # An atom that the others span in float32 ends the row: its system has no solution.
-    running = state["running"] & jnp.all(jnp.isfinite(values), axis=1)
-    residual = y - products.combine(values, state["atoms"])
-    new = {"residual": residual, "values": values, "gram": gram, "target": target, "passive": passive}
-    return state | new | {"solved": solved, "running": running}
+        used = (jnp.arange(target.shape[1]) <= t)[None, :] & running[:, None]
+        values, passive, inverse, solved = support.nonneg_least_squares(gram, target, used, passive, inverse)
+    values, residual = support.refine(values, inverse, atoms, y, nonneg)
+    running = running & jnp.all(jnp.isfinite(values), axis=1)
+    new = {"gram": gram, "target": target, "inverse": inverse, "passive": passive, "solved": solved}
+    return state | new | {"values": values, "residual": residual, "running": running}
 
 
 def _gradient_step(t, state, y, dictionary, nonneg):

@@ -24,7 +24,8 @@ def refit(y: Float[Array, "b d"], dictionary: Float[Array, "n d"], solution: Sol
       nonneg: Whether the values must not fall below 0 (some may end there).
 
     Returns:
-      A k-sparse solution with the same account of iterations; `converged` also says that every row was solved.
+      A k-sparse solution with the same account of iterations; `converged` is False, and the row as it
+      was, where the atoms of a row are linearly dependent.
 
     Source: Gao et al., Scaling and evaluating sparse autoencoders, 2024, section 5.1.
 
@@ -60,8 +61,10 @@ def refit(y: Float[Array, "b d"], dictionary: Float[Array, "n d"], solution: Sol
 def _refit(y, dictionary, values, indices, nonneg):
     def block(y, values, indices, dictionary):
         atoms = dictionary[indices]
-        fitted, solved = support.fit(y, atoms, values != 0, nonneg)
-        return fitted, products.norms(y - products.combine(fitted, atoms)), solved
+        fitted, residual, solved = support.fit(y, atoms, values != 0, nonneg)
+        fitted = jnp.where(solved[:, None], fitted, values)
+        residual = jnp.where(solved[:, None], residual, y - products.combine(values, atoms))
+        return fitted, products.norms(residual), solved
 
     width = values.shape[1] * dictionary.shape[1]
     return row_blocks.over_blocks(block, (y, values, indices), (dictionary,), width)

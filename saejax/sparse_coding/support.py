@@ -1,9 +1,13 @@
 """Least squares on a given support, signed or non-negative: small Gram systems, one per row.
 
-Unused slots of a support are masked: their row and column of the Gram matrix are those of the identity.
+Unused slots of a support are masked: their rows and columns of an inverse are 0. Inverses are kept, not factors: an
+atom more is an update of rank one, and all steps are products that run over the rows of a block at once. What the
+inverse loses in float32 (the Gram matrix squares the condition) one step of refinement in signal space gives back.
+
+No LAPACK here: XLA's batched Cholesky inside a loop blocks the thread pool of a machine with two cores for ever
+(jaxlib 0.10.2), and sweeps over the whole block are as fast.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -14,20 +18,57 @@ _EPS = 1e-6  # of the largest correlation: what float32 cannot tell from 0
 _PATIENCE = 3  # full exchanges that may fail to reduce the violations, before single ones
 
 
-def least_squares(
-    gram: Float[Array, "b k k"], target: Float[Array, "b k"], used: Bool[Array, "b k"]
-) -> Float[Array, "b k"]:
-    """Returns `w` with `gram w = target` on the used slots, 0 elsewhere, by Cholesky."""
+def multiply(matrix: Float[Array, "b k k"], vector: Float[Array, "b k"]) -> Float[Array, "b k"]:
+    """Returns the product of each row's matrix with its vector."""
+    return jnp.einsum("bij,bj->bi", matrix, vector, precision=lax.Precision.HIGHEST)
+
+
+def inverse(gram: Float[Array, "b k k"], used: Bool[Array, "b k"]) -> Float[Array, "b k k"]:
+    """Returns the inverses of positive definite matrices restricted to the used slots; 0 elsewhere.
+
+    Sweeps: k updates of rank one. A slot that depends on those before it gives infinities or NaN.
+    """
+    k = gram.shape[1]
     both = used[:, :, None] & used[:, None, :]
-    eye = jnp.eye(gram.shape[1])[None]
-    factor = jnp.linalg.cholesky(jnp.where(both, gram, eye), symmetrize_input=False)
-    w = jax.scipy.linalg.cho_solve((factor, True), jnp.where(used, target, 0)[..., None])[..., 0]
-    return jnp.where(used, w, 0)
+    tableau = jnp.moveaxis(jnp.where(both, gram, jnp.eye(k)[None]), 0, -1)  # rows of the block last: they vectorise
+
+    def sweep(i, a):
+        row = lax.dynamic_index_in_dim(a, i, 0, keepdims=False)
+        pivot = lax.dynamic_index_in_dim(row, i, 0, keepdims=True)
+        scaled = row / pivot
+        at_row = (jnp.arange(k) == i)[:, None, None]
+        at_column = (jnp.arange(k) == i)[None, :, None]
+        swept = jnp.where(at_column, scaled[:, None], a - row[:, None] * scaled[None])
+        return jnp.where(at_row, jnp.where(at_column, -1 / pivot[None], scaled[None]), swept)
+
+    swept = -jnp.moveaxis(lax.fori_loop(0, k, sweep, tableau), -1, 0)
+    return jnp.where(both, swept, 0)
+
+
+def extend(
+    inverse: Float[Array, "b k k"], column: Float[Array, "b k"], slot: Array
+) -> tuple[Float[Array, "b k k"], Float[Array, "b"]]:
+    """Returns the inverses with one more atom, of norm 1, and what of its energy the others do not span.
+
+    Args:
+      inverse: Of the Gram matrix of the atoms so far; 0 in all other slots.
+      column: Inner products of the new atom with all atoms.
+      slot: Where it goes.
+    """
+    spanned = multiply(inverse, column)
+    rest = 1 - jnp.sum(column * spanned, axis=1)
+    border = spanned - (jnp.arange(column.shape[1]) == slot)[None, :]
+    safe = jnp.where(rest > 0, rest, 1)
+    return inverse + border[:, :, None] * (border / safe[:, None])[:, None, :], rest
 
 
 def nonneg_least_squares(
-    gram: Float[Array, "b k k"], target: Float[Array, "b k"], used: Bool[Array, "b k"], passive: Bool[Array, "b k"]
-) -> tuple[Float[Array, "b k"], Bool[Array, "b k"], Bool[Array, "b"]]:
+    gram: Float[Array, "b k k"],
+    target: Float[Array, "b k"],
+    used: Bool[Array, "b k"],
+    passive: Bool[Array, "b k"],
+    inverse_passive: Float[Array, "b k k"],
+) -> tuple[Float[Array, "b k"], Bool[Array, "b k"], Float[Array, "b k k"], Bool[Array, "b"]]:
     r"""Returns argmin over w >= 0 of :math:`\frac12 w^T G w - t^T w` on the used slots.
 
     Block principal pivoting: solve on the passive slots, exchange all that violate `w >= 0` or `G w >= t`; when that
@@ -38,52 +79,64 @@ def nonneg_least_squares(
       target: Inner products of the atoms with the signal.
       used: Slots that hold an atom.
       passive: First guess of the slots above 0.
+      inverse_passive: Inverse of `gram` on that guess.
 
     Returns:
-      The weights, the slots above 0, and whether the row was solved.
+      The weights, the slots above 0, the inverse on them, and whether the row was solved.
 
     Source: Kim and Park, Fast nonnegative matrix factorization: an active-set-like method, 2011.
     """
-    k = gram.shape[1]
+    b, k = target.shape
     scale = _EPS * jnp.maximum(jnp.max(jnp.abs(jnp.where(used, target, 0)), axis=1, keepdims=True), 1e-30)
 
     def violators(w, passive):
-        dual = jnp.einsum("bij,bj->bi", gram, w, precision=lax.Precision.HIGHEST) - target
-        return used & jnp.where(passive, w < -scale, dual < -scale)
+        return used & jnp.where(passive, w < -scale, multiply(gram, w) - target < -scale)
 
     def step(state):
-        i, passive, w, bad, fewest, patience = state
+        i, passive, inv, _, bad, fewest, patience = state
         n_bad = jnp.sum(bad, axis=1)
-        better = n_bad < fewest
-        patience = jnp.where(better, _PATIENCE, patience - 1)
-        last = jnp.max(jnp.where(bad, jnp.arange(k)[None, :], -1), axis=1)
-        exchanged = jnp.where((patience >= 0)[:, None], bad, jnp.arange(k)[None, :] == last[:, None])
-        passive = passive ^ exchanged
-        w = least_squares(gram, target, passive)
-        return i + 1, passive, w, violators(w, passive), jnp.minimum(fewest, n_bad), patience
+        patience = jnp.where(n_bad < fewest, _PATIENCE, patience - 1)
+        last = jnp.max(jnp.where(bad, jnp.arange(k)[None, :], -1), axis=1, keepdims=True)
+        passive = passive ^ jnp.where(patience[:, None] >= 0, bad, jnp.arange(k)[None, :] == last)
+        changed = jnp.any(bad, axis=1)[:, None, None]
+        inv = jnp.where(changed, inverse(gram, passive), inv)
+        w = multiply(inv, target)
+        return i + 1, passive, inv, w, violators(w, passive), jnp.minimum(fewest, n_bad), patience
 
     def unfinished(state):
-        return (state[0] < 8 * k + 16) & jnp.any(state[3])
+        return (state[0] < 8 * k + 16) & jnp.any(state[4])
 
-    passive = passive & used
-    w = least_squares(gram, target, passive)
-    n = jnp.full(gram.shape[0], k + 1)
-    state = (0, passive, w, violators(w, passive), n, jnp.full(gram.shape[0], _PATIENCE))
-    _, passive, w, bad, _, _ = lax.while_loop(unfinished, step, state)
-    return jnp.maximum(w, 0), passive, ~jnp.any(bad, axis=1)
+    w = multiply(inverse_passive, target)
+    start = (0, passive, inverse_passive, w, violators(w, passive), jnp.full(b, k + 1), jnp.full(b, _PATIENCE))
+    _, passive, inv, w, bad, _, _ = lax.while_loop(unfinished, step, start)
+    return jnp.maximum(w, 0), passive, inv, ~jnp.any(bad, axis=1)
+
+
+def refine(
+    w: Float[Array, "b k"],
+    inverse: Float[Array, "b k k"],
+    atoms: Float[Array, "b k d"],
+    y: Float[Array, "b d"],
+    nonneg: bool,
+) -> tuple[Float[Array, "b k"], Float[Array, "b d"]]:
+    """Returns better weights, from the residual in signal space, and their residual."""
+    w = w + multiply(inverse, products.inner(atoms, y - products.combine(w, atoms)))
+    w = jnp.maximum(w, 0) if nonneg else w
+    return w, y - products.combine(w, atoms)
 
 
 def fit(
     y: Float[Array, "b d"], atoms: Float[Array, "b k d"], used: Bool[Array, "b k"], nonneg: bool
-) -> tuple[Float[Array, "b k"], Bool[Array, "b"]]:
-    """Returns the least-squares weights of each row's atoms, and whether the row was solved."""
+) -> tuple[Float[Array, "b k"], Float[Array, "b d"], Bool[Array, "b"]]:
+    """Returns the least-squares weights of each row's atoms, the residual, and whether the row was solved.
+
+    Dependent atoms have no unique weights: such a row is not solved and may hold NaN.
+    """
     gram = jnp.einsum("bid,bjd->bij", atoms, atoms, precision=lax.Precision.HIGHEST)
     target = products.inner(atoms, y)
+    inv, solved = inverse(gram, used), jnp.ones(y.shape[0], bool)
+    w = multiply(inv, target)
     if nonneg:
-        w, passive, solved = nonneg_least_squares(gram, target, used, used)
-    else:
-        w, passive, solved = least_squares(gram, target, used), used, jnp.ones(y.shape[0], bool)
-    # One step of refinement with the residual taken in signal space: the Gram matrix squares the condition.
-    error = products.inner(atoms, y - products.combine(w, atoms))
-    w = w + least_squares(gram, error, passive)
-    return (jnp.maximum(w, 0) if nonneg else w), solved & jnp.all(jnp.isfinite(w), axis=1)
+        w, _, inv, solved = nonneg_least_squares(gram, target, used, used, inv)
+    w, residual = refine(w, inv, atoms, y, nonneg)
+    return w, residual, solved & jnp.all(jnp.isfinite(w), axis=1)

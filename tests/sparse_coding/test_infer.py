@@ -163,3 +163,12 @@ def test_encode_asks_for_what_the_sae_does_not_have(noisy):
         encode(plain, noisy.y)
     with pytest.raises(UserError, match="^x must have d_in=32"):
         encode(plain, noisy.y[:, :5], k=3)
+
+
+def test_refit_of_dependent_atoms_is_flagged():
+    """The same atom twice: no unique weights, the row stays as it was."""
+    twice = np.eye(3)[[0, 0, 1]]
+    given = infer(np.ones((1, 3)), twice, method="top_k", k=3)
+    fitted = refit(np.ones((1, 3)), twice, given)
+    assert not fitted.converged.any()
+    np.testing.assert_array_equal(fitted.dense(), given.dense())

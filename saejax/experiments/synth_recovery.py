@@ -140,19 +140,23 @@ class Width(harness.Experiment):
         narrow = [r for r in self.ratios if r <= 1]
         found = [values[r]["recovered_features"] for r in narrow]
         rise = min(b - a for a, b in zip(found, found[1:], strict=False)) if len(found) > 1 else float("nan")
-        source = "no published number; bound from this program's runs"
+        source = "no published number; half of what this program measured"
+        # Measured at 768,000 rows: shares .01, .30, .94 of the features at N/4, N/2, N, and .988, 1 beyond; the least
+        # step, .29, is the first, where 64 latents share 256 features and hardly any reaches |cos| .9.
         checks = [
             harness.Check(
                 quantity="least rise of recovered features per step up to N_sae = N",
                 measured=rise,
-                low=0.05,
+                low=0.15,
                 source=source,
             )
         ]
         for ratio in self.ratios:
             quantity = f"latents without a feature, N_sae = {ratio:g} N"
             scores = values[ratio]
-            if ratio > 1:  # at least the surplus has no feature, by counting; that it is not more is the claim
+            if (
+                ratio > 1
+            ):  # the surplus has no feature, by counting; that it is hardly more (.006 and 0 measured) is the claim
                 surplus = 1 - 1 / ratio
                 checks.append(
                     harness.Check(

@@ -53,7 +53,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     lanes = _own_lanes(lane_sharding, cfg.train.n_lanes)
     rows = cfg.source.open(n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.seed)
     put = functools.partial(_put, lane_sharding, cfg.train.n_lanes)
-    tx = optim.make(cfg.optim, cfg.train.n_steps)
+    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales())
     make_step = step.make(
         cfg.sae,
         tx,

@@ -61,7 +61,7 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
         raise UserError(f"sae.type={sparsifier.name}: the saelens format takes {known}")
     if sae.params.extra:
         raise UserError(f"SAE parameters {', '.join(sae.params.extra)} have no place in the saelens format")
-    params = sparsifier.unit_decoder(sae.params) if isinstance(sparsifier, L1) else sae.params
+    params = sparsifier.with_unit_decoder(sae.params) if isinstance(sparsifier, L1) else sae.params
     weights = {name: jnp.asarray(getattr(params, name), jnp.float32) for name in _shapes(sparsifier)}
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)

@@ -44,10 +44,10 @@ def with_encoder_gradient(
     b_enc: Float[Array, "d_sae"],
     b_dec: Float[Array, "d_in"],
 ) -> Float[Array, "b k"]:
-    """Returns `values` unchanged, differentiable as `relu((x - b_dec) @ W_enc + b_enc)` at `indices`.
+    """Returns `values` unchanged, differentiable as `(x - b_dec) @ W_enc + b_enc` at `indices` where not 0.
 
     Args:
-      values: Selected latents after the ReLU; a 0 passes no gradient.
+      values: Selected latents after the activation; a 0 passes no gradient.
       indices: Which latents they are.
       x, W_enc, b_enc, b_dec: What they were computed from; the gradient goes to these.
     """
@@ -55,7 +55,7 @@ def with_encoder_gradient(
 
 
 def _forward(values, indices, x, W_enc, b_enc, b_dec):
-    return values, (values > 0, indices, x, W_enc, b_dec)
+    return values, (values != 0, indices, x, W_enc, b_dec)
 
 
 def _backward(saved, cotangent):
@@ -71,3 +71,41 @@ def _backward(saved, cotangent):
 
 
 with_encoder_gradient.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def with_gradient_of(
+    values: Float[Array, "b k"], indices: Int[Array, "b k"], pre_acts: Float[Array, "b d_sae"]
+) -> Float[Array, "b k"]:
+    """Returns `values` unchanged, differentiable as the entries of `pre_acts` at `indices`.
+
+    For encoders that are more than one product. A value of 0 passes no gradient.
+    """
+    return values
+
+
+def _forward_of(values, indices, pre_acts):
+    # The zero-size array tells the backward pass how many latents there are.
+    return values, (values != 0, indices, jnp.zeros((0, pre_acts.shape[1])))
+
+
+def _backward_of(saved, cotangent):
+    active, indices, width = saved
+    cut = partition.of(indices.shape[0], width.shape[1])
+    n_local = width.shape[1]
+    if cut.latents is not None:
+        n_local //= jax.sharding.get_abstract_mesh().shape[cut.latents]
+
+    def shard(d_values, indices):
+        local = indices - cut.first_latent(n_local)
+        own = (local >= 0) & (local < n_local)
+        rows = jnp.arange(indices.shape[0])[:, None]
+        zeros = jnp.zeros((indices.shape[0], n_local), d_values.dtype)
+        return zeros.at[rows, jnp.where(own, local, 0)].add(jnp.where(own, d_values, 0))
+
+    rows = P(cut.rows, None)
+    d_pre = cut.run(shard, (rows, rows), P(cut.rows, cut.latents))(jnp.where(active, cotangent, 0), indices)
+    return None, None, d_pre
+
+
+with_gradient_of.defvjp(_forward_of, _backward_of)

@@ -6,7 +6,9 @@ from saejax.sae.base import Encoding as Encoding
 from saejax.sae.base import MatmulDtype as MatmulDtype
 from saejax.sae.base import SAEParams as SAEParams
 from saejax.sae.base import Sparsifier as Sparsifier
+from saejax.sae.encoders import EncoderKind as EncoderKind
 from saejax.sae.initialise import EncoderInit as EncoderInit
 from saejax.sae.l1 import L1 as L1
+from saejax.sae.l1 import Penalty as Penalty
 from saejax.sae.model import SAE as SAE
 from saejax.sae.topk import TopK as TopK

@@ -5,8 +5,9 @@ r"""AuxK: dead latents learn to explain what the live ones leave over, and so co
     \hat e = \mathrm{TopK}_{k_{aux}}(\mathrm{ReLU}(\text{dead latents}))\, W_{dec}
 
 e is the residual x - recon, held fixed, and its estimate has no b_dec. The gradient reaches the encoder
-columns, the encoder biases and the decoder rows of dead latents and nothing else. The loss of TopK adds
-`aux_alpha` times this, in the unit of its squared error.
+columns, the encoder biases and the decoder rows of dead latents and nothing else. The loss of every architecture
+adds `aux_alpha` times this, in the unit of its squared error (`base.Sparsifier.loss`). Behind a hidden layer or an
+unrolled encoder it stops at the last product: it moves dead latents, not what all latents share.
 
 Sources:
   Gao et al., Scaling and evaluating sparse autoencoders, 2024 (arXiv:2406.04093): the k_aux best dead
@@ -25,42 +26,44 @@ from jaxtyping import Array, Bool, Float
 from saejax.kernels import matmul, top_k
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def aux_k_loss(
-    W_enc: Float[Array, "d_in d_sae"],
+    W_enc: Float[Array, "n d_sae"],
     b_enc: Float[Array, "d_sae"],
     W_dec: Float[Array, "d_sae d_in"],
-    x_centred: Float[Array, "b d_in"],
+    read: Float[Array, "b n"],
     residual: Float[Array, "b d_in"],
     dead: Bool[Array, "d_sae"],
     k_aux: int,
     dtype: str,
+    signed: bool = False,
 ) -> Float[Array, ""]:
     """Returns the AuxK loss of one batch, before its coefficient; 0 without dead latents.
 
     Args:
       W_enc, b_enc, W_dec: The parameters that it may move, in the columns and rows of dead latents.
-      x_centred: `x - b_dec`; no gradient.
+      read: What the product with W_enc reads, `x - b_dec` in a linear encoder; no gradient.
       residual: `x - recon`; no gradient.
       dead: Latents that count as dead.
       k_aux: Dead latents used per row (fewer if fewer are dead).
       dtype: Operands of the products.
+      signed: Whether latents may be negative: then no ReLU, and the largest magnitudes are chosen.
     """
-    return _value_and_grads(W_enc, b_enc, W_dec, x_centred, residual, dead, k_aux, dtype)[0]
+    return _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed)[0]
 
 
 def _forward(*args):
     return _value_and_grads(*args)
 
 
-def _backward(k_aux, dtype, grads, cotangent):
+def _backward(k_aux, dtype, signed, grads, cotangent):
     return (*(g * cotangent for g in grads), None, None, None)
 
 
 aux_k_loss.defvjp(_forward, _backward)
 
 
-def _value_and_grads(W_enc, b_enc, W_dec, x_centred, residual, dead, k_aux, dtype):
+def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed):
     """The loss and its gradients at once, in one conditional that costs nothing when nothing is dead."""
     n_dead = jnp.sum(dead)
     weights = (W_enc, b_enc, W_dec)
@@ -87,10 +90,10 @@ def _value_and_grads(W_enc, b_enc, W_dec, x_centred, residual, dead, k_aux, dtyp
 
     def explain(part, use):
         W_enc, b_enc, W_dec = part
-        pre_acts = matmul.matmul(x_centred, W_enc, dtype) + b_enc[None, :]
-        values = jnp.where(use[None, :], jax.nn.relu(pre_acts), 0)
+        pre_acts = matmul.matmul(read, W_enc, dtype) + b_enc[None, :]
+        values = jnp.where(use[None, :], pre_acts if signed else jax.nn.relu(pre_acts), 0)
         if values.shape[1] > k_aux:
-            values = values * _best(values, k_aux)
+            values = values * _best(jnp.abs(values) if signed else values, k_aux)
         estimate = matmul.matmul(values, W_dec, dtype)
         centred = residual - jnp.mean(residual, axis=0, keepdims=True)
         # A residual without variance (a perfect or an empty batch) gives 0, not NaN.

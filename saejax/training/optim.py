@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import optax
 
 from saejax.errors import UserError
@@ -73,12 +76,15 @@ def schedule(config: OptimConfig, n_steps: int) -> optax.Schedule:
     return optax.join_schedules(pieces, [n_warmup, n_steps - n_decay])
 
 
-def make(config: OptimConfig, n_steps: int) -> optax.GradientTransformation:
-    """The chain of one run: clip by global norm, Adam, learning rate.
+def make(
+    config: OptimConfig, n_steps: int, lr_scales: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """The chain of one run: clip by global norm, Adam, learning rate, factors of single leaves.
 
     Args:
       config: see `OptimConfig`.
       n_steps: steps of the whole run, which place warm-up and decay.
+      lr_scales: factor on the rate of the leaves with a name, `Sparsifier.lr_scales()`; 0 freezes them.
 
     Returns:
       An Optax transformation; its moments take the dtype of the parameters, float32.
@@ -91,4 +97,15 @@ def make(config: OptimConfig, n_steps: int) -> optax.GradientTransformation:
         *clip,
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
         optax.scale_by_learning_rate(schedule(config, n_steps)),
+        *([_scale_leaves(lr_scales)] if lr_scales else []),
     )
+
+
+def _scale_leaves(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the updates of the leaves whose path ends in a name."""
+
+    def scaled(path: tuple[Any, ...], update: Any) -> Any:
+        name = getattr(path[-1], "name", None) or getattr(path[-1], "key", None)
+        return update * factors.get(str(name), 1.0)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))

@@ -29,7 +29,7 @@ def make(
     """Build the training step of one architecture.
 
     Args:
-      sparsifier: architecture; its `loss`, `project` and `constrain` are used.
+      sparsifier: architecture; its `loss`, `project`, `constrain` and `track` are used.
       tx: optimiser.
       dead_window_tokens: tokens without firing after which a latent is dead.
       learning_rate: the schedule inside `tx`, for the log.
@@ -52,7 +52,7 @@ def make(
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grads = sparsifier.project(state.params, grads)
         new_params, opt_state = _apply(tx, grads, state)
-        params = sparsifier.constrain(new_params)
+        params = sparsifier.track(sparsifier.constrain(new_params), aux, state.step)
         metrics = {
             "loss": loss,
             **aux.terms,

@@ -1,0 +1,135 @@
+r"""How a row becomes pre-activations: one linear map, the decoder's transpose, a hidden layer, or unrolled ISTA.
+
+.. math:: \text{linear, tied:}\; u = x_c W_{enc} + b_{enc} \qquad
+    \text{mlp:}\; u = \mathrm{ReLU}(x_c W_{hidden} + b_{hidden}) W_{enc} + b_{enc}
+
+.. math:: \text{lista:}\; u_{t+1} = z_t + (x_c - z_t W_{dec}) W_{enc} + b_{enc}, \quad
+    z_t = \mathrm{act}(u_t), \quad z_0 = 0
+
+x_c is x - b_dec where the architecture subtracts it, else x; act is the architecture's own activation.
+
+Sources:
+  Gregor and LeCun, Learning fast approximations of sparse coding, 2010 (LISTA; here one matrix for all steps,
+  and the decoder itself inside). O'Neill et al., Compute optimal inference and provable amortisation gap in
+  sparse autoencoders, 2024 (MLP encoders).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from saejax.kernels import matmul
+from saejax.sae import initialise
+
+if TYPE_CHECKING:
+    from saejax.sae.base import SAEParams, Sparsifier
+
+
+class EncoderKind(enum.Enum):
+    """The map from a row to the pre-activations of the latents."""
+
+    linear = "linear"
+    """One matrix."""
+    tied = "tied"
+    """One matrix that stays the decoder's transpose; its gradient is added to the decoder's."""
+    mlp = "mlp"
+    """A hidden ReLU layer of `encoder_hidden` units before the matrix."""
+    lista = "lista"
+    """`encoder_steps` unrolled steps of iterative thresholding with one matrix: step 1 is the linear encoder."""
+
+
+def start(
+    key: Key[Array, ""], sparsifier: Sparsifier
+) -> tuple[Float[Array, "n d_sae"], Float[Array, "d_sae d_in"], dict[str, jax.Array]]:
+    """Returns W_enc, W_dec and the encoder's own parameters at the start of training."""
+    d_in, d_sae = sparsifier.d_in, sparsifier.d_sae
+    key_dec, key_enc = jax.random.split(key)
+    norm = sparsifier.decoder_init_norm
+    mirrored = sparsifier.encoder_init is initialise.EncoderInit.transpose
+    W_dec = initialise.directions(key_dec, d_sae, d_in) * norm
+    if sparsifier.encoder is EncoderKind.mlp:
+        return _start_mlp(key_enc, W_dec, sparsifier.n_hidden, mirrored, norm)
+    if sparsifier.encoder is EncoderKind.tied or mirrored:
+        W_enc = W_dec.T
+    else:
+        W_enc = (initialise.directions(key_enc, d_sae, d_in) * norm).T
+    if sparsifier.encoder is EncoderKind.lista:
+        # A step of ISTA is 1 / sigma_max(W_dec)^2; random rows have sigma_max about norm (1 + sqrt(d_sae / d_in)).
+        W_enc = W_enc / (norm * (1 + (d_sae / d_in) ** 0.5)) ** 2
+    return W_enc, W_dec, {}
+
+
+def _start_mlp(key, W_dec, n_hidden, mirrored, norm):
+    d_sae, d_in = W_dec.shape
+    key_hidden, key_out = jax.random.split(key)
+    if not mirrored:
+        W_enc = (initialise.directions(key_out, d_sae, n_hidden) * norm).T
+        W_hidden = initialise.directions(key_hidden, n_hidden, d_in).T
+    else:
+        # x = (ReLU(x Q) - ReLU(-x Q)) Q.T for any rotation Q: the network starts as the linear mirror of the decoder.
+        rotation = jax.random.orthogonal(key_hidden, d_in)
+        spare = n_hidden - 2 * d_in
+        free = initialise.directions(key_out, spare, d_in).T
+        W_hidden = jnp.concatenate([rotation, -rotation, free], axis=1)
+        turned = rotation.T @ W_dec.T
+        W_enc = jnp.concatenate([turned, -turned, jnp.zeros((spare, d_sae))], axis=0)
+    return W_enc, W_dec, {"W_hidden": W_hidden, "b_hidden": jnp.zeros(n_hidden)}
+
+
+def inputs(
+    sparsifier: Sparsifier,
+    params: SAEParams,
+    x: Float[Array, "b d_in"],
+    activate: Callable[[jax.Array], jax.Array],
+) -> tuple[Float[Array, "b n"], Float[Array, "b d_sae"] | None]:
+    """Returns what the last product with W_enc reads, and what is added to that product beside b_enc.
+
+    Args:
+      sparsifier: Kind and sizes of the encoder.
+      params: Parameters.
+      x: Rows.
+      activate: Dense latents of pre-activations, for the inner steps of `lista`.
+    """
+    centred = x - params.b_dec[None, :] if sparsifier.subtract_b_dec else x
+    dtype = sparsifier.matmul_dtype.value
+    if sparsifier.encoder is EncoderKind.mlp:
+        hidden = matmul.matmul(centred, params.extra["W_hidden"], dtype) + params.extra["b_hidden"][None, :]
+        return jax.nn.relu(hidden), None
+    if sparsifier.encoder is not EncoderKind.lista:
+        return centred, None
+    read, carried = centred, None
+    for _ in range(sparsifier.encoder_steps - 1):
+        carried = activate(product(params, read, carried, dtype))
+        read = centred - matmul.matmul(carried, params.W_dec, dtype)
+    return read, carried
+
+
+def product(
+    params: SAEParams, read: Float[Array, "b n"], carried: Float[Array, "b d_sae"] | None, dtype: str
+) -> Float[Array, "b d_sae"]:
+    """Returns the pre-activations from what `inputs` gave."""
+    pre_acts = matmul.matmul(read, params.W_enc, dtype) + params.b_enc[None, :]
+    return pre_acts if carried is None else pre_acts + carried
+
+
+def fold(sparsifier: Sparsifier, params: SAEParams, mean: Float[Array, " d_in"], scale: Float[Array, ""]) -> SAEParams:
+    """Returns parameters whose pre-activations at x are those of `params` at (x - mean) scale, over scale.
+
+    Every kind is linear in a common scale of x and the biases, so these are divided; an encoder that does not
+    subtract b_dec takes the mean into its first bias.
+    """
+    extra, b_enc = dict(params.extra), params.b_enc / scale
+    if sparsifier.encoder is EncoderKind.mlp:
+        extra["b_hidden"] = extra["b_hidden"] / scale
+        if not sparsifier.subtract_b_dec:
+            extra["b_hidden"] = extra["b_hidden"] - mean @ extra["W_hidden"]
+    elif not sparsifier.subtract_b_dec:
+        b_enc = b_enc - mean @ params.W_enc
+    return dataclasses.replace(params, b_enc=b_enc, b_dec=params.b_dec / scale + mean, extra=extra)

@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from saejax.sparse_coding import products, row_blocks
-from saejax.sparse_coding.proximal import shrink
 from saejax.sparse_coding.solution import Solution
+from saejax.sparse_coding.working_set import shrink
 
 _RELAXATION = 1.6
 _LEVEL = 0.1  # threshold over the largest entry of the least-squares code: of 0.03 to 1 the fastest by a little

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.sparse_coding import infer, proximal
+from saejax.sparse_coding import infer, proximal, working_set
 
 SIGNS = pytest.mark.parametrize("nonneg", [True, False])
 L1 = 0.1
@@ -112,3 +112,26 @@ def test_basis_pursuit_says_that_it_failed(noisy):
     flat = np.eye(3)[[0, 1, 0, 1]]
     solution = infer(np.ones((1, 3)), flat, method="basis_pursuit", max_iterations=500)
     assert not solution.converged.any() and float(solution.residual_norm[0]) == pytest.approx(1, abs=1e-2)
+
+
+@SIGNS
+@pytest.mark.parametrize(("l1_coef", "fits"), [(0.7, True), (0.1, False)])
+def test_working_sets_change_the_way_not_the_result(nonneg, l1_coef, fits):
+    """512 atoms in 32 dimensions, working sets of 16: enough for a large penalty, too few for a small one."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    dictionary = rng.normal(size=(512, 32))
+    dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
+    y = rng.normal(size=(6, 32)) / 3
+    assert working_set.size(*dictionary.shape) == 16
+    lasso = linear_model.Lasso(alpha=l1_coef / 32, fit_intercept=False, positive=nonneg, tol=1e-7, max_iter=100_000)
+    expected = lasso.fit(dictionary.T, y.T).coef_
+    assert ((np.count_nonzero(expected, axis=1) <= 16).all()) == fits
+    solution = infer(y, dictionary, method="fista", l1_coef=l1_coef, nonneg=nonneg)
+    assert bool(solution.converged.all())
+    assert (np.asarray(solution.iterations).max() <= 8 * working_set.STEPS) or not fits
+    values = [
+        0.5 * np.sum((y - code @ dictionary) ** 2, axis=1) + l1_coef * np.abs(code).sum(axis=1)
+        for code in (np.asarray(solution.latents, float), expected)
+    ]
+    np.testing.assert_array_less(values[0] - values[1], 1.1e-5 * 0.5 * np.sum(y**2, axis=1))

@@ -38,11 +38,17 @@ def success(
     check_sizes(n_codewords=n_codewords, d=d, trials=trials, n_codebooks=n_codebooks)
     check_positive(noise=noise)
     keys = jax.random.split(key, n_codebooks)
-    return jax.lax.map(partial(_send, n_codewords, d, noise, -(-trials // n_codebooks)), keys).reshape(-1)
+    return _send(keys, noise, n_codewords=n_codewords, d=d, trials=-(-trials // n_codebooks)).reshape(-1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 3))
-def _send(n_codewords: int, d: int, noise: float, trials: int, key: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames=("n_codewords", "d", "trials"))
+def _send(keys: jax.Array, noise: float, *, n_codewords: int, d: int, trials: int) -> jax.Array:
+    """One codebook per key, one after another, [codebooks, trials]."""
+    one = partial(_send_from, noise=noise, n_codewords=n_codewords, d=d, trials=trials)
+    return jax.lax.map(one, keys)
+
+
+def _send_from(key: jax.Array, *, noise: float, n_codewords: int, d: int, trials: int) -> jax.Array:
     codebook_key, message_key, noise_key = jax.random.split(key, 3)
     codebook = spherical(codebook_key, n_codewords, d)
     sent = jax.random.randint(message_key, (trials,), 0, n_codewords)

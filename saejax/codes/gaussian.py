@@ -73,7 +73,7 @@ def dims_for(success: Callable[[float], float], probability: float) -> float:
       probability: to reach, in (0, 1).
 
     Returns:
-      d, as a real number.
+      d, as a real number; 0 where guessing is enough.
 
     Raises:
       UserError: probability out of range.
@@ -83,6 +83,8 @@ def dims_for(success: Callable[[float], float], probability: float) -> float:
       671
     """
     check_probability(probability=probability)
+    if success(1e-9) >= probability:
+        return 0.0
     high = 1.0
     while success(high) < probability:
         high *= 2

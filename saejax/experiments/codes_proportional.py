@@ -17,8 +17,6 @@ from saejax.experiments.harness import Check, Experiment, Outcome, near, registe
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHARES = (0.9, 0.95, 1.0, 1.05, 1.1)
-"""Dimensions that are measured, over the statistical dimension."""
 THEORY = "Amelunxen et al. 2014: success turns at the statistical dimension"
 
 
@@ -37,6 +35,8 @@ class Proportional(Experiment):
     """Features (count, >= 128)."""
     active_shares: tuple[float, ...] = (0.02, 0.05, 0.1)
     """Share of features that are active (each in (0, 0.5))."""
+    shares: tuple[float, ...] = (0.9, 0.95, 1.0, 1.05, 1.1)
+    """Dimensions that are measured, over the statistical dimension (first 0.9, last 1.1 where checks should hold)."""
     n_supports: int = 200
     """Subsets per point, on one dictionary (count, >= 1)."""
     max_iterations: int = 1500
@@ -84,7 +84,7 @@ class Proportional(Experiment):
             decoder,
             self.n_atoms,
             k,
-            [round(share * delta) for share in SHARES],
+            [round(share * delta) for share in self.shares],
             n_supports=self.n_supports,
             seed=self.seed,
             mesh=trial_mesh(),

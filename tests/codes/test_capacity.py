@@ -94,6 +94,10 @@ def test_gaussian_threshold_is_a_product_of_tails():
     assert gaussian.top_k_success(n_atoms, k, d) > expected
 
 
+def test_no_dimension_is_needed_where_a_guess_succeeds():
+    assert gaussian.dims_for(lambda d: gaussian.threshold_success(2, 1, d), 0.4) == 0
+
+
 @pytest.mark.parametrize("k", [1, 2, 64])
 def test_inverse_of_the_success_formulas(k):
     for success in (gaussian.top_k_success, gaussian.threshold_success):

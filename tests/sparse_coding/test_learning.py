@@ -118,7 +118,7 @@ def test_agrees_with_scikit_learn(known):
     decomposition = pytest.importorskip("sklearn.decomposition")
     truth, _, y = known
     theirs = decomposition.MiniBatchDictionaryLearning(
-        N_ATOMS, alpha=0.1, max_iter=4, batch_size=256, positive_code=True, fit_algorithm="cd", random_state=0,
+        N_ATOMS, alpha=0.1, max_iter=2, batch_size=256, positive_code=True, fit_algorithm="cd", random_state=0,
         transform_algorithm="lasso_cd", max_no_improvement=None, tol=0.0, dict_init=np.array(y[:N_ATOMS], float),
     ).fit(np.array(y[:4000], float))  # fmt: skip
     score = {}

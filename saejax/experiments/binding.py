@@ -114,7 +114,7 @@ class TensorProduct(Experiment):
         for name, code in {"sum": parts.summed, "role-filler": parts.bound, "sum of ReLU": parts.rectified}.items():
             f, g = (np.asarray(code(s), np.float32) for s in (scenes, scenes.swapped()))
             values[name] = dict(over.over(binding.Binding(), binding.SwapBatch(f_bound=f, f_swapped=g), rows=500))
-        # |a(x)x + b(x)y - a(x)y - b(x)x|^2 = |a - b|^2 |x - y|^2 is 4, and |a(x)x + b(x)y|^2 is 2, for orthogonal parts:
+        # For orthogonal parts |a(x)x + b(x)y - a(x)y - b(x)x|^2 = |a - b|^2 |x - y|^2 is 4, and |a(x)x + b(x)y|^2 is 2:
         # sqrt(2). Random unit vectors have inner products of size d^-1/2, so the mean stays within twice that.
         tolerance = 2 / self.d**0.5
         distance = {name: found["binding_distance"] for name, found in values.items()}

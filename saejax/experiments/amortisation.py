@@ -47,7 +47,7 @@ class Amortisation(Experiment):
 
     name: ClassVar[str] = "synth/amortisation_2x2"
     summary: ClassVar[str] = "dictionary (true, learnt) x inference (encoder, OMP, FISTA): which one is the bottleneck"
-    cpu_seconds: ClassVar[tuple[int, int]] = (150, 40)
+    cpu_seconds: ClassVar[tuple[int, int]] = (75, 25)
 
     arms: tuple[str, ...] = ARMS
     """Learnt dictionaries to compare with the true one: any of topk, topk_auxk, l1, learning."""
@@ -173,6 +173,6 @@ def _figure(grid: dict[str, Any]) -> Figure:
     for ax, key, label in zip(axes, ("f1", "code_mcc"), ("support F1", "code MCC"), strict=True):
         values = [[grid[name][inference][key] for name in grid] for inference in INFERENCES]
         figures.bars(ax, names, values, series=("one product (encoder)", "OMP", "FISTA"))
-        ax.set_ylim(0, 1.25)
+        ax.set_ylim(0, 1.45)
         figures.finish(ax, x="dictionary", y=f"{label} (0 to 1)", legend=ax is axes[0])
     return figure

@@ -35,7 +35,7 @@ class Hierarchy(Experiment):
 
     name: ClassVar[str] = "synth/sb_hier"
     summary: ClassVar[str] = "parents and children: how often a parent's latent is off while its child is on"
-    cpu_seconds: ClassVar[tuple[int, int]] = (90, 25)
+    cpu_seconds: ClassVar[tuple[int, int]] = (60, 20)
 
     n_steps: int = 6000
     """Training steps of each SAE, 512 rows each (>= 1)."""

@@ -42,7 +42,7 @@ class Compositional(Experiment):
 
     name: ClassVar[str] = "ood/compositional"
     summary: ClassVar[str] = "new combinations of known features: sparse coding keeps its codes, a TopK encoder not"
-    cpu_seconds: ClassVar[tuple[int, int]] = (150, 30)
+    cpu_seconds: ClassVar[tuple[int, int]] = (90, 35)
 
     n_features: int = 100
     """Features (>= 4); the dimension of the signals is ceil(2 k ln(n_features / k))."""

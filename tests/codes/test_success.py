@@ -17,12 +17,12 @@ def mesh_of(n: int, name: str = "data") -> Mesh:
 
 
 def test_streamed_margins_are_the_scores_of_the_whole_dictionary():
-    n_atoms, k, dims, seed = 100, 3, [33, 20, 64], 7
+    n_atoms, k, dims, seed = 100, 3, [33, 20, 65], 7
     margins = success.one_step(n_atoms, k, dims, n_dictionaries=2, n_supports=5, seed=seed, block=32)
-    assert margins.dims.tolist() == [20, 33, 64]
+    assert margins.dims.tolist() == [20, 33, 65]
     for number in range(2):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        rows = np.asarray(signs(jax.random.fold_in(key, 0), jnp.arange(n_atoms), 64))
+        rows = np.asarray(signs(jax.random.fold_in(key, 0), jnp.arange(n_atoms), 65))
         chosen = np.asarray(subsets.sample(jax.random.fold_in(key, 1), n_atoms, k, 5))
         for place, d in enumerate(margins.dims):
             for trial in range(5):
@@ -31,13 +31,16 @@ def test_streamed_margins_are_the_scores_of_the_whole_dictionary():
                 column = 5 * number + trial
                 assert margins.weakest_active[place, column] == pytest.approx(scores[active].min())
                 assert margins.strongest_inactive[place, column] == pytest.approx(scores[~active].max())
+    # On whole dictionaries, trial by trial: scores are whole numbers over 65, so none equals 1/2.
+    whole = success.curve("threshold_half", n_atoms, k, [65], n_dictionaries=2, n_supports=5, seed=seed)
+    assert whole.successes[0] == margins.threshold(0.5).successes[-1]
+    assert (margins.top_k().successes >= margins.threshold(0.5).successes).all()
 
 
-@pytest.mark.parametrize("n_devices", [2, 8])
-def test_devices_and_blocks_change_nothing(n_devices):
+def test_devices_and_blocks_change_nothing():
     """13 supports do not divide over the devices; sums of signs are exact, so the margins are equal bit for bit."""
     alone = success.one_step(130, 4, [40, 90], n_dictionaries=1, n_supports=13, block=130)
-    split = success.one_step(130, 4, [40, 90], n_dictionaries=1, n_supports=13, block=37, mesh=mesh_of(n_devices))
+    split = success.one_step(130, 4, [40, 90], n_dictionaries=1, n_supports=13, block=37, mesh=mesh_of(8))
     np.testing.assert_array_equal(alone.weakest_active, split.weakest_active)
     np.testing.assert_array_equal(alone.strongest_inactive, split.strongest_inactive)
 
@@ -51,21 +54,11 @@ def test_sharded_curves_equal_unsharded_ones(decoder):
     np.testing.assert_array_equal(alone.successes, split.successes)
 
 
-def test_both_ways_to_measure_agree_trial_by_trial():
-    # Scores are whole numbers over d: with d odd none equals 1/2, so rounding cannot decide.
-    arguments = dict(n_dictionaries=2, n_supports=50)
-    margins = success.one_step(512, 4, [121], **arguments)
-    whole = success.curve("threshold_half", 512, 4, [121], **arguments)
-    np.testing.assert_array_equal(margins.threshold(0.5).successes, whole.successes)
-    assert 0 < whole.successes[0] < 100
-    assert (margins.top_k().successes >= margins.threshold(0.5).successes).all()
-
-
 def test_one_step_decoders_need_the_published_dimensions():
     """N = 2^12, k = 16: top-k d50 442, half threshold d50 826, by an independent run; Gaussian theory 448 and 822."""
-    margins = success.one_step(2**12, 16, range(360, 921, 40), n_dictionaries=2, n_supports=100)
+    margins = success.one_step(2**12, 16, range(380, 881, 100), n_dictionaries=2, n_supports=100)
     top_k, half = margins.top_k(), margins.threshold(0.5)
-    # 200 trials: the standard error of P is 0.035, and P rises by 0.3 per 10 % of d, so 5 % is four of them.
+    # 200 trials: the standard error of P is 0.035, and P rises by 0.15 per 5 % of d: four of them.
     assert top_k.dims_at(0.5) == pytest.approx(442, rel=0.05)
     assert half.dims_at(0.5) == pytest.approx(826, rel=0.05)
     theory = [gaussian.top_k_success(2**12, 16, d) for d in margins.dims]

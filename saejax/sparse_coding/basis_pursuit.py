@@ -20,7 +20,7 @@ _LEVEL = 0.1  # threshold over the largest entry of the least-squares code: of 0
 _FEASIBLE = 1e-3  # relative residual above which the constraints have no solution in float32
 
 
-@functools.partial(jax.jit, static_argnames=("nonneg", "max_iterations"))
+@functools.partial(jax.jit, static_argnames="nonneg")
 def basis_pursuit(
     y: Float[Array, "b d"],
     dictionary: Float[Array, "n d"],

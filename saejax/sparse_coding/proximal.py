@@ -16,10 +16,8 @@ from saejax.sparse_coding import products, row_blocks, working_set
 from saejax.sparse_coding.solution import Solution
 from saejax.sparse_coding.working_set import shrink
 
-_STATIC = ("nonneg", "max_iterations")
 
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames="nonneg")
 def ista(
     y: Float[Array, "b d"],
     dictionary: Float[Array, "n d"],
@@ -36,7 +34,7 @@ def ista(
     return _descend(y, dictionary, l1_coef, nonneg, warm_start, max_iterations, tolerance, accelerate=False)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
+@functools.partial(jax.jit, static_argnames="nonneg")
 def fista(
     y: Float[Array, "b d"],
     dictionary: Float[Array, "n d"],
@@ -145,7 +143,7 @@ def _block(y, warm_start, dictionary, l1_coef, lip, *, nonneg, max_iterations, t
             iterations = iterations + running * working_set.STEPS
             return i + working_set.STEPS, z, c, jnp.minimum(gap, gap_new), iterations
 
-        last = working_set.rounds(max_iterations) * working_set.STEPS
+        last = working_set.steps(max_iterations)
         start = (i, z, c, gap, iterations)
         i, z, c, gap, iterations = lax.while_loop(
             lambda state: (state[0] < last) & jnp.any(state[3] > tolerance), head_start, start

@@ -8,7 +8,7 @@ Source: Massias, Gramfort and Salmon, Celer: a fast solver for the Lasso with du
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from saejax.kernels.top_k import top_k
 from saejax.sparse_coding import products
@@ -25,9 +25,9 @@ def size(n: int, d: int) -> int | None:
     return m if n >= _WIDER * m else None
 
 
-def rounds(max_iterations: int) -> int:
-    """Returns how many working sets fit into the iterations."""
-    return min(_ROUNDS, max_iterations // STEPS)
+def steps(max_iterations: int | Int[Array, ""]) -> Int[Array, ""]:
+    """Returns how many of the allowed iterations go into working sets, a multiple of `STEPS`."""
+    return jnp.minimum(_ROUNDS, max_iterations // STEPS) * STEPS
 
 
 def solve(

@@ -1,4 +1,4 @@
-"""Signals over a known dictionary for the tests of the solvers."""
+"""Signals over a known dictionary for the tests of the solvers; one shape, so that compilations are shared."""
 
 import numpy as np
 import pytest
@@ -27,4 +27,4 @@ def noisy() -> Problem:
 @pytest.fixture(scope="session")
 def exact() -> Problem:
     """Noiseless signals that basis pursuit recovers."""
-    return Problem(n=96, d=48, b=8, k=3, noise=0.0)
+    return Problem(n=96, d=32, b=32, k=2, noise=0.0)

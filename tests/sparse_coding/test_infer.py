@@ -10,10 +10,10 @@ import pytest
 
 from saejax.errors import UserError
 from saejax.sae import L1, SAE, TopK
-from saejax.sparse_coding import METHODS, Solution, encode, infer, inference_time, refit
+from saejax.sparse_coding import METHODS, Solution, encode, infer, inference_time, pursuit, refit
 
 EYE, Y = np.eye(4), np.ones((2, 4))
-OPTIONS = {"k": 2, "l1_coef": 0.1, "threshold": 0.5}
+OPTIONS = {"k": 16, "l1_coef": 0.1, "threshold": 0.5}
 ZERO_ROW = EYE * np.array([[1], [1], [0], [1]])
 
 BAD = [
@@ -79,8 +79,8 @@ def test_every_method_keeps_the_contract(method, noisy):
 
 
 def test_infer_works_under_jit(noisy):
-    traced = jax.jit(lambda y: infer(y, noisy.dictionary, method="omp", k=2).dense())(noisy.y)
-    np.testing.assert_allclose(traced, infer(noisy.y, noisy.dictionary, method="omp", k=2).dense(), atol=1e-5)
+    traced = jax.jit(lambda y: infer(y, noisy.dictionary, method="top_k", k=16).dense())(noisy.y)
+    np.testing.assert_allclose(traced, infer(noisy.y, noisy.dictionary, method="top_k", k=16).dense(), atol=1e-5)
 
 
 def test_one_step_codes():
@@ -93,22 +93,20 @@ def test_one_step_codes():
 
 @pytest.mark.parametrize("nonneg", [True, False])
 def test_refit_is_least_squares_on_the_support(noisy, nonneg):
+    """A k-sparse solution whose signs need not fit, and a dense one."""
     optimize = pytest.importorskip("scipy.optimize")
-    for solution in (
-        infer(noisy.y, noisy.dictionary, method="top_k", k=12, nonneg=False),
-        infer(noisy.y, noisy.dictionary, method="fista", l1_coef=0.1, nonneg=nonneg),
-    ):
-        fitted = refit(noisy.y, noisy.dictionary, solution, nonneg=nonneg)
-        bounded = 0
-        for y, old, new in zip(noisy.y, np.asarray(solution.dense()), np.asarray(fitted.dense()), strict=True):
-            support = np.flatnonzero(old)
-            atoms = noisy.dictionary[support].T.astype(float)
-            expected = optimize.nnls(atoms, y)[0] if nonneg else np.linalg.lstsq(atoms, y)[0]
-            bounded += np.sum(expected == 0)
-            np.testing.assert_allclose(new[support], expected, atol=5e-5)
-            assert np.abs(np.delete(new, support)).max() == 0
-        assert bool(fitted.converged.all())
-        assert (bounded > 0) == nonneg
+    options = dict(method="top_k", k=16, nonneg=False) if nonneg else dict(method="fista", l1_coef=0.1)
+    solution = infer(noisy.y, noisy.dictionary, **options)
+    fitted = refit(noisy.y, noisy.dictionary, solution, nonneg=nonneg)
+    bounded = 0
+    for y, old, new in zip(noisy.y, np.asarray(solution.dense()), np.asarray(fitted.dense()), strict=True):
+        support = np.flatnonzero(old)
+        atoms = noisy.dictionary[support].T.astype(float)
+        expected = optimize.nnls(atoms, y)[0] if nonneg else np.linalg.lstsq(atoms, y)[0]
+        bounded += np.sum(expected == 0)
+        np.testing.assert_allclose(new[support], expected, atol=5e-5)
+        assert np.abs(np.delete(new, support)).max() == 0
+    assert bool(fitted.converged.all()) and (bounded > 0) == nonneg
 
 
 def test_refit_refuses_more_atoms_than_dimensions(noisy):
@@ -120,7 +118,7 @@ def test_refit_refuses_more_atoms_than_dimensions(noisy):
 @pytest.fixture(scope="module")
 def sae(noisy) -> SAE:
     """A TopK SAE whose decoder is the true dictionary at other norms, with a bias and one dead row."""
-    config = TopK(d_in=32, d_sae=96, k=5)
+    config = TopK(d_in=32, d_sae=96, k=16)
     norms = np.linspace(0.5, 2, 96, dtype=np.float32)
     norms[7] = 0
     W_dec = noisy.dictionary * norms[:, None]
@@ -132,10 +130,10 @@ def test_encode_gives_latents_that_decode(sae, noisy):
     """Same codes as the solver on unit atoms, in the decoder's norms; leading dimensions stay."""
     x = (noisy.y + 0.3).reshape(4, 8, 32)
     latents = encode(sae, x)
-    assert latents.shape == (4, 8, 96) and int(jnp.max(jnp.sum(latents > 0, axis=-1))) <= 5
+    assert latents.shape == (4, 8, 96) and int(jnp.max(jnp.sum(latents > 0, axis=-1))) <= 16
     assert not latents[..., 7].any()
-    alive = np.delete(np.arange(96), 7)
-    direct = infer(noisy.y, noisy.dictionary[alive], k=5)
+    without = noisy.dictionary * (np.arange(96) != 7)[:, None]
+    direct = pursuit.omp(jnp.asarray(noisy.y), jnp.asarray(without), 16, nonneg=True, tolerance=1e-5)
     np.testing.assert_allclose(
         jnp.linalg.norm(sae.decode(latents) - x, axis=-1).reshape(-1), direct.residual_norm, atol=1e-5
     )
@@ -169,6 +167,6 @@ def test_refit_of_dependent_atoms_is_flagged():
     """The same atom twice: no unique weights, the row stays as it was."""
     twice = np.eye(3)[[0, 0, 1]]
     given = infer(np.ones((1, 3)), twice, method="top_k", k=3)
-    fitted = refit(np.ones((1, 3)), twice, given)
+    fitted = refit(np.ones((1, 3)), twice, given, nonneg=False)
     assert not fitted.converged.any()
     np.testing.assert_array_equal(fitted.dense(), given.dense())

@@ -151,7 +151,8 @@ class DigitPairs(Experiment):
     batch: int = 200
     """Canvases per update."""
     learning_rate: float = 0.0013
-    """Of Adam, falling to 0 along half a cosine."""
+    """Of Adam, falling to 0 along half a cosine. How long the reference was trained is not on record; this is where
+    the two cells that keep drifting with training agree with it (shuffled cosine of the affine layer, retrieval)."""
 
     def quick(self) -> Self:
         """Half the networks."""

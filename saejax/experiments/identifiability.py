@@ -142,21 +142,24 @@ class VonMisesFisher(Experiment):
             low, high = TARGETS[name]
             quantity, r2 = f"R2 of the latents, {name}", arms[name]["r2"]
             checks.append(Check(quantity=quantity, measured=r2, low=low, high=high, source=THEOREM))
-        first = arms[self.arms[0]]
-        checks += [
-            Check(
-                quantity=f"cross-entropy above Bayes, {self.arms[0]} [nat]", measured=first["ce_gap"], source="shown"
-            ),
-            Check(quantity=f"R2 from the input, {self.arms[0]}", measured=first["r2_input"], source="control"),
-            Check(quantity=f"R2 untrained, {self.arms[0]}", measured=first["r2_untrained"], source="control"),
+        shown = {
+            "R2 from the input": "r2_input",
+            "R2 untrained": "r2_untrained",
+            "cross-entropy above Bayes [nat]": "ce_gap",
+            "orthogonality MAE": "orthogonality_mae",
+        }
+        for name, arm in arms.items():
+            for text, key in {**({} if name in TARGETS else {"R2 of the latents": "r2"}), **shown}.items():
+                checks.append(Check(quantity=f"{text}, {name}", measured=arm[key], source="shown beside it"))
+        checks.append(
             near(
                 "mean <v, z> - A_n(kappa) [standard errors]",
                 max((arm["resultant_z"] for arm in arms.values()), key=abs),
                 0.0,
                 4.0,
                 "closed form I_{n/2} / I_{n/2-1}",
-            ),
-        ]
+            )
+        )
         return Outcome(values=arms, checks=checks, figure=_figure(arms))
 
     def measure(self, world: World) -> dict[str, float]:

@@ -1,18 +1,45 @@
 """Other people's formats, one file each: `export` writes one, `load` finds out which one it was given.
 
-On top of everything else. A new format is a module with `export(sae, path)`, `load(path)` and `detect(path)`,
-entered into FORMATS.
+On top of everything else. A format is a module with
+
+* `name`: what `format=` and messages call it;
+* `detect(path) -> bool`: whether a file or directory looks like it, from names and cheap looks inside, never raising;
+* `load(path) -> SAE`: reads it, refusing whatever is not understood (`strict` has the checks);
+* `export(sae, path) -> path`, or `export = None` where it is only read;
+
+and is entered into FORMATS.
 """
 
+import logging
 import os
 import pathlib
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from saejax.errors import UserError
-from saejax.interop import saelens
+from saejax.evals import evaluate as evaluation
+from saejax.interop import dictionary_learning, saelens, sparsify
 from saejax.sae.model import SAE
 
-FORMATS: dict[str, ModuleType] = {"saelens": saelens}
+logger = logging.getLogger(__name__)
+
+
+class Format(Protocol):
+    """What a module of a format has."""
+
+    name: str
+    detect: Callable[[pathlib.Path], bool]
+    load: Callable[[str | os.PathLike], SAE]
+    export: Callable[[SAE, str | os.PathLike], pathlib.Path] | None
+
+
+_MODULES: tuple[Any, ...] = (
+    saelens,
+    dictionary_learning,
+    sparsify,
+)
+
+FORMATS: dict[str, Format] = {module.name: module for module in _MODULES}
 """Every format by its name."""
 
 
@@ -22,27 +49,76 @@ def export(sae: SAE, path: str | os.PathLike, format: str = "saelens") -> pathli
     Args:
       sae: The SAE.
       path: Directory to write; made where missing.
-      format: One of FORMATS.
+      format: One of FORMATS that can be written.
 
     Returns:
       The directory.
 
     Raises:
-      UserError: the format is unknown, or cannot hold this architecture.
+      UserError: the format is unknown, is only read, or cannot hold this architecture.
     """
-    if format not in FORMATS:
-        raise UserError(f"format={format}: must be one of {', '.join(FORMATS)}")
-    return FORMATS[format].export(sae, path)
+    writers = {name: module.export for name, module in FORMATS.items() if module.export is not None}
+    if format not in writers:
+        only_read = " (it is only read)" if format in FORMATS else ""
+        raise UserError(f"format={format}: must be one of {', '.join(writers)}{only_read}")
+    return writers[format](sae, path)
 
 
-def load(path: str | os.PathLike) -> SAE:
-    """Reads an SAE in any of FORMATS.
+def recognise(path: str | os.PathLike) -> str:
+    """Returns the name of the one format that a file or directory is in.
 
     Raises:
-      UserError: no format recognises `path`, or one does and finds it wrong.
+      UserError: there is nothing, no format fits, or several do.
     """
     path = pathlib.Path(path)
-    for module in FORMATS.values():
-        if module.detect(path):
-            return module.load(path)
-    raise UserError(f"{path}: none of the known formats ({', '.join(FORMATS)})")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory, so none of the known formats ({', '.join(FORMATS)})")
+    fitting = [name for name, module in FORMATS.items() if module.detect(path)]
+    if not fitting:
+        raise UserError(f"{path}: none of the known formats ({', '.join(FORMATS)})")
+    if len(fitting) > 1:
+        raise UserError(f"{path}: could be {' or '.join(fitting)}; say format= (one of {', '.join(FORMATS)})")
+    return fitting[0]
+
+
+def load(path: str | os.PathLike, format: str | None = None) -> SAE:
+    """Reads an SAE in any of FORMATS.
+
+    Args:
+      path: File or directory.
+      format: Its format; None finds out.
+
+    Returns:
+      The SAE; `provenance["format"]` says which format it was.
+
+    Raises:
+      UserError: no format recognises `path`, several do, or one does and finds it wrong.
+    """
+    if format is not None and format not in FORMATS:
+        raise UserError(f"format={format}: must be one of {', '.join(FORMATS)}")
+    format = recognise(path) if format is None else format
+    sae = FORMATS[format].load(path)
+    config = sae.sparsifier
+    logger.info("%s: read as %s, %s with d_in=%d, d_sae=%d", path, format, config.name, config.d_in, config.d_sae)
+    return SAE(config, sae.params, sae.provenance | {"format": format})
+
+
+def self_check(sae: SAE, activations: Any, max_rows: int | None = 65_536) -> dict[str, float]:
+    """Measures an imported SAE on activations that it was made for.
+
+    An fvu near 0 and an L0 near what its source says mean that hook, scale and biases are right; an fvu near or
+    above 1 means that something is not.
+
+    Args:
+      sae: The SAE.
+      activations: Array [..., d_in], an `ActivationSource`, or blocks of rows.
+      max_rows: Rows looked at; None for all.
+
+    Returns:
+      l0 (mean number of active latents in a row), fvu (squared error over squared distance from the mean).
+    """
+    measured = evaluation.evaluate(sae, activations, max_rows=max_rows)
+    found = {"l0": float(measured["l0"]), "fvu": float(measured["fvu"])}
+    kind = sae.provenance.get("format", sae.sparsifier.name)
+    logger.info("self-check of %s: l0 %.4g, fvu %.4g", kind, found["l0"], found["fvu"])
+    return found

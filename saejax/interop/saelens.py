@@ -1,8 +1,9 @@
 """The SAELens format, version 6 and later: a directory with cfg.json and sae_weights.safetensors.
 
-One file of interop. What is written is always in the data's own scale (`normalize_activations` is none) and
-in the form that dashboards expect: decoder rows of norm 1, which changes latents by a factor and
-reconstructions not at all. What is read is refused unless every key and every shape is understood.
+What is written is always in the data's own scale (`normalize_activations` is none) and, where that changes no
+selection, in the form that dashboards expect: decoder rows of norm 1, which changes latents by a factor and
+reconstructions not at all. What is read, an inference file or a training checkpoint, is refused unless every key
+and every shape is understood and every number is finite.
 
 Sources:
   SAELens 6.54 (Bloom, Tigges, Duong, Chanin), `SAE.save_model` and `SAE.load_from_disk`, for the keys.
@@ -16,25 +17,29 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.flax
-from safetensors import SafetensorError
+import safetensors.numpy
 
 from saejax.errors import UserError
+from saejax.interop import saelens_config, saelens_fold, strict
+from saejax.interop.saelens_config import Parsed
 from saejax.sae import base
-from saejax.sae.l1 import L1
 from saejax.sae.model import SAE
-from saejax.sae.topk import TopK
 
+name = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-VERSION = "6.54.12"
-"""What we say we are compatible with; readers take anything below 6.0.0 for the older flat config."""
 
-_KEYS = {
-    "architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations",
-    "reshape_activations", "metadata",
-}  # fmt: skip
-_TOPK_KEYS = {"k", "rescale_acts_by_decoder_norm"}
-_ARCHITECTURES = ("standard", "topk")
+_TO: dict[str, str] = {
+    "l1": "standard",
+    "p_anneal": "standard",
+    "topk": "topk",
+    "abs_topk": "abstopk",
+    "batch_topk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "matryoshka": "jumprelu",
+    "matching_pursuit": "matching_pursuit",
+}
+"""SAELens' architecture for each of ours, at inference; a matryoshka that selects by top-k becomes topk."""
 
 
 def detect(path: pathlib.Path) -> bool:
@@ -42,11 +47,32 @@ def detect(path: pathlib.Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
+def load(path: str | os.PathLike) -> SAE:
+    """Reads a SAELens directory: an inference file or a training checkpoint.
+
+    A `batchtopk` or `matryoshka_batchtopk` checkpoint keeps its architecture, with the running threshold; what
+    SAELens exports of them is a `jumprelu`. Decoder norms and scales that SAELens would fold are folded.
+
+    Raises:
+      UserError: a file or key is missing, unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
+    """
+    path = pathlib.Path(path)
+    config = saelens_config.read(path / CONFIG)
+    weights = _read_weights(path / WEIGHTS, config)
+    params = saelens_fold.data_scale(path, config, _params(weights))
+    if config.architecture == "matching_pursuit" and not config.subtract:
+        params = dataclasses.replace(params, b_dec=jnp.zeros_like(params.b_dec))  # SAELens does not use it
+    sparsifier = _sparsifier(config, params)
+    described = {key: value for key, value in config.own.items() if key not in ("k",)}
+    origin = {"path": str(path), "architecture": config.architecture, "saelens_config": described}
+    return SAE(sparsifier, params, config.metadata | origin)
+
+
 def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     """Writes an SAE so that SAELens 6 and later loads it with `SAE.load_from_disk(path)`.
 
     Args:
-      sae: A TopK (written as `topk`) or an L1 (written as `standard`) SAE.
+      sae: Of any architecture of ours with a linear or tied encoder; BatchTopK and Matryoshka become `jumprelu`.
       path: Directory; made where missing.
 
     Returns:
@@ -56,168 +82,123 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
       UserError: SAELens has no architecture that computes the same.
     """
     sparsifier = sae.sparsifier
-    if not isinstance(sparsifier, (TopK, L1)):
-        known = ", ".join(name for name in ("topk", "l1"))
-        raise UserError(f"sae.type={sparsifier.name}: the saelens format takes {known}")
-    if sae.params.extra:
-        raise UserError(f"SAE parameters {', '.join(sae.params.extra)} have no place in the saelens format")
-    params = sparsifier.with_unit_decoder(sae.params) if isinstance(sparsifier, L1) else sae.params
-    weights = {name: jnp.asarray(getattr(params, name), jnp.float32) for name in _shapes(sparsifier)}
+    strict.check_linear(sparsifier, name, _TO)
+    architecture = _TO[sparsifier.name]
+    if sparsifier.name == "matryoshka" and sparsifier.k_sparse:
+        architecture = "topk"
+    params, subtract, own = sae.params, sparsifier.subtract_b_dec, {}
+    if architecture == "jumprelu":
+        params = strict.with_thresholds(sparsifier, params)
+    if architecture in ("standard", "jumprelu", "gated"):
+        params = saelens_fold.decoder_norms(params)
+    if architecture in ("topk", "abstopk"):
+        # With norms of 1 both settings compute the same, and this one lets SAELens fold the (trivial) norms.
+        own = {"k": strict.own_k(sparsifier), "rescale_acts_by_decoder_norm": strict.unit_rows(params.W_dec)}
+    if architecture == "matching_pursuit":
+        if np.any(np.asarray(params.b_enc)):
+            raise UserError("sae.type=matching_pursuit: b_enc must be 0, as in training, for the saelens format")
+        own = {
+            "residual_threshold": 0.0,
+            "max_iterations": strict.own_k(sparsifier),
+            "stop_on_duplicate_support": False,
+        }
+    weights = _weights(architecture, params)
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    safetensors.flax.save_file(weights, path / WEIGHTS)
-    (path / CONFIG).write_text(json.dumps(_config(sae), indent=2) + "\n", encoding="utf-8")
+    safetensors.numpy.save_file(weights, path / WEIGHTS)
+    config = saelens_config.written(sae, architecture, subtract, own)
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def load(path: str | os.PathLike) -> SAE:
-    """Reads a SAELens directory with a `standard` or `topk` SAE.
-
-    Decoder norms and the decoder's bias on the input are folded where our architectures have another
-    convention, so that latents and reconstructions are those of SAELens.
-
-    Raises:
-      UserError: a file or key is missing, unknown, or asks for what cannot be honoured; a wrong shape.
-    """
-    path = pathlib.Path(path)
-    config = _read_config(path / CONFIG)
-    sparsifier = _sparsifier(path, config)
-    params = _read_weights(path / WEIGHTS, sparsifier)
-    if isinstance(sparsifier, TopK):
-        params = _to_topk(params, config)
-    elif config["apply_b_dec_to_input"]:
-        params = _shifted(params, -1.0)
-    return SAE(sparsifier, params, {"format": "saelens", "path": str(path), **config["metadata"]})
+def _shapes(config: Parsed) -> dict[str, tuple[int, ...]]:
+    d, n = config.d_in, config.d_sae
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (n, d), "b_dec": (d,)}
+    if config.architecture == "matching_pursuit":
+        return shapes
+    shapes["W_enc"] = (d, n)
+    if config.architecture == "gated":
+        return shapes | {"b_gate": (n,), "b_mag": (n,), "r_mag": (n,)}
+    shapes["b_enc"] = (n,)
+    if config.architecture == "jumprelu":
+        shapes["threshold"] = (n,)
+    if "batchtopk" in config.architecture:
+        shapes["topk_threshold"] = ()
+    return shapes
 
 
-def _config(sae: SAE) -> dict[str, Any]:
-    sparsifier, topk = sae.sparsifier, isinstance(sae.sparsifier, TopK)
-    metadata = _metadata(sae.provenance)
-    hook = metadata.get("hook_name") or ""
-    config: dict[str, Any] = {
-        "architecture": "topk" if topk else "standard",
-        "d_in": sparsifier.d_in,
-        "d_sae": sparsifier.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": topk,
-        "normalize_activations": "none",
-        "reshape_activations": "hook_z" if hook.endswith("hook_z") else "none",
-        "metadata": metadata,
-    }
-    if isinstance(sparsifier, TopK):
-        norms = np.linalg.norm(np.asarray(sae.params.W_dec, np.float64), axis=1)
-        unit = bool(np.all(np.abs(norms - 1) < 1e-5))
-        # With norms of 1 both settings compute the same, and this one lets SAELens fold the (trivial) norms.
-        config |= {"k": sparsifier.k, "rescale_acts_by_decoder_norm": unit}
-    return config
+def _read_weights(where: pathlib.Path, config: Parsed) -> dict[str, np.ndarray]:
+    weights = strict.read_safetensors(where)
+    shapes = _shapes(config)
+    logarithm = config.architecture == "jumprelu" and "log_threshold" in weights
+    if logarithm:
+        shapes["log_threshold"] = shapes.pop("threshold")
+    weights = strict.arrays(where, weights, shapes)
+    if logarithm:
+        weights["threshold"] = np.exp(weights.pop("log_threshold"))
+    return weights
 
 
-def _metadata(provenance: dict[str, Any]) -> dict[str, Any]:
-    """SAELens' names for what the SAE knows of its origin; the source of a run holds hook and model."""
-    source = provenance.get("source") or {}
-    source = source if isinstance(source, dict) else {}
-    model = provenance.get("model") or source.get("model") or {}
-    model = {"name": model} if isinstance(model, str) else model
-    found = {
-        "model_name": model.get("name") or provenance.get("model_name"),
-        "hook_name": provenance.get("hook") or source.get("hook") or provenance.get("hook_name"),
-        "context_size": source.get("context_length") or provenance.get("context_size"),
-        "dataset_path": provenance.get("dataset_path"),
-        "prepend_bos": provenance.get("prepend_bos"),
-    }
-    found = {key: value for key, value in found.items() if value is not None}
-    plain = json.loads(json.dumps(provenance, default=str))
-    return {"sae_lens_version": VERSION, **found, "training_library": "saejax", "saejax_provenance": plain}
+def _params(weights: dict[str, np.ndarray]) -> base.SAEParams:
+    """SAELens' names to ours."""
+    if "W_enc" not in weights:
+        tied = {"W_enc": weights["W_dec"].T, "b_enc": np.zeros(len(weights["W_dec"]), np.float32)}
+        return strict.params(**tied, **weights)
+    if "b_gate" in weights:
+        gate = weights.pop("b_gate")
+        return strict.params(b_enc=gate, **weights)
+    if "threshold" in weights:
+        # relu(pre) * (pre > threshold) of a negative threshold is that of 0.
+        return strict.params(**weights | {"threshold": np.maximum(weights["threshold"], 0)})
+    if "topk_threshold" in weights:
+        threshold = weights.pop("topk_threshold")
+        return strict.params(threshold=threshold, **weights)
+    return strict.params(**weights)
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: no valid JSON ({error})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("metadata"), dict):
-        raise UserError(f"{path}: must hold a mapping with a mapping `metadata`; SAELens writes it since 6.0.0")
-    version = str(config["metadata"].get("sae_lens_version"))
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
-        raise UserError(f"{path}: metadata.sae_lens_version must be at least 6.0.0, got {version}")
-    return config
+def _sparsifier(config: Parsed, params: base.SAEParams) -> base.Sparsifier:
+    """Returns our architecture for SAELens'."""
+    fields: dict[str, Any] = {"subtract_b_dec": config.subtract}
+    own = config.architecture
+    ours = {"standard": "l1", "abstopk": "abs_topk", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
+    if config.k is not None:
+        whole = config.k == int(config.k)
+        if not whole:
+            raise UserError(f"{config.where}: k must be a whole number, got {config.k}")
+        fields["k"] = int(config.k)
+    if own == "matryoshka_batchtopk":
+        fields["prefixes"] = _widths(config)
+    if own == "gated":
+        fields["unit_decoder"] = True  # its training needs it; the weights are taken as they are
+    if own == "matching_pursuit":
+        fields = {"k": _steps(config), "unit_decoder": True}
+    return strict.build(config.where, ours.get(own, own), params, **fields)
 
 
-def _sparsifier(path: pathlib.Path, config: dict[str, Any]) -> base.Sparsifier:
-    """Checks every key of cfg.json and returns the architecture."""
-    where = path / CONFIG
-    architecture = config.get("architecture")
-    if architecture not in _ARCHITECTURES:
-        raise UserError(f"{where}: architecture must be one of {', '.join(_ARCHITECTURES)}, got {architecture}")
-    allowed = _KEYS | (_TOPK_KEYS if architecture == "topk" else set())
-    _same_keys(where, set(config), allowed, optional={"device", "dtype", "reshape_activations"})
-    for key, fits in (
-        ("normalize_activations", ("none",)),
-        ("reshape_activations", ("none", "hook_z")),
-        ("apply_b_dec_to_input", (True, False)),
-        ("rescale_acts_by_decoder_norm", (True, False)),
-    ):
-        value = config.get(key, fits[0])
-        if not any(value is f or (isinstance(f, str) and value == f) for f in fits):
-            raise UserError(f"{where}: {key} must be {' or '.join(json.dumps(f) for f in fits)}, got {value!r}")
-    sizes = {key: config[key] for key in ("d_in", "d_sae", "k") if key in config}
-    for key, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} must be an integer, got {value!r}")
-    try:
-        return TopK(**sizes) if architecture == "topk" else L1(**sizes)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _read_weights(path: pathlib.Path, sparsifier: base.Sparsifier) -> base.SAEParams:
-    try:
-        weights = safetensors.flax.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: no safetensors file ({error})") from None
-    shapes = _shapes(sparsifier)
-    _same_keys(path, set(weights), set(shapes))
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise UserError(f"{path}: {name} must have shape {shape}, got {weights[name].shape}")
-        if not jnp.issubdtype(weights[name].dtype, jnp.floating):
-            raise UserError(f"{path}: {name} must be floating point, got {weights[name].dtype}")
-    W_enc, b_enc, W_dec, b_dec = (weights[name].astype(jnp.float32) for name in shapes)
-    return base.SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
-
-
-def _same_keys(where: pathlib.Path, found: set[str], wanted: set[str], optional: set[str] | None = None) -> None:
-    unknown, missing = sorted(found - wanted), sorted(wanted - found - (optional or set()))
-    if unknown or missing:
-        wrong = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(missing)
-        raise UserError(f"{where}: {'; '.join(wrong)} (allowed: {', '.join(sorted(wanted))})")
-
-
-def _shapes(sparsifier: base.Sparsifier) -> dict[str, tuple[int, ...]]:
-    d_in, d_sae = sparsifier.d_in, sparsifier.d_sae
-    return {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-
-
-def _to_topk(params: base.SAEParams, config: dict[str, Any]) -> base.SAEParams:
-    """Folds what SAELens may do and our TopK does not: norms of the decoder, no bias on the input."""
-    if config["rescale_acts_by_decoder_norm"]:
-        norms = jnp.linalg.norm(params.W_dec, axis=1)
-        some = jnp.where(norms > 0, norms, 1.0)
-        params = dataclasses.replace(
-            params,
-            W_enc=params.W_enc * norms[None, :],
-            b_enc=params.b_enc * norms,
-            W_dec=params.W_dec / some[:, None],
+def _steps(config: Parsed) -> int:
+    """Steps of a matching pursuit; ours has no other rule to stop."""
+    where, own = config.where, config.own
+    if strict.number(where, own, "residual_threshold") > 0:
+        raise UserError(
+            f"{where}: residual_threshold must be 0, got {own['residual_threshold']}: ours always takes k steps"
         )
-    return params if config["apply_b_dec_to_input"] else _shifted(params, 1.0)
+    strict.choice(where, own, "stop_on_duplicate_support", (False,), None)
+    return strict.integer(where, own, "max_iterations")
 
 
-def _shifted(params: base.SAEParams, sign: float) -> base.SAEParams:
-    """Moves b_dec on the input into b_enc: (x - b_dec) W + b = x W + (b - b_dec W), and back for sign +1."""
-    shift = jnp.matmul(params.b_dec, params.W_enc, precision="highest")
-    return dataclasses.replace(params, b_enc=params.b_enc + sign * shift)
+def _widths(config: Parsed) -> tuple[int, ...]:
+    widths = config.own["matryoshka_widths"]
+    whole = isinstance(widths, list) and all(isinstance(w, int) and 0 < w <= config.d_sae for w in widths)
+    if not whole or sorted(set(widths)) != widths:
+        raise UserError(f"{config.where}: matryoshka_widths must be increasing numbers up to d_sae, got {widths}")
+    return tuple(widths) if widths and widths[-1] == config.d_sae else (*widths, config.d_sae)
+
+
+def _weights(architecture: str, params: base.SAEParams) -> dict[str, np.ndarray]:
+    """Our names to SAELens'."""
+    weights = {key: getattr(params, key) for key in ("W_enc", "b_enc", "W_dec", "b_dec")} | params.extra
+    if architecture == "gated":
+        weights["b_gate"] = weights.pop("b_enc")
+    if architecture == "matching_pursuit":
+        weights = {key: weights[key] for key in ("W_dec", "b_dec")}
+    return {key: np.array(value, np.float32, order="C") for key, value in weights.items()}

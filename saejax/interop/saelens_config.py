@@ -1,0 +1,181 @@
+"""The cfg.json of SAELens 6 and later: which keys an architecture has, what they may say, what we write.
+
+Sources:
+  SAELens 6.54 (Bloom, Tigges, Duong, Chanin), `SAEConfig` and `TrainingSAEConfig` of every architecture.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from saejax.errors import UserError
+from saejax.interop import strict
+from saejax.sae.model import SAE
+
+VERSION = "6.54.12"
+"""What we say we are compatible with; readers take anything below 6.0.0 for the older flat config."""
+
+_SHARED = {
+    "architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations",
+    "reshape_activations", "metadata",
+}  # fmt: skip
+_NOT_USED = {"device", "dtype", "reshape_activations"}
+_TOPK = {"k", "rescale_acts_by_decoder_norm"}
+_TRAINING_TOPK = {"use_sparse_activations", "aux_loss_coefficient", "rescale_acts_by_decoder_norm", "decoder_init_norm"}
+_MP = {"residual_threshold", "max_iterations", "stop_on_duplicate_support"}
+
+OWN: dict[str, set[str]] = {
+    "standard": set(),
+    "gated": set(),
+    "jumprelu": set(),
+    "topk": _TOPK,
+    "abstopk": _TOPK,
+    "matching_pursuit": _MP,
+    "batchtopk": _TOPK | _TRAINING_TOPK | {"topk_threshold_lr"},
+    "matryoshka_batchtopk": _TOPK
+    | _TRAINING_TOPK
+    | {"topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss"},
+}
+"""Keys that an architecture adds; the last two exist as training checkpoints only."""
+
+_TRAINING: dict[str, set[str]] = {
+    "standard": {"decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps"},
+    "gated": {"decoder_init_norm", "l1_coefficient", "l1_warm_up_steps"},
+    "topk": _TRAINING_TOPK,
+    "abstopk": _TRAINING_TOPK,
+    "jumprelu": {
+        "decoder_init_norm", "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode",
+        "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "jumprelu_tanh_scale",
+        "jumprelu_ste_to_input", "target_l0",
+    },
+    "matching_pursuit": {"decoder_init_norm"},
+    "batchtopk": _TRAINING_TOPK | {"topk_threshold_lr"},
+    "matryoshka_batchtopk": _TRAINING_TOPK | {"topk_threshold_lr", "use_matryoshka_aux_loss"},
+}  # fmt: skip
+"""Keys that only training checkpoints have; what they say of training is kept in the provenance."""
+
+_ELSEWHERE = {
+    "transcoder": "a transcoder",
+    "skip_transcoder": "a transcoder",
+    "jumprelu_transcoder": "a transcoder",
+    "jumprelu_skip_transcoder": "a transcoder",
+    "temporal": "a temporal SAE, which attends over positions",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """What a checked cfg.json says.
+
+    Attributes:
+      where: The file.
+      architecture: SAELens' name.
+      d_in: Width of the activations.
+      d_sae: Number of latents.
+      k: Latents per row; a float where the architecture counts them on average.
+      subtract: Whether the encoder reads x - b_dec.
+      rescale: Whether decoder norms multiply pre-activations and divide latents in the decoder.
+      normalize: SAELens' name of the normalisation of activations.
+      own: The architecture's other keys.
+      metadata: Where the SAE comes from.
+    """
+
+    where: pathlib.Path
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: float | None
+    subtract: bool
+    rescale: bool
+    normalize: str
+    own: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def read(where: pathlib.Path) -> Parsed:
+    """Returns a cfg.json, every key of which is known and allowed."""
+    config = strict.read_json(where)
+    _check_version(where, config)
+    architecture = config.get("architecture")
+    if architecture not in OWN:
+        reason = f", {_ELSEWHERE[architecture]}" if architecture in _ELSEWHERE else ""
+        raise UserError(f"{where}: architecture must be one of {', '.join(OWN)}, got {architecture}{reason}")
+    own, training = OWN[architecture], _TRAINING[architecture]
+    strict.same_keys(where, set(config), _SHARED | own, optional=_NOT_USED | training)
+    strict.choice(where, config, "reshape_activations", ("none", "hook_z"), "none")
+    known = ("none", "expected_average_only_in", "covariance_whitening", "constant_norm_rescale", "layer_norm")
+    return Parsed(
+        where=where,
+        architecture=architecture,
+        d_in=strict.integer(where, config, "d_in"),
+        d_sae=strict.integer(where, config, "d_sae"),
+        k=_k(where, config, architecture) if "k" in own else None,
+        subtract=strict.choice(where, config, "apply_b_dec_to_input", (True, False), None),
+        rescale=strict.choice(where, config, "rescale_acts_by_decoder_norm", (True, False), False),
+        normalize=strict.choice(where, config, "normalize_activations", known, None),
+        own={key: value for key, value in config.items() if key in own | training},
+        metadata=config["metadata"],
+    )
+
+
+def written(sae: SAE, architecture: str, subtract: bool, own: dict[str, Any]) -> dict[str, Any]:
+    """Returns the cfg.json of an SAE that is written in the data's own scale."""
+    metadata = _metadata(sae)
+    hook = metadata.get("hook_name") or ""
+    return {
+        "architecture": architecture,
+        "d_in": sae.sparsifier.d_in,
+        "d_sae": sae.sparsifier.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": subtract,
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z" if hook.endswith("hook_z") else "none",
+        "metadata": metadata,
+        **own,
+    }
+
+
+def _check_version(where: pathlib.Path, config: dict[str, Any]) -> None:
+    metadata = config.get("metadata")
+    old = {"hook_point", "activation_fn_str", "activation_fn", "finetuning_scaling_factor"} & set(config)
+    if old or not isinstance(metadata, dict):
+        raise UserError(
+            f"{where}: must hold a mapping `metadata`, as SAELens writes since 6.0.0; what the flat config of earlier "
+            f"ones{f' ({min(old)})' if old else ''} means depends on the version: load it with SAELens 6 and save it"
+        )
+    version = str(metadata.get("sae_lens_version"))
+    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
+        raise UserError(f"{where}: metadata.sae_lens_version must be at least 6.0.0, got {version}")
+
+
+def _k(where: pathlib.Path, config: dict[str, Any], architecture: str) -> float:
+    if "batchtopk" in architecture:
+        return strict.number(where, config, "k")
+    return strict.integer(where, config, "k")
+
+
+def _metadata(sae: SAE) -> dict[str, Any]:
+    """SAELens' names for what the SAE knows of its origin; the source of a run holds hook and model."""
+    provenance = sae.provenance
+    source = provenance.get("source") or {}
+    source = source if isinstance(source, dict) else {}
+    model = provenance.get("model") or source.get("model") or {}
+    model = {"name": model} if isinstance(model, str) else model
+    found = {
+        "model_name": model.get("name") or provenance.get("model_name"),
+        "hook_name": provenance.get("hook") or source.get("hook") or provenance.get("hook_name"),
+        "context_size": source.get("context_length") or provenance.get("context_size"),
+        "dataset_path": provenance.get("dataset_path"),
+        "prepend_bos": provenance.get("prepend_bos"),
+    }
+    found = {key: value for key, value in found.items() if value is not None}
+    plain = json.loads(json.dumps({k: v for k, v in provenance.items() if k != "saejax_provenance"}, default=str))
+    return {
+        "sae_lens_version": VERSION,
+        **found,
+        "training_library": "saejax",
+        "training_architecture": sae.sparsifier.name,
+        "saejax_provenance": plain,
+    }

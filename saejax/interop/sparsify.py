@@ -1,0 +1,111 @@
+"""The sparsify format: a directory with cfg.json and sae.safetensors, for each hook of a run.
+
+Sources:
+  sparsify 1.3.3 (EleutherAI), `SparseCoder.save_to_disk` and `load_from_disk`, for the keys.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from saejax.errors import UserError
+from saejax.interop import strict
+from saejax.sae.model import SAE
+
+name = "sparsify"
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+
+_KEYS = {
+    "activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "skip_connection",
+    "transcode", "d_in",
+}  # fmt: skip
+_OLDER = {"signed", "hookpoint", "layer"}
+"""Keys of versions before 1.0, ignored by later ones too."""
+
+
+def detect(path: pathlib.Path) -> bool:
+    """Returns whether `path` looks like one hook's directory of a sparsify run."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def load(path: str | os.PathLike) -> SAE:
+    """Reads one hook's directory with an autoencoder of activation `topk`.
+
+    Raises:
+      UserError: it is a transcoder, has a skip connection or groups, or a key, shape or number is wrong.
+    """
+    path = pathlib.Path(path)
+    where = path / CONFIG
+    config = strict.read_json(where)
+    strict.same_keys(where, set(config), {"d_in", "k"}, optional=_KEYS | _OLDER)
+    d_in, k = strict.integer(where, config, "d_in"), strict.integer(where, config, "k")
+    for key, allowed, default in (
+        ("activation", ("topk",), "topk"),
+        ("skip_connection", (False,), False),
+        ("transcode", (False,), False),
+        ("signed", (False,), False),
+    ):
+        strict.choice(where, config, key, allowed, default)
+    n = _d_sae(where, config, d_in)
+    weights = strict.read_safetensors(path / WEIGHTS)
+    shapes = {"encoder.weight": (n, d_in), "encoder.bias": (n,), "W_dec": (n, d_in), "b_dec": (d_in,)}
+    w = strict.arrays(path / WEIGHTS, weights, shapes)
+    params = strict.params(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"])
+    multi = strict.choice(where, config, "multi_topk", (True, False), False)
+    sparsifier = strict.build(where, "topk", params, k=k, **({"multi_topk_alpha": 1 / 8} if multi else {}))
+    return SAE(sparsifier, params, {"path": str(path), "hook_name": path.name, "sparsify_config": config})
+
+
+def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
+    """Writes a TopK SAE so that `sparsify.SparseCoder.load_from_disk(path)` reads it.
+
+    Args:
+      sae: A TopK with a linear or tied encoder. Without a pre-encoder bias the encoder's bias takes it up.
+      path: Directory; made where missing. In a run of sparsify it is named after the hook.
+
+    Returns:
+      The directory.
+
+    Raises:
+      UserError: the architecture has no place in the format.
+    """
+    sparsifier = sae.sparsifier
+    strict.check_linear(sparsifier, name, ("topk",))
+    params = sae.params if sparsifier.subtract_b_dec else strict.shifted(sae.params, 1.0)
+    weights = {
+        "encoder.weight": jnp.asarray(params.W_enc).T,
+        "encoder.bias": params.b_enc,
+        "W_dec": params.W_dec,
+        "b_dec": params.b_dec,
+    }
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    plain = {key: np.array(value, np.float32, order="C") for key, value in weights.items()}
+    safetensors.numpy.save_file(plain, path / WEIGHTS)
+    config: dict[str, Any] = {
+        "activation": "topk",
+        "expansion_factor": max(1, sparsifier.d_sae // sparsifier.d_in),
+        "normalize_decoder": strict.unit_rows(params.W_dec),
+        "num_latents": sparsifier.d_sae,
+        "k": strict.own_k(sparsifier),
+        "multi_topk": bool(getattr(sparsifier, "multi_topk_alpha", 0.0)),
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sparsifier.d_in,
+    }
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _d_sae(where: pathlib.Path, config: dict[str, Any], d_in: int) -> int:
+    """Number of latents: `num_latents`, or where that is 0 `expansion_factor` times d_in."""
+    if config.get("num_latents"):
+        return strict.integer(where, config, "num_latents")
+    if "expansion_factor" not in config:
+        raise UserError(f"{where}: missing num_latents or expansion_factor")
+    return strict.integer(where, config, "expansion_factor") * d_in

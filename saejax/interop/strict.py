@@ -1,0 +1,166 @@
+"""What every format checks: files that parse, keys that are known, shapes that fit, numbers that are finite.
+
+Every function raises a UserError of one line that names the file and the key.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from saejax.errors import UserError
+from saejax.sae import EncoderKind, base
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the mapping in a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: no valid JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a mapping, got {type(found).__name__}")
+    return found
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns every tensor of a safetensors file."""
+    try:
+        return safetensors.numpy.load_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: no safetensors file ({error})") from None
+
+
+def same_keys(where: pathlib.Path, found: set[str], wanted: set[str], optional: Collection[str] = ()) -> None:
+    """Refuses keys outside `wanted` and `optional`, and the lack of any of `wanted` that is not optional."""
+    optional = set(optional)
+    unknown, missing = sorted(found - wanted - optional), sorted(wanted - optional - found)
+    if unknown or missing:
+        wrong = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(missing)
+        raise UserError(f"{where}: {'; '.join(wrong)} (allowed: {', '.join(sorted(wanted | optional))})")
+
+
+def arrays(
+    where: pathlib.Path, weights: Mapping[str, np.ndarray], shapes: Shapes, integers: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Returns `weights` as float32 (as they are for `integers`): exactly the keys and shapes of `shapes`, finite."""
+    same_keys(where, set(weights), set(shapes))
+    checked = {}
+    for name, shape in shapes.items():
+        array = weights[name]
+        if array.shape != tuple(shape):
+            raise UserError(f"{where}: {name} must have shape {tuple(shape)}, got {array.shape}")
+        kind = np.integer if name in integers else np.floating
+        if not jnp.issubdtype(array.dtype, kind):
+            wanted = "of integers" if name in integers else "floating point"
+            raise UserError(f"{where}: {name} must be {wanted}, got {array.dtype}")
+        if name not in integers:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
+            if not np.isfinite(array).all():
+                raise UserError(f"{where}: {name} must be finite in float32, {_bad(array)}")
+        checked[name] = array
+    return checked
+
+
+def sizes(
+    where: pathlib.Path, weights: Mapping[str, np.ndarray], name: str, transposed: bool = False
+) -> tuple[int, int]:
+    """Returns (d_in, d_sae) as the matrix `name` [d_in, d_sae] has them (`transposed`: [d_sae, d_in])."""
+    if name not in weights:
+        raise UserError(f"{where}: missing {name}")
+    shape = weights[name].shape
+    if len(shape) != 2 or 0 in shape:
+        axes = "[d_sae, d_in]" if transposed else "[d_in, d_sae]"
+        raise UserError(f"{where}: {name} must have two dimensions {axes}, got {shape}")
+    return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+
+
+def choice(where: pathlib.Path, config: Mapping[str, Any], key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+    """Returns `config[key]`, one of `allowed` and of its type (1 is not True)."""
+    value = config.get(key, default)
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise UserError(f"{where}: {key} must be {' or '.join(json.dumps(a) for a in allowed)}, got {value!r}")
+    return value
+
+
+def integer(where: pathlib.Path, config: Mapping[str, Any], key: str) -> int:
+    """Returns the integer `config[key]`."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{where}: {key} must be an integer, got {value!r}")
+    return value
+
+
+def number(where: pathlib.Path, config: Mapping[str, Any], key: str) -> float:
+    """Returns the finite number `config[key]`."""
+    value = config.get(key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not np.isfinite(value):
+        raise UserError(f"{where}: {key} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def build(where: pathlib.Path, name: str, params: base.SAEParams, **fields: Any) -> base.Sparsifier:
+    """Returns the architecture `name` of loaded parameters: their sizes, a unit decoder where theirs is one."""
+    d_in, d_sae = params.W_enc.shape
+    shared = {"d_in": d_in, "d_sae": d_sae, "unit_decoder": unit_rows(params.W_dec), "decoder_init_norm": 1.0}
+    try:
+        return base.ARCHITECTURES[name](**shared | fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def unit_rows(W_dec: Any) -> bool:
+    """Returns whether all decoder rows have norm 1."""
+    return bool(np.all(np.abs(np.linalg.norm(np.asarray(W_dec, np.float64), axis=1) - 1) < 1e-5))
+
+
+def own_k(sparsifier: base.Sparsifier) -> int:
+    """Returns `k` of an architecture that has one."""
+    return int(getattr(sparsifier, "k"))  # noqa: B009
+
+
+def check_linear(sparsifier: base.Sparsifier, format: str, known: Iterable[str]) -> None:
+    """Refuses to export what a format has no architecture or no encoder for."""
+    if sparsifier.name not in known:
+        raise UserError(f"sae.type={sparsifier.name}: the {format} format takes {', '.join(known)}")
+    if sparsifier.encoder not in (EncoderKind.linear, EncoderKind.tied):
+        raise UserError(f"sae.encoder={sparsifier.encoder.name}: the {format} format takes linear and tied")
+
+
+def with_thresholds(sparsifier: base.Sparsifier, params: base.SAEParams) -> base.SAEParams:
+    """Returns parameters with one threshold for each latent, of an architecture with one threshold for all."""
+    threshold = np.asarray(params.extra["threshold"])
+    if threshold.ndim == 0 and not threshold > 0:
+        raise UserError(f"sae.type={sparsifier.name}: has no threshold yet; it needs at least one training step")
+    full = jnp.asarray(np.broadcast_to(np.maximum(threshold, 0), (sparsifier.d_sae,)), jnp.float32)
+    return dataclasses.replace(params, extra=params.extra | {"threshold": full})
+
+
+def params(W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any, **extra: Any) -> base.SAEParams:
+    """Returns float32 parameters of JAX from arrays of numpy."""
+    W_enc, b_enc, W_dec, b_dec = (jnp.asarray(a, jnp.float32) for a in (W_enc, b_enc, W_dec, b_dec))
+    of_architecture = {name: jnp.asarray(array, jnp.float32) for name, array in extra.items()}
+    return base.SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, extra=of_architecture)
+
+
+def shifted(params: base.SAEParams, sign: float) -> base.SAEParams:
+    """Moves b_dec on the input into b_enc: (x - b_dec) W + b = x W + (b - b_dec W) for -1, and back for +1."""
+    shift = jnp.matmul(params.b_dec, params.W_enc, precision="highest")
+    return dataclasses.replace(params, b_enc=params.b_enc + sign * shift)
+
+
+def _bad(array: np.ndarray) -> str:
+    return f"{int(np.isnan(array).sum())} NaN and {int(np.isinf(array).sum())} infinite values"

@@ -1,0 +1,215 @@
+"""Reads the tensors of a PyTorch `.pt` or `.pth` file without PyTorch and without running anything in it; writes one.
+
+Such a file is a zip archive: a pickle that describes containers and tensors, and one raw file per storage. A
+pickle may name any function to be called while it is read; here it may name those of ALLOWED, which build ordered
+dictionaries and tensors, and nothing else. The legacy format (a bare pickle, before PyTorch 1.6) and tar archives
+are refused.
+
+Sources:
+  PyTorch 2.13, `torch/serialization.py` (archive layout) and `torch/_utils.py` (`_rebuild_tensor_v2`).
+"""
+
+import collections
+import math
+import os
+import pathlib
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from saejax.errors import UserError
+
+STORAGES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+"""Element type of every storage class that is understood."""
+
+_DAMAGE = (
+    zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+    OverflowError, MemoryError, NotImplementedError, RuntimeError,
+)  # fmt: skip
+"""What reading a broken or hostile archive may raise."""
+
+ALLOWED = (
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    *(f"torch.{name}" for name in STORAGES),
+)
+"""Everything that the pickle in a file may name."""
+
+
+def read(path: str | os.PathLike) -> Any:
+    """Returns what was saved, with tensors as numpy arrays (bfloat16 through ml_dtypes).
+
+    Args:
+      path: A file as written by `torch.save`.
+
+    Raises:
+      UserError: the file is missing, damaged, in the legacy format, or names anything but ALLOWED.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path}: no zip archive, so not a file of torch.save since PyTorch 1.6; older ones are pickles that may "
+            "run code: load it where you trust it and save it again with torch.save or safetensors"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Unpickler(path, archive).load()
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {_one_line(error)})") from None
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Returns a file that holds a flat dictionary of tensors, and nothing else, by name.
+
+    Raises:
+      UserError: as `read`, or the file holds something else; the key is named.
+    """
+    found = read(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a dictionary of tensors, got {type(found).__name__}")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, np.ndarray):
+            raise UserError(f"{path}: {_one_line(key)} must be a tensor, got {type(value).__name__}")
+    return dict(found)
+
+
+def write_state_dict(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a dictionary of tensors as `torch.save` does, for `torch.load(path, weights_only=True)`.
+
+    Args:
+      path: File.
+      tensors: Arrays of the types in STORAGES, by name.
+    """
+    storage_of = {dtype: name for name, dtype in STORAGES.items()}
+    items = []
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for number, (name, array) in enumerate(tensors.items()):
+            array = np.asarray(array, order="C")
+            strides = [stride // array.itemsize for stride in array.strides]
+            kind = _text("storage") + _global("torch", storage_of[array.dtype])
+            reference = b"(" + kind + _text(str(number)) + _text("cpu") + _integer(array.size) + b"tQ"
+            shape = b"(" + b"".join(map(_integer, array.shape)) + b"t(" + b"".join(map(_integer, strides)) + b"t"
+            hooks = _global("collections", "OrderedDict") + b")R"
+            call = _global("torch._utils", "_rebuild_tensor_v2") + b"(" + reference + _integer(0) + shape
+            items.append(_text(name) + call + b"\x89" + hooks + b"tR")
+            archive.writestr(f"archive/data/{number}", array.tobytes())
+        archive.writestr("archive/data.pkl", b"\x80\x02}(" + b"".join(items) + b"u.")
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+
+
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def _integer(value: int) -> bytes:
+    if value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+class _Storage(NamedTuple):
+    """The raw elements behind one or more tensors."""
+
+    elements: np.ndarray
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads `data.pkl` of one archive; every name it meets goes through `find_class`."""
+
+    def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
+        self._path, self._archive = path, archive
+        pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        if len(pickles) != 1:
+            raise UserError(f"{path}: must hold one data.pkl, as torch.save writes it, found {len(pickles)}")
+        self._root = pickles[0].split("/")[0]
+        order = f"{self._root}/byteorder"
+        if order in archive.namelist() and self._bytes(order) != b"little":
+            raise UserError(f"{path}: byte order must be little")
+        self._storages: dict[str, _Storage] = {}
+        super().__init__(archive.open(pickles[0]))
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns what stands for an allowed name; refuses all others."""
+        qualified = f"{module}.{name}"
+        if qualified not in ALLOWED:
+            raise UserError(
+                f"{self._path}: the file wants to call {qualified}; only tensors in dictionaries are read, "
+                "never code. Save the state_dict alone, or use safetensors"
+            )
+        if name in STORAGES:
+            return STORAGES[name]
+        return {
+            "OrderedDict": collections.OrderedDict,
+            "Size": tuple,
+            "_rebuild_tensor_v2": _tensor,
+            "_rebuild_parameter": _parameter,
+        }[name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Returns the storage that a tensor refers to."""
+        kind, dtype, key, _, n_elements = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
+            raise ValueError(f"a reference of kind {kind!r}")
+        if key not in self._storages:
+            raw = self._bytes(f"{self._root}/data/{key}")
+            if len(raw) != n_elements * dtype.itemsize:
+                raise ValueError(f"storage {key} has {len(raw)} bytes, not {n_elements} x {dtype.itemsize}")
+            self._storages[key] = _Storage(np.frombuffer(raw, dtype))
+        storage = self._storages[key]
+        if storage.elements.dtype != dtype:
+            raise ValueError(f"storage {key} has two types")
+        return storage
+
+    def _bytes(self, name: str) -> bytes:
+        info = self._archive.getinfo(name)
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} is compressed; torch.save stores")
+        return self._archive.read(info)
+
+
+def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
+    """What `torch._utils._rebuild_tensor_v2` does, within the storage's bounds, copied out of it."""
+    elements = storage.elements
+    plain = all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
+    n_elements = math.prod(size) if plain else -1
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=False)) if n_elements else offset - 1
+    if not 0 <= n_elements <= elements.size or last >= elements.size:
+        raise ValueError(f"a tensor of shape {size}, stride {stride} lies outside its {elements.size} elements")
+    strides = [s * elements.itemsize for s in stride]
+    return np.lib.stride_tricks.as_strided(elements[offset:], size, strides).copy()
+
+
+def _parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
+    return tensor
+
+
+def _one_line(found: object) -> str:
+    return str(found).replace("\n", " ")[:200]

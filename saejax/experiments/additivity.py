@@ -138,7 +138,7 @@ class DigitPairs(Experiment):
 
     name: ClassVar[str] = "additivity/digits"
     summary: ClassVar[str] = "f(A) + f(B) = f(A and B)? trained and untrained networks beside affine controls"
-    cpu_seconds: ClassVar[tuple[int, int]] = (40, 20)
+    cpu_seconds: ClassVar[tuple[int, int]] = (60, 30)
 
     n_pairs: int = 1_000
     """Held-out pairs to measure on."""
@@ -248,5 +248,6 @@ def _figure(values: dict[str, dict[str, dict[str, float]]]) -> Figure:
         [values[layer]["R2"]["mean"] for layer in values],
         spread=[values[layer]["R2"]["sd"] for layer in values],
     )
+    right.set_ylim(-0.5, 1.15)
     figures.finish(right, x="layer (bars: standard deviation over networks)", y="additivity R2")
     return figure

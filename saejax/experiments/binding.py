@@ -148,5 +148,6 @@ def _figure(values: dict[str, dict[str, float]]) -> Figure:
     }
     rows = [[values[code][key] for code in values] for key in series.values()]
     figures.bars(ax, list(values), rows, series=list(series))
+    ax.set_ylim(0, 2)  # room for the legend
     figures.finish(ax, x="code", y="distance between scenes / length (rms)", legend=True)
     return figure

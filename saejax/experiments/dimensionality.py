@@ -180,6 +180,7 @@ def _figure(values: dict[str, dict[str, Any]]) -> Figure:
     series = [f"{name}: K = {v['K']:.1f}, N = {v['N']}, M = {v['M']}" for name, v in values.items()]
     figures.bars(ax, names, [[v["margins"][key] for key in DECODERS] for v in values.values()], series=series)
     ax.set_yscale("log")
-    figures.reference(ax, 1.0, "below: too few for this decoder, if N > M")
-    figures.finish(ax, x="decoder", y="dimensions / dimensions asked for", legend=True)
+    ax.set_ylim(0.03, 60)  # room for the legend
+    figures.reference(ax, 1.0, "1")
+    figures.finish(ax, x="decoder", y="dimensions / dimensions asked for\n(below 1: too few, where N > M)", legend=True)
     return figure

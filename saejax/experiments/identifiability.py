@@ -225,8 +225,10 @@ def _figure(arms: dict[str, dict[str, float]]) -> Figure:
     series = {"trained": "r2", "from the input": "r2_input", "untrained": "r2_untrained"}
     figures.bars(left, names, [[arms[a][key] for a in names] for key in series.values()], series=list(series))
     left.tick_params(axis="x", labelrotation=30)
+    left.set_ylim(0, 1.4)  # room for the legend
     figures.finish(left, x="arm", y="R2 of a linear probe for the latents", legend=True)
     for i, name in enumerate(names):
         figures.line(right, [arms[name]["ce_gap"]], [arms[name]["r2"]], i, name)
+    right.set_ylim(0, 1.4)
     figures.finish(right, x="cross-entropy above the Bayes limit [nat]", y="R2 of the latents", legend=True)
     return figure

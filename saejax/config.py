@@ -23,11 +23,25 @@ from omegaconf.errors import OmegaConfBaseException
 from saejax import checkpoint, sharding, tracking
 from saejax.activations import arrays, buffer, normalize, source, store_source, synthetic, text
 from saejax.errors import UserError
-from saejax.sae import base, l1, topk
+from saejax.sae import (
+    abs_topk,
+    base,
+    batch_topk,
+    gated,
+    jumprelu,
+    l1,
+    matching_pursuit,
+    matryoshka,
+    p_anneal,
+    topk,
+)
 from saejax.training import optim, settings
 
 # Importing a file enters its classes into their registry.
-_MEMBERS = (arrays, store_source, synthetic, l1, topk)
+_MEMBERS = (
+    *(arrays, store_source, synthetic),
+    *(abs_topk, batch_topk, gated, jumprelu, l1, matching_pursuit, matryoshka, p_anneal, topk),
+)
 
 # Groups of which a config picks one member; each registry fills itself where its members are defined.
 GROUPS: dict[str, dict[str, type]] = {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}
@@ -110,7 +124,7 @@ def _thaw(node: Any) -> None:
     # OmegaConf marks the nodes of frozen dataclasses read-only, and then refuses YAML values and overrides. It does so
     # again when it fills a group from its declared base class, which is therefore forgotten here.
     OmegaConf.set_readonly(node, None)
-    for key in node:
+    for key in node if OmegaConf.is_dict(node) else ():
         child = node._get_node(key)
         if key in GROUPS:
             child._set_flag("readonly", None)
@@ -249,7 +263,7 @@ def to_plain(value: Any) -> Any:
     """A config as nested dicts of scalars, `type` naming the class where a group has several."""
     if isinstance(value, enum.Enum):
         return value.name
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return [to_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -268,7 +282,18 @@ def check_resumable(before: Config, now: Config) -> None:
     Raises:
       UserError: a key that fixes shapes, data or draws was changed.
     """
-    fixed = {"sae.type", "sae.d_in", "sae.d_sae", "train.batch", "train.n_lanes", "buffer.rows", "seed"}
+    fixed = {
+        "sae.type",
+        "sae.d_in",
+        "sae.d_sae",
+        "sae.encoder",
+        "sae.encoder_hidden",
+        "sae.selection",
+        "train.batch",
+        "train.n_lanes",
+        "buffer.rows",
+        "seed",
+    }
     old, new = _flat(to_plain(before)), _flat(to_plain(now))
     for key in sorted(old.keys() | new.keys()):
         bound = key in fixed or key.startswith(("source.", "normalize.")) and key != "source.path"

@@ -29,6 +29,9 @@ SPECS: dict[str, P] = {
     "b_enc": P(LATENT),
     "W_dec": P(LATENT, None),
     "b_dec": P(),
+    "threshold": P(LATENT),  # a threshold shared by all latents is a scalar, and replicated
+    "r_mag": P(LATENT),
+    "b_mag": P(LATENT),
     "tokens_since_fired": P(LATENT),
     "rows": P(DATA),
 }

@@ -109,3 +109,17 @@ def _backward_of(saved, cotangent):
 
 
 with_gradient_of.defvjp(_forward_of, _backward_of)
+
+
+def entries(a: Float[Array, "b n"], indices: Int[Array, "b k"]) -> Float[Array, "b k"]:
+    """Returns the entries of each row at its indices, without a gradient; every shard looks up its own columns."""
+    cut = partition.of(*a.shape)
+
+    def shard(a, indices):
+        local = indices - cut.first_latent(a.shape[1])
+        own = (local >= 0) & (local < a.shape[1])
+        found = jnp.take_along_axis(a, jnp.where(own, local, 0), axis=1)
+        return cut.sum_latents(jnp.where(own, found, 0))
+
+    rows = P(cut.rows, None)
+    return cut.run(shard, (P(cut.rows, cut.latents), rows), rows)(jax.lax.stop_gradient(a), indices)

@@ -3,7 +3,9 @@ r"""TopK: the k largest latents of a row reconstruct it; AuxK revives the dead.
 .. math:: z = \mathrm{ReLU}(\mathrm{TopK}((x - b_{dec}) W_{enc} + b_{enc})), \quad
     \hat x = z W_{dec} + b_{dec}
 
-One dense product forward; everything else touches active latents only (`kernels`).
+One dense product forward; everything else touches active latents only (`kernels`). Multi-TopK adds the squared error
+with 4 k latents, times `multi_topk_alpha`: codes then stay useful at other k. k may fall or rise linearly at the
+start of training.
 
 Sources:
   Gao et al., Scaling and evaluating sparse autoencoders, 2024 (arXiv:2406.04093).
@@ -13,9 +15,9 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from saejax.kernels import top_k
-from saejax.sae import base
+from saejax.sae import base, selection
 
 
 @base.register
@@ -28,28 +30,76 @@ class TopK(base.Sparsifier):
       Traceback (most recent call last):
       ...
       saejax.errors.UserError: sae.k must be in [1, d_sae=64], got 999
+      >>> config = TopK(d_in=16, d_sae=64, k=4, k_start=24, k_anneal_steps=10)
+      >>> [int(config.k_at(jnp.asarray(step))) for step in (0, 5, 10, 99)]
+      [24, 14, 4, 4]
     """
 
     name: ClassVar[str] = "topk"
 
     k: int = 32
     """Latents kept per row, in [1, d_sae]; a row with fewer positive ones uses fewer."""
+    multi_topk_alpha: float = 0.0
+    """Weight of the squared error with 4 k latents, at least 0; 0 turns it off, Gao et al. use 1/8."""
+    k_start: int | None = None
+    """Latents kept at the first step, in [1, d_sae]; null keeps k throughout."""
+    k_anneal_steps: int = 0
+    """Optimiser steps over which k_start becomes k, at least 0."""
 
     def __post_init__(self):
         super().__post_init__()
-        base.check(1 <= self.k <= self.d_sae, "k", f"must be in [1, d_sae={self.d_sae}]", self.k)
+        in_range = f"in [1, d_sae={self.d_sae}]"
+        base.check(1 <= self.k <= self.d_sae, "k", f"must be {in_range}", self.k)
+        base.check(self.multi_topk_alpha >= 0, "multi_topk_alpha", "must be at least 0", self.multi_topk_alpha)
+        allowed = self.k_start is None or 1 <= self.k_start <= self.d_sae
+        base.check(allowed, "k_start", f"must be null or {in_range}", self.k_start)
+        base.check(self.k_anneal_steps >= 0, "k_anneal_steps", "must be at least 0", self.k_anneal_steps)
 
     @property
     def k_sparse(self):
         """Always."""
         return True
 
+    @property
+    def anneals(self) -> bool:
+        """Whether k moves in training."""
+        return self.k_start is not None and self.k_start != self.k and self.k_anneal_steps > 0
+
+    def k_at(self, step: Array) -> Int[Array, ""]:
+        """Returns k after `step` optimiser steps."""
+        start = self.k if self.k_start is None else self.k_start
+        share = jnp.clip(step / max(self.k_anneal_steps, 1), 0.0, 1.0)
+        return jnp.round(start + (self.k - start) * share).astype(jnp.int32)
+
     def activate(self, params, pre_acts, step=None):
         """Returns the k largest latents of each row; those below zero become 0."""
-        values, indices = top_k.top_k(pre_acts, self.k)
-        return base.Encoding(values=jnp.maximum(values, 0), indices=indices, d_sae=self.d_sae)
+        if step is None or not self.anneals:
+            return selection.of_rows(pre_acts, self.k)
+        # The largest k of the schedule fixes the shape; slots beyond the present k are unused.
+        return self._best(selection.of_rows(pre_acts, max(self.k, self.k_start or 1)), step)
 
     def objective(self, params, x, step):
-        """Returns the squared error."""
-        aux = self.reconstruct(params, x, step)
-        return aux.terms["mse"], aux
+        """Returns the squared error, plus "multi_mse" times its weight."""
+        if self.multi_topk_alpha == 0:
+            aux = self.reconstruct(params, x, step)
+            return aux.terms["mse"], aux
+        wide = dataclasses.replace(
+            self,
+            k=min(4 * self.k, self.d_sae),
+            k_start=None if self.k_start is None else min(4 * self.k_start, self.d_sae),
+            multi_topk_alpha=0.0,
+        ).reconstruct(params, x, step)
+        # One selection serves both: the best come first.
+        encoding = self._best(wide.encoding, step)
+        recon = self.decode(params, encoding)
+        mse, multi = jnp.mean(jnp.sum((x - recon) ** 2, axis=1)), wide.terms["mse"]
+        aux = base.Aux(recon=recon, encoding=encoding, terms={"mse": mse, "multi_mse": multi})
+        return mse + self.multi_topk_alpha * multi, aux
+
+    def _best(self, encoding, step):
+        """The first k slots of a longer selection, as many as k is at this step."""
+        most = max(self.k, self.k_start or 1) if self.anneals else self.k
+        values, indices = encoding.values[:, :most], encoding.indices[:, :most]
+        if self.anneals:
+            values = jnp.where(jnp.arange(most)[None, :] < self.k_at(step), values, 0)
+        return dataclasses.replace(encoding, values=values, indices=indices)

@@ -3,8 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from conftest import EXAMPLES
 
 from saejax import sae
+
+
+@pytest.fixture(params=["topk", "l1", "batch_topk"])
+def sparsifier(request):
+    """One k-sparse, one dense and one that depends on its state."""
+    return EXAMPLES[request.param]
 
 
 @pytest.fixture

@@ -15,6 +15,13 @@ FIELDS = ("step", "params", "opt_state", "liveness", "buffer", "normalizer", "ke
 SIZES = {
     "topk": ["sae=topk", "sae.d_sae=128", "sae.k=4"],
     "l1": ["sae=l1", "sae.d_sae=128", "sae.l1_coef=0.5", "sae.l1_warmup_steps=20"],
+    "batch_topk": ["sae=batch_topk", "sae.d_sae=128", "sae.k=4"],
+    "jumprelu": ["sae=jumprelu", "sae.d_sae=128", "sae.bandwidth=0.1", "sae.threshold_init=0.1"],
+    "gated": ["sae=gated", "sae.d_sae=128"],
+    "matryoshka": ["sae=matryoshka", "sae.d_sae=128", "sae.k=4"],
+    "abs_topk": ["sae=abs_topk", "sae.d_sae=128", "sae.k=4"],
+    "p_anneal": ["sae=p_anneal", "sae.d_sae=128", "sae.anneal_steps=40"],
+    "matching_pursuit": ["sae=matching_pursuit", "sae.d_sae=128", "sae.k=4"],
 }
 
 

@@ -1,0 +1,69 @@
+"""Where the gradient of each loss term must and must not flow, for every architecture."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import D_SAE, EXAMPLES, VARIANTS, moved
+
+from saejax import sae
+
+WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+ENCODER = {"W_enc", "b_enc", "b_dec"}  # b_dec: the encoder subtracts it
+HIDDEN = {"W_hidden", "b_hidden"}
+QUADRATIC = sae.JumpReLU(
+    d_in=16, d_sae=64, penalty=sae.SparsityPenalty.quadratic, target_l0=4, bandwidth=0.3, threshold_init=0.3
+)
+# Every leaf that a term moves; all others must stay. AuxK is the same for all.
+TABLE = {
+    "topk": {"mse": WEIGHTS},
+    "topk multi": {"mse": WEIGHTS, "multi_mse": WEIGHTS},
+    "topk lista": {"mse": WEIGHTS},
+    "l1": {"mse": WEIGHTS, "l1": {"W_enc", "b_enc", "W_dec"}},
+    "l1 plain": {"mse": WEIGHTS, "l1": ENCODER},
+    "l1 mlp": {"mse": WEIGHTS | HIDDEN, "l1": {"W_enc", "b_enc", "W_dec"} | HIDDEN},
+    "batch_topk": {"mse": WEIGHTS},
+    "jumprelu": {"mse": WEIGHTS | {"threshold"}, "sparsity": {"threshold"}},
+    "jumprelu tanh": {name: WEIGHTS | {"threshold"} for name in ("mse", "sparsity", "pre_act")}
+    | {"mse": WEIGHTS | {"threshold"}},
+    "jumprelu quadratic": {"mse": WEIGHTS | {"threshold"}, "sparsity": {"threshold"}},
+    "gated": {"mse": {"W_enc", "W_dec", "b_dec", "r_mag", "b_mag"}, "l1": ENCODER, "gate_mse": {"W_enc", "b_enc"}},
+    "matryoshka": {"mse": WEIGHTS, "prefix_mse": WEIGHTS},
+    "abs_topk": {"mse": WEIGHTS},
+    "p_anneal": {"mse": WEIGHTS, "lp": ENCODER},
+    "matching_pursuit": {"mse": WEIGHTS},
+}
+DEAD = np.zeros(D_SAE, bool)
+DEAD[[3, 17, 40, 41, 63]] = True
+
+
+def leaves(params):
+    return {name: getattr(params, name) for name in WEIGHTS} | params.extra
+
+
+def test_every_architecture_is_in_the_table():
+    assert set(sae.ARCHITECTURES) <= set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_flow(name, x):
+    config = (EXAMPLES | VARIANTS | {"jumprelu quadratic": QUADRATIC})[name]
+    params = moved(config.init(jax.random.key(0)))
+    # Dead latents are silent, or AuxK would be one more reason for them to move.
+    params = params.replace(b_enc=params.b_enc.at[DEAD].set(-0.5))
+
+    @jax.jit
+    @jax.jacrev
+    def gradients(params):
+        return config.loss(params, x, dead=jnp.asarray(DEAD), step=jnp.asarray(4))[1].terms
+
+    terms = {term: {n: np.asarray(g) for n, g in leaves(grads).items()} for term, grads in gradients(params).items()}
+    assert terms.keys() == TABLE[name].keys() | {"aux_k"}
+    for term, moves in TABLE[name].items():
+        # Gated subtracts b_enc again, to rounding.
+        found = {leaf for leaf, grad in terms[term].items() if np.abs(grad).max() > 1e-5}
+        assert found == moves, term
+    aux = terms["aux_k"]
+    assert {leaf for leaf, grad in aux.items() if np.any(grad)} == {"W_enc", "b_enc", "W_dec"}
+    for grad in (aux["W_enc"].T, aux["b_enc"][:, None], aux["W_dec"]):
+        np.testing.assert_array_equal(np.any(grad != 0, axis=1), DEAD)

@@ -36,7 +36,7 @@ TARGETS = {
 """Bounds on R2 with n = 5 latents: the first arm meets the theorem's assumptions, each other breaks one.
 
 Over seeds 0-2: true labels .964 to .966, random labels .27, .00, .23, kappa 50 .72, .85, .75. So kappa 50 misses its
-bound with seed 1, where training came nearer to the Bayes limit. Encoder and learning rate were chosen with these bounds
+bound with seed 1, where training came nearer to the Bayes limit. Encoder and learning rate were chosen with the bounds
 in view: a leaky encoder left random labels at .40 to .42, and a learning rate of 0.01 kappa 50 at .91.
 """
 

@@ -22,7 +22,7 @@ _SHARED = {
 }  # fmt: skip
 _NOT_USED = {"device", "dtype", "reshape_activations"}
 _TOPK = {"k", "rescale_acts_by_decoder_norm"}
-_TRAINING_TOPK = {"use_sparse_activations", "aux_loss_coefficient", "rescale_acts_by_decoder_norm", "decoder_init_norm"}
+_TRAINING_TOPK = {"use_sparse_activations", "aux_loss_coefficient", "decoder_init_norm"}
 _MP = {"residual_threshold", "max_iterations", "stop_on_duplicate_support"}
 
 OWN: dict[str, set[str]] = {
@@ -32,10 +32,8 @@ OWN: dict[str, set[str]] = {
     "topk": _TOPK,
     "abstopk": _TOPK,
     "matching_pursuit": _MP,
-    "batchtopk": _TOPK | _TRAINING_TOPK | {"topk_threshold_lr"},
-    "matryoshka_batchtopk": _TOPK
-    | _TRAINING_TOPK
-    | {"topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss"},
+    "batchtopk": _TOPK,
+    "matryoshka_batchtopk": _TOPK | {"matryoshka_widths"},
 }
 """Keys that an architecture adds; the last two exist as training checkpoints only."""
 

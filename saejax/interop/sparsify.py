@@ -21,8 +21,7 @@ name = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 _KEYS = {
-    "activation", "expansion_factor", "normalize_decoder", "num_latents", "k", "multi_topk", "skip_connection",
-    "transcode", "d_in",
+    "activation", "expansion_factor", "normalize_decoder", "num_latents", "multi_topk", "skip_connection", "transcode",
 }  # fmt: skip
 _OLDER = {"signed", "hookpoint", "layer"}
 """Keys of versions before 1.0, ignored by later ones too."""

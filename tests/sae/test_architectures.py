@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EXAMPLES, VARIANTS
+from sae_examples import EXAMPLES, VARIANTS
 
 from saejax import sae
 from saejax.errors import UserError

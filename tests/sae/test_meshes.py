@@ -20,6 +20,17 @@ CONFIGS = {
     "topk wide": sae.TopK(d_in=D_IN, d_sae=D_SAE, k=20, k_aux=12),
     "l1": sae.L1(d_in=D_IN, d_sae=D_SAE, l1_coef=0.3, l1_warmup_steps=10),
 }
+SIZES = {"d_in": D_IN, "d_sae": D_SAE, "k_aux": 3}
+NEWER = {
+    "batch_topk": sae.BatchTopK(**SIZES, k=4),
+    "jumprelu": sae.JumpReLU(**SIZES, l0_coef=0.01, bandwidth=0.2, threshold_init=0.1),
+    "gated lista": sae.Gated(**SIZES, encoder=sae.EncoderKind.lista),
+    "matryoshka topk": sae.Matryoshka(**SIZES, k=4, selection=sae.Selection.topk, encoder=sae.EncoderKind.mlp),
+    "abs_topk": sae.AbsTopK(**SIZES, k=4),
+    "p_anneal": sae.PAnneal(**SIZES, anneal_steps=10),
+    "matching_pursuit": sae.MatchingPursuit(**SIZES, k=4),
+}
+"""On fewer meshes and for fewer steps: what they share with the others is tried above."""
 TX = optax.adam(3e-3)
 
 
@@ -29,12 +40,12 @@ def step(config, params, opt, quiet, x, n):
     grad = jax.value_and_grad(config.loss, has_aux=True)
     (loss, aux), grads = grad(params, x, dead=quiet >= 3, step=n)
     updates, opt = TX.update(config.project(params, grads), opt, params)
-    params = config.constrain(optax.apply_updates(params, updates))
+    params = config.track(config.constrain(optax.apply_updates(params, updates)), aux, n)
     quiet = jnp.where(aux.encoding.fired(), 0, quiet + 1)
     return params, opt, quiet, loss, aux.encoding.indices, jnp.sum(quiet >= 3)
 
 
-def run(config, shape):
+def run(config, shape, n_steps=STEPS, begin_dead=False):
     """Returns the losses, the selections and the numbers of dead latents of all steps."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((40, D_IN)) / np.sqrt(D_IN)
@@ -44,10 +55,10 @@ def run(config, shape):
     losses, chosen, dead = [], [], []
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
-        state = (params, TX.init(params), {"tokens_since_fired": jnp.zeros(D_SAE, jnp.int32)})
+        state = (params, TX.init(params), {"tokens_since_fired": jnp.full(D_SAE, 3 * begin_dead, jnp.int32)})
         params, opt, liveness = jax.device_put(state, sharding.tree_shardings(mesh, state))
         quiet = liveness["tokens_since_fired"]
-        for n, x in enumerate(data):
+        for n, x in enumerate(data[:n_steps]):
             x = jax.device_put(x, jax.sharding.NamedSharding(mesh, P("data")))
             params, opt, quiet, loss, indices, n_dead = step(config, params, opt, quiet, x, n)
             losses.append(float(loss))
@@ -70,6 +81,16 @@ def test_same_losses_and_selections(name, shape):
     assert dead == expected_dead
     for n, (mine, other) in enumerate(zip(chosen, expected_chosen, strict=True)):
         np.testing.assert_array_equal(mine, other, err_msg=f"step {n}")
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_same_losses_of_the_newer(name):
+    expected, expected_chosen, expected_dead = run(NEWER[name], (1, 1), 12, begin_dead=True)
+    for shape in [(4, 2), (1, 8)]:
+        losses, chosen, dead = run(NEWER[name], shape, 12, begin_dead=True)
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(shape))
+        assert dead == expected_dead
+        jax.tree.map(np.testing.assert_array_equal, chosen, expected_chosen)
 
 
 def test_the_run_learns_and_uses_both_forms_of_aux_k():

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import EXAMPLES
+from sae_examples import EXAMPLES
 
 from saejax import sae
 

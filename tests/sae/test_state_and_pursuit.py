@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import EXAMPLES, VARIANTS
+from sae_examples import EXAMPLES, VARIANTS
 
 from saejax import sae
 

@@ -75,13 +75,12 @@ def decoder_norms(params: base.SAEParams, in_units: bool = False) -> base.SAEPar
 
 
 def _scaled(params: base.SAEParams, scale: float, rescaled: bool) -> base.SAEParams:
-    """For x from parameters of scale * x. Latents keep their unit, or carry the data's where norms were folded.
+    """For x from parameters of scale * x. Latents keep their unit, or carry the data's where `rescaled`.
 
-    They also do in matching pursuit: SAELens divides its dictionary by the scale, after which its greedy steps no
-    longer remove what they found; here the dictionary stays.
+    They do where SAELens multiplies by decoder norms, which its fold divides by the scale, and in matching pursuit,
+    whose dictionary stays.
     """
     if rescaled:
-        # SAELens multiplies by decoder norms, and those have just been divided by the scale.
         extra = {name: value / scale for name, value in params.extra.items()}
         return dataclasses.replace(params, b_enc=params.b_enc / scale, b_dec=params.b_dec / scale, extra=extra)
     return dataclasses.replace(

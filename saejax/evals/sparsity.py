@@ -137,13 +137,13 @@ class Firing(metric.Metric):
         place = jnp.cumsum(real, dtype=jnp.int32) - 1
         if encoding.latents is None:
             assert encoding.values is not None and encoding.indices is not None
-            on, slots = (encoding.values > 0) & real[:, None], encoding.indices
+            on, slots = (encoding.values != 0) & real[:, None], encoding.indices
             zeros = jnp.zeros(encoding.d_sae, jnp.int32)
             count = zeros.at[slots].add(on.astype(jnp.int32))
             first = (zeros + rows).at[slots].min(jnp.where(on, place[:, None], rows))
             last = (zeros - 1).at[slots].max(jnp.where(on, place[:, None], -1))
         else:
-            on = (encoding.latents > 0) & real[:, None]
+            on = (encoding.latents != 0) & real[:, None]
             count = jnp.sum(on, axis=0, dtype=jnp.int32)
             first = jnp.min(jnp.where(on, place[:, None], rows), axis=0)
             last = jnp.max(jnp.where(on, place[:, None], -1), axis=0)
@@ -200,7 +200,7 @@ class Activity(metric.Metric):
             active, scaled = encoding.values, encoding.values * length[encoding.indices]
         else:
             active, scaled = encoding.latents, encoding.latents * length[None, :]
-        l0 = jnp.sum(active > 0, axis=-1)
+        l0 = jnp.sum(active != 0, axis=-1)
         counted = jnp.zeros_like(state.histogram).at[l0].add((weight > 0).astype(jnp.int32))
         this = ActivityState(
             histogram=counted,

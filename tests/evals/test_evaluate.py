@@ -69,8 +69,8 @@ def test_mesh_does_not_matter(sae, rows, shape):
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_mesh_does_not_matter_to_real_architectures(rows, name):
     """Their kernels cut the work over the mesh by hand, so they are tried as well, on sharded parameters."""
-    extra = {"k": 4, "k_aux": 8} if name == "topk" else {}
-    sparsifier = architectures.ARCHITECTURES[name](d_in=6, d_sae=16, **extra)
+    cls = architectures.ARCHITECTURES[name]
+    sparsifier = cls(d_in=6, d_sae=16, **({"k": 4} if hasattr(cls, "k") else {}))
     params = sparsifier.init(jax.random.key(0))
     mesh = sharding.make_mesh(4, 2)
     placed = jax.device_put(params, sharding.tree_shardings(mesh, params))

@@ -69,7 +69,7 @@ def export(sae: SAE, path: str | os.PathLike[str], format: str = "saelens") -> A
     Args:
       sae: as from `load`.
       path: directory to write.
-      format: saelens.
+      format: saelens, dictionary_learning or sparsify.
 
     Returns:
       The directory.

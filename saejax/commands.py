@@ -58,13 +58,15 @@ class ExportConfig:
     """Write the SAE of a run in another tool's format; scales are folded in, so it works on plain activations."""
 
     run: str
-    """Run directory."""
+    """Run directory, or an SAE in any format that is read."""
     path: str | None = None
     """Directory to write; null takes export_<format> inside the run directory."""
     format: str = "saelens"
-    """Format: saelens."""
+    """Format: saelens, dictionary_learning, sparsify, or another that `saejax.interop` writes."""
     step: int | None = None
-    """Checkpoint; null takes the newest."""
+    """Checkpoint of a run; null takes the newest."""
+    activations: str | None = None
+    """File of rows [n, d_in] (.npy) that the SAE is for: its L0 and fvu on them are printed; null measures nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,11 +118,24 @@ def export(cfg: ExportConfig) -> str:
       cfg: see `ExportConfig`.
 
     Returns:
-      A line that says where.
+      A line that says where, and one with what was measured.
     """
     path = Path(cfg.path) if cfg.path else Path(cfg.run) / f"export_{cfg.format}"
-    written = interop.export(run.load(cfg.run, cfg.step), path, cfg.format)
-    return f"written: {written}"
+    of_run = (Path(cfg.run) / "config.yaml").is_file() or not Path(cfg.run).exists()
+    sae = run.load(cfg.run, cfg.step) if of_run else interop.load(cfg.run)
+    lines = [f"written: {interop.export(sae, path, cfg.format)}"]
+    if cfg.activations is not None:
+        # What was written is what is measured.
+        found = interop.self_check(interop.load(path, cfg.format), _rows(cfg.activations))
+        lines.append(f"on {cfg.activations}: l0 {found['l0']:.4g}, fvu {found['fvu']:.4g}")
+    return "\n".join(lines)
+
+
+def _rows(path: str) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"activations={path}: must be a .npy file of rows ({error})") from None
 
 
 def report(cfg: ReportConfig) -> str:

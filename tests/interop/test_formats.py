@@ -1,5 +1,6 @@
 """The registry: what is recognised, what is ambiguous, what an import measures."""
 
+import dataclasses
 import logging
 import shutil
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import interop
+from saejax import commands, interop
 from saejax.errors import UserError
 
 
@@ -66,3 +67,18 @@ def test_the_self_check_counts_latents_and_error(trained, rows, caplog):
     assert set(found) == {"l0", "fvu"}
     np.testing.assert_allclose([found["l0"], found["fvu"]], [4.0, error], rtol=1e-5)
     assert "l0 4, fvu" in caplog.text
+
+
+def test_one_format_into_another_from_the_command_line(trained, rows, tmp_path):
+    interop.export(trained("topk"), tmp_path / "a", "sparsify")
+    np.save(tmp_path / "rows.npy", rows)
+    to = commands.ExportConfig(
+        run=str(tmp_path / "a"),
+        path=str(tmp_path / "b"),
+        format="dictionary_learning",
+        activations=str(tmp_path / "rows.npy"),
+    )
+    assert "rows.npy: l0 4, fvu" in commands.export(to)
+    assert interop.recognise(tmp_path / "b") == "dictionary_learning"
+    with pytest.raises(UserError, match="must be a .npy file of rows"):
+        commands.export(dataclasses.replace(to, activations=str(tmp_path / "a" / "cfg.json")))

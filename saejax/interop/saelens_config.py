@@ -64,31 +64,28 @@ _ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """What a checked cfg.json says.
-
-    Attributes:
-      where: The file.
-      architecture: SAELens' name.
-      d_in: Width of the activations.
-      d_sae: Number of latents.
-      k: Latents per row; a float where the architecture counts them on average.
-      subtract: Whether the encoder reads x - b_dec.
-      rescale: Whether decoder norms multiply pre-activations and divide latents in the decoder.
-      normalize: SAELens' name of the normalisation of activations.
-      own: The architecture's other keys.
-      metadata: Where the SAE comes from.
-    """
+    """What a checked cfg.json says."""
 
     where: pathlib.Path
+    """The file."""
     architecture: str
+    """SAELens' name."""
     d_in: int
+    """Width of the activations."""
     d_sae: int
+    """Number of latents."""
     k: float | None
+    """Latents per row; a float where the architecture counts them on average."""
     subtract: bool
+    """Whether the encoder reads x - b_dec."""
     rescale: bool
+    """Whether decoder norms multiply pre-activations and divide latents in the decoder."""
     normalize: str
+    """SAELens' name of the normalisation of activations."""
     own: dict[str, Any]
+    """The architecture's other keys."""
     metadata: dict[str, Any]
+    """Where the SAE comes from."""
 
 
 def read(where: pathlib.Path) -> Parsed:

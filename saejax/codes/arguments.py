@@ -1,5 +1,7 @@
 """Checks of the arguments of this package: one line that names argument, value and what is allowed."""
 
+from typing import Any
+
 from saejax.errors import UserError
 
 
@@ -13,7 +15,7 @@ def check_sizes(**sizes: float) -> None:
       UserError: naming the first bad argument.
     """
     for name, value in sizes.items():
-        if isinstance(value, bool) or int(value) != value or value < 1:
+        if not _number(value) or not 1 <= value < float("inf") or int(value) != value:
             raise UserError(f"{name} = {value}: a whole number of at least 1 is needed")
     if "k" in sizes and "n_atoms" in sizes and sizes["k"] > sizes["n_atoms"]:
         raise UserError(f"k = {sizes['k']}: at most n_atoms = {sizes['n_atoms']} atoms can be active")
@@ -29,7 +31,7 @@ def check_probability(**probabilities: float) -> None:
       UserError: naming the first bad argument.
     """
     for name, value in probabilities.items():
-        if not 0 < value < 1:
+        if not _number(value) or not 0 < value < 1:
             raise UserError(f"{name} = {value}: a probability inside (0, 1) is needed")
 
 
@@ -57,7 +59,7 @@ def check_positive(**values: float) -> None:
       UserError: naming the first bad argument.
     """
     for name, value in values.items():
-        if not 0 < value < float("inf"):
+        if not _number(value) or not 0 < value < float("inf"):
             raise UserError(f"{name} = {value}: a finite number above 0 is needed")
 
 
@@ -75,3 +77,8 @@ def check_choice(name: str, value: str, allowed: object) -> None:
     names = sorted(allowed)  # type: ignore[call-overload]
     if value not in names:
         raise UserError(f"{name} = {value!r}: one of {', '.join(names)} is needed")
+
+
+def _number(value: Any) -> bool:
+    """Whether it is a number, and no truth value; NaN is one, and passes no comparison."""
+    return hasattr(value, "__float__") and not isinstance(value, bool)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from saejax.codes.arguments import check_pairs, check_positive, check_probability, check_sizes
+from saejax.errors import UserError
+from saejax.sparse_coding.infer import check_values
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -26,9 +28,10 @@ def coherence(dictionary: Float[Array, "n_atoms d"], *, block: int = 1024) -> Fl
       float32 scalar, in [0, 1] for unit rows.
 
     Raises:
-      UserError: fewer than 2 rows, or block below 1.
+      UserError: fewer than 2 rows, rows not of norm 1, NaN or infinity, or block below 1.
     """
-    check_pairs(dictionary.shape[0])
+    _check_rows(dictionary)
+    check_values(dictionary, dictionary, name="dictionary")
     check_sizes(block=block)
     return _coherence(dictionary, min(block, dictionary.shape[0]))
 
@@ -51,7 +54,6 @@ def _coherence(dictionary: Float[Array, "n d"], block: int) -> Float[Array, ""]:
     return jax.lax.scan(against, jnp.float32(0), pairs)[0]
 
 
-@jax.jit
 def mean_square_interference(dictionary: Float[Array, "n_atoms d"]) -> Float[Array, ""]:
     """Mean of <f_i, f_j>^2 over pairs i != j (metric M6), from the smaller of the two Gram matrices.
 
@@ -62,12 +64,28 @@ def mean_square_interference(dictionary: Float[Array, "n_atoms d"]) -> Float[Arr
 
     Returns:
       float32 scalar; at least `welch_bound(n_atoms, d)` for unit rows.
+
+    Raises:
+      UserError: fewer than 2 rows, NaN or infinity.
     """
+    _check_rows(dictionary)
+    check_values(dictionary, dictionary, unit=False, name="dictionary")
+    return _mean_square_interference(dictionary)
+
+
+@jax.jit
+def _mean_square_interference(dictionary: Float[Array, "n_atoms d"]) -> Float[Array, ""]:
     n_atoms, d = dictionary.shape
     left = dictionary.T if d < n_atoms else dictionary
     potential = jnp.sum(jnp.matmul(left, left.T, precision=_HIGHEST) ** 2)
     own = jnp.sum(jnp.sum(dictionary**2, axis=1) ** 2)
     return jnp.maximum(potential - own, 0) / (n_atoms * (n_atoms - 1))
+
+
+def _check_rows(dictionary: Float[Array, "n_atoms d"]) -> None:
+    if dictionary.ndim != 2 or dictionary.shape[1] == 0:
+        raise UserError(f"dictionary = {dictionary.shape}: [n_atoms, d] is needed")
+    check_pairs(dictionary.shape[0])
 
 
 def welch_bound(n_atoms: int, d: int) -> float:

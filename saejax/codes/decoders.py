@@ -6,6 +6,7 @@ a rounding rule, by their own names.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from saejax.codes import capacity
 from saejax.codes.arguments import check_choice, check_sizes
 from saejax.errors import UserError
-from saejax.sparse_coding.infer import METHODS, infer
+from saejax.sparse_coding.infer import METHODS, check_values, infer
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -207,6 +208,8 @@ class Decoder:
                 f"threshold = {self.threshold}: a number goes with method = 'threshold', and only with it "
                 f"(method = {self.method!r})"
             )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UserError(f"threshold = {self.threshold}: a finite number is needed")
 
 
 def decode(
@@ -224,15 +227,17 @@ def decode(
       Counts, int32; the signal was decoded if they equal its 0/1 code.
 
     Raises:
-      UserError: shapes that do not fit, k out of range, an unknown decoder.
+      UserError: shapes that do not fit, NaN or infinity, rows not of norm 1, k out of range, an unknown decoder.
 
     Example:
       >>> decode(jnp.eye(3)[:1] + jnp.eye(3)[2:], jnp.eye(3), 2, "top_k").tolist()
       [[1, 0, 1]]
     """
+    x, dictionary = jnp.asarray(x), jnp.asarray(dictionary)
     if x.ndim != 2 or dictionary.ndim != 2 or x.shape[1] != dictionary.shape[1]:
         raise UserError(f"x = {x.shape}, dictionary = {dictionary.shape}: [b, d] and [n_atoms, d] are needed")
     check_sizes(b=x.shape[0], n_atoms=dictionary.shape[0], d=x.shape[1], k=k)
+    check_values(x, dictionary, name="x")
     decoder = Decoder(method=decoder) if isinstance(decoder, str) else decoder
     if decoder.threshold is not None:
         return _threshold(x, dictionary, decoder.threshold)

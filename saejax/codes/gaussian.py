@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from saejax.codes.arguments import check_positive, check_probability, check_sizes
+from saejax.errors import UserError
 
 
 def threshold_success(n_atoms: int, k: int, d: float, threshold: float = 0.5) -> float:
@@ -76,7 +77,7 @@ def dims_for(success: Callable[[float], float], probability: float) -> float:
       d, as a real number; 0 where guessing is enough.
 
     Raises:
-      UserError: probability out of range.
+      UserError: probability out of range, or never reached.
 
     Example:
       >>> round(dims_for(lambda d: top_k_success(2**14, 16, d), 0.9))
@@ -88,4 +89,6 @@ def dims_for(success: Callable[[float], float], probability: float) -> float:
     high = 1.0
     while success(high) < probability:
         high *= 2
+        if high > 1e30:
+            raise UserError(f"probability = {probability}: never reached, success is {success(high):.4g} at d = 1e30")
     return cast(float, brentq(lambda d: success(d) - probability, 1e-9, high, xtol=1e-6))

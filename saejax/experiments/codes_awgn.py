@@ -26,7 +26,7 @@ class AWGNCodebook(Experiment):
     summary: ClassVar[str] = (
         "a random codebook in white noise turns at the Shannon limit; the printed bound is too small"
     )
-    cpu_seconds: ClassVar[tuple[int, int]] = (60, 12)
+    cpu_seconds: ClassVar[tuple[int, int]] = (20, 8)
 
     n_codewords: int = 2**14
     """Codewords (count, >= 2)."""

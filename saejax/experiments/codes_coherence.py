@@ -27,7 +27,7 @@ class Coherence(Experiment):
 
     name: ClassVar[str] = "codes/coherence"
     summary: ClassVar[str] = "Proposition 1: enough dimensions for epsilon-orthogonal atoms with probability 1 - p"
-    cpu_seconds: ClassVar[tuple[int, int]] = (60, 10)
+    cpu_seconds: ClassVar[tuple[int, int]] = (40, 8)
 
     n_atoms: int = 1024
     """Features (count, >= 2)."""

@@ -28,7 +28,7 @@ class OptimiseDictionary(Experiment):
     summary: ClassVar[str] = (
         "interference-minimising dictionaries meet the Welch bound; below d/N = 0.1 they hardly help"
     )
-    cpu_seconds: ClassVar[tuple[int, int]] = (20, 15)
+    cpu_seconds: ClassVar[tuple[int, int]] = (8, 8)
 
     n_atoms: tuple[int, ...] = (64, 256, 512)
     """Features (each >= 2)."""

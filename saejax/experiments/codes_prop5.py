@@ -27,7 +27,7 @@ class Prop5Capacity(Experiment):
 
     name: ClassVar[str] = "codes/prop5_capacity"
     summary: ClassVar[str] = "capacity of one-step decoding: C(epsilon), kappa(epsilon), and d90 of the best threshold"
-    cpu_seconds: ClassVar[tuple[int, int]] = (400, 15)
+    cpu_seconds: ClassVar[tuple[int, int]] = (80, 8)
 
     log2_atoms: tuple[int, ...] = (12, 14, 16)
     """log2 of the number of features (each 2 to 24)."""

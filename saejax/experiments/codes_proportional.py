@@ -29,7 +29,7 @@ class Proportional(Experiment):
     summary: ClassVar[str] = (
         "dense codes (1 to 10 % active): basis pursuit turns at its statistical dimension, top-k fails"
     )
-    cpu_seconds: ClassVar[tuple[int, int]] = (120, 25)
+    cpu_seconds: ClassVar[tuple[int, int]] = (150, 30)
 
     n_atoms: int = 1024
     """Features (count, >= 128)."""

@@ -130,6 +130,9 @@ def test_questions_asked_backwards(rule):
     [
         (lambda: capacity.entropy_bits(4, 5), "k = 5"),
         (lambda: capacity.entropy_bits(4.5, 1), "n_atoms = 4.5"),
+        (lambda: capacity.entropy_bits(math.nan, 1), "n_atoms = nan"),
+        (lambda: capacity.entropy_bits("a", 1), "n_atoms = a"),
+        (lambda: gaussian.dims_for(lambda d: 0.1, 0.9), "probability = 0.9: never reached"),
         (lambda: capacity.capacity(1.0), "epsilon = 1.0"),
         (lambda: capacity.map_threshold(4, 4, 10), "k = 4"),
         (lambda: capacity.statistical_dimension(4, 5), "k = 5"),

@@ -51,6 +51,10 @@ def test_dims_for_coherence_is_enough():
     [
         (lambda: coherence.coherence(jnp.ones((1, 3))), "n_atoms = 1"),
         (lambda: coherence.coherence(jnp.eye(3), block=0), "block = 0"),
+        (lambda: coherence.coherence(jnp.ones(3)), "dictionary = "),
+        (lambda: coherence.coherence(2 * jnp.eye(3)), "rows of norm 1, got a row of norm 2"),
+        (lambda: coherence.mean_square_interference(jnp.full((3, 3), jnp.nan)), "dictionary must be finite"),
+        (lambda: coherence.mean_square_interference(jnp.ones((1, 3))), "n_atoms = 1"),
         (lambda: coherence.welch_bound(4, 0), "d = 0"),
         (lambda: coherence.dims_for_coherence(8, 0.0, 0.1), "epsilon = 0.0"),
         (lambda: coherence.dims_for_coherence(8, 0.1, 1.0), "p = 1.0"),

@@ -1,6 +1,7 @@
 """Decoders: hand cases, the definition of integer pursuit, posteriors by enumeration, and what bounds what."""
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,11 @@ def test_top_k_breaks_ties_by_index():
     [
         (lambda: decode(jnp.ones((1, 3)), jnp.eye(4), 1, "top_k"), "x = "),
         (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), 5, "top_k"), "k = 5"),
+        (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), math.nan, "top_k"), "k = nan"),
+        (lambda: decode(jnp.full((1, 4), jnp.nan), jnp.eye(4), 1, "top_k"), "x must be finite"),
+        (lambda: decode(jnp.ones((1, 4)), 2 * jnp.eye(4), 1, "map"), "dictionary must have rows of norm 1"),
+        (lambda: decode(jnp.ones((1, 4)), jnp.zeros((4, 4)), 1, "map_full"), "dictionary must have no row of zeros"),
+        (lambda: Decoder(method="threshold", threshold=math.nan), "threshold = nan"),
         (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), 1, "magic"), "method = 'magic'"),
         (lambda: Decoder(method="threshold"), "threshold = None"),
         (lambda: Decoder(method="top_k", threshold=0.3), "threshold = 0.3"),

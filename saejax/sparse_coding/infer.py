@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
@@ -88,6 +90,7 @@ def infer(
     if bias is not None:
         bias = jnp.asarray(bias, jnp.float32)
         _demand(bias.shape == y.shape[1:], "bias", f"must have shape {y.shape[1:]}", bias.shape)
+        _demand_finite(bias, "bias")
         y = y - bias[None, :]
     check_values(y, dictionary)
     options = dict(k=k, l1_coef=l1_coef, threshold=threshold, warm_start=warm_start, max_iterations=max_iterations)
@@ -105,7 +108,7 @@ def run_method(
     """Runs a method on arrays that need no check (an atom of zeros is never chosen); checks the options."""
     _demand(method in METHODS, "method", f"must be one of {', '.join(METHODS)}", repr(method))
     chosen = METHODS[method]
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: _whole(value) for name, value in options.items() if value is not None}
     needs = {chosen.needs} if chosen.needs else set()
     for name in sorted(needs - set(given)):
         raise UserError(f"{name} must be given for method {method!r}")
@@ -120,12 +123,14 @@ def run_method(
     return chosen.run(y, dictionary, nonneg=nonneg, **given)
 
 
-def check_values(y: Float[Array, "b d"], dictionary: Float[Array, "n_atoms d"], unit: bool = True) -> None:
+def check_values(
+    y: Float[Array, "b d"], dictionary: Float[Array, "n_atoms d"], unit: bool = True, name: str = "y"
+) -> None:
     """Raises UserError for NaN, infinities, atoms of zeros or (if `unit`) of another norm; nothing while tracing."""
     if isinstance(y, Tracer) or isinstance(dictionary, Tracer):
         return
     finite_y, finite_dictionary, least, most = (float(value) for value in _look(y, dictionary))
-    _demand(finite_y, "y", "must be finite", "NaN or infinity")
+    _demand(finite_y, name, "must be finite", "NaN or infinity")
     _demand(finite_dictionary, "dictionary", "must be finite", "NaN or infinity")
     if unit:
         _demand(least > 0, "dictionary", "must have no row of zeros", "a row of norm 0")
@@ -170,13 +175,28 @@ def _check_options(given: dict[str, Any], method: str, b: int, n: int, d: int) -
     if warm_start is not None:
         shape = (b, warm_start.n_atoms) if isinstance(warm_start, Solution) else jnp.shape(warm_start)
         _demand(shape == (b, n), "warm_start", f"must have shape {(b, n)}", shape)
+        _demand_finite(warm_start.dense() if isinstance(warm_start, Solution) else warm_start, "warm_start")
     if method == "basis_pursuit":
         _demand(n >= d, "dictionary", f"must have at least d={d} atoms for basis_pursuit", n)
 
 
+def _whole(value: Any) -> Any:
+    """A whole number of NumPy as a Python int; everything else as it is."""
+    return operator.index(value) if isinstance(value, np.integer) else value
+
+
 def _above(value: Any, bound: float) -> bool:
     """Whether a number, finite and above the bound; an array under trace is believed."""
-    return isinstance(value, Tracer) or bound < float(value) < math.inf
+    try:
+        return isinstance(value, Tracer) or bound < float(value) < math.inf
+    except (TypeError, ValueError):
+        return False
+
+
+def _demand_finite(array: Any, name: str) -> None:
+    """Raises UserError for NaN and infinities; nothing while tracing."""
+    if not isinstance(array, Tracer):
+        _demand(jnp.all(jnp.isfinite(array)), name, "must be finite", "NaN or infinity")
 
 
 def _demand(ok: Any, name: str, must: str, got: object) -> None:

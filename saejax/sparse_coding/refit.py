@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from saejax.errors import UserError
 from saejax.sparse_coding import products, row_blocks, support
+from saejax.sparse_coding.infer import check_values
 from saejax.sparse_coding.solution import Solution
 
 
@@ -27,6 +28,9 @@ def refit(y: Float[Array, "b d"], dictionary: Float[Array, "n d"], solution: Sol
       A k-sparse solution with the same account of iterations; `converged` is False, and the row as it
       was, where the atoms of a row are linearly dependent.
 
+    Raises:
+      UserError: signals, dictionary and solution do not fit, hold NaN, or a row has more than d atoms.
+
     Source: Gao et al., Scaling and evaluating sparse autoencoders, 2024, section 5.1.
 
     Example:
@@ -37,6 +41,12 @@ def refit(y: Float[Array, "b d"], dictionary: Float[Array, "n d"], solution: Sol
       ([[2.0, 0.0]], [[3.0, 0.0]])
     """
     y, dictionary = jnp.asarray(y, jnp.float32), jnp.asarray(dictionary, jnp.float32)
+    if y.ndim != 2 or dictionary.ndim != 2 or not y.size or y.shape[1] != dictionary.shape[1]:
+        raise UserError(f"y must be [b, d] for a dictionary [n, d], got {y.shape} and {dictionary.shape}")
+    if (len(solution.residual_norm), solution.n_atoms) != (len(y), len(dictionary)):
+        got = f"{len(solution.residual_norm)} rows and {solution.n_atoms} atoms"
+        raise UserError(f"solution must have {len(y)} rows and {len(dictionary)} atoms, got {got}")
+    check_values(y, dictionary, unit=False)
     d = dictionary.shape[1]
     largest = int(jnp.max(solution.l0()))
     if largest > d:

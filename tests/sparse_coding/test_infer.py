@@ -44,9 +44,13 @@ BAD = [
     ("threshold", dict(k=None, threshold=-0.1, method="threshold")),
     ("warm_start", dict(warm_start=Y)),
     ("warm_start", dict(k=None, l1_coef=0.1, warm_start=Y[:, :3], method="fista")),
+    ("warm_start", dict(k=None, l1_coef=0.1, warm_start=Y * np.nan, method="fista")),
+    ("l1_coef", dict(k=None, l1_coef="much", method="fista")),
     ("max_iterations", dict(k=None, l1_coef=0.1, max_iterations=0, method="fista")),
     ("tolerance", dict(tolerance=0.0)),
+    ("tolerance", dict(tolerance=None)),
     ("bias", dict(bias=np.ones(3))),
+    ("bias", dict(bias=np.full(4, np.inf))),
     ("method", dict(method="magic")),
 ]
 
@@ -113,6 +117,16 @@ def test_refit_refuses_more_atoms_than_dimensions(noisy):
     full = infer(noisy.y, noisy.dictionary, method="threshold", threshold=0.0, nonneg=False)
     with pytest.raises(UserError, match="^solution must have at most d=32"):
         refit(noisy.y, noisy.dictionary, full)
+
+
+@pytest.mark.parametrize(
+    ("name", "y", "dictionary"),
+    [("y", Y * np.nan, EYE), ("y", Y[:, :3], EYE), ("solution", Y[:1], EYE), ("solution", Y, EYE[:3])],
+)
+def test_refit_names_what_does_not_fit(name, y, dictionary):
+    solution = infer(Y, EYE, k=np.int64(2))  # whole numbers of NumPy are whole numbers
+    with pytest.raises(UserError, match=rf"^{name} must"):
+        refit(y, dictionary, solution)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from saejax.sae import (
     p_anneal,
     topk,
 )
-from saejax.training import optim, settings
+from saejax.training import optim, settings, start
 
 # Importing a file enters its classes into their registry.
 _MEMBERS = (
@@ -62,7 +62,7 @@ class Config:
     normalize: normalize.NormalizeConfig = dataclasses.field(default_factory=normalize.NormalizeConfig)
     """Centring and scaling of rows, undone when the SAE is loaded."""
     optim: optim.OptimConfig = dataclasses.field(default_factory=optim.OptimConfig)
-    """Adam and its schedule."""
+    """Update rule and schedule."""
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     """Devices along data and latent."""
     train: settings.TrainConfig = dataclasses.field(default_factory=settings.TrainConfig)
@@ -85,6 +85,14 @@ class Config:
             raise UserError(f"mesh.latent must divide sae.d_sae={self.sae.d_sae}, got {self.mesh.latent}")
         if self.sae.d_in != self.source.d_in:
             raise UserError(f"sae.d_in must equal the width of the source, {self.source.d_in}, got {self.sae.d_in}")
+        start.check(self.sae, self.train)
+        if self.optim.averages and self.train.ema_decay is not None:
+            raise UserError("train.ema_decay must be null with optim.name=schedule_free, which averages by itself")
+
+    @property
+    def averaged(self) -> bool:
+        """Whether an average of the parameters is what is evaluated, exported and loaded."""
+        return self.optim.averages or self.train.ema_decay is not None
 
 
 def conf_dir() -> str:
@@ -291,6 +299,8 @@ def check_resumable(before: Config, now: Config) -> None:
         "sae.selection",
         "train.batch",
         "train.n_lanes",
+        "train.ema_decay",
+        "optim.name",
         "buffer.rows",
         "seed",
     }

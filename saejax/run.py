@@ -23,7 +23,7 @@ from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.evals import evaluate
 from saejax.sae import base, model
-from saejax.training import loop, memory, optim, state, step
+from saejax.training import diagnose, loop, memory, optim, state, step
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,14 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     lanes = _own_lanes(lane_sharding, cfg.train.n_lanes)
     rows = cfg.source.open(n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.seed)
     put = functools.partial(_put, lane_sharding, cfg.train.n_lanes)
-    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales())
+    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
     make_step = step.make(
         cfg.sae,
         tx,
         dead_window_tokens=cfg.train.dead_window_tokens,
-        learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps),
+        learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps, cfg.sae.d_sae),
+        ema_decay=cfg.train.ema_decay,
+        resample_every_steps=cfg.train.resample_every_steps,
     )
 
     checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint)
@@ -66,16 +68,17 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
         first = next(rows)
         n_batches = cfg.buffer.n_batches(cfg.train.batch)
         shape = (cfg.train.n_lanes, n_batches, cfg.train.block_rows, cfg.source.d_in)
-        wanted = state.abstract(cfg.sae, tx, jax.ShapeDtypeStruct(shape, first.dtype), mesh=mesh)
+        filling = jax.ShapeDtypeStruct(shape, first.dtype)
+        wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filling, mesh=mesh)
         compiled = memory.compile_step(make_step, wanted, lane_sharding, mesh)
         if resume:
             train_state, position = checkpoints.restore(wanted)
             rows.set_state(position)
         else:
             records = [first, *(next(rows) for _ in range(n_batches - 1))]
-            train_state = state.create(
-                cfg.sae, tx, cfg.train, cfg.normalize, put(np.stack(records, axis=1)), seed=cfg.seed, mesh=mesh
-            )
+            filled = put(np.stack(records, axis=1))
+            diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
+            train_state = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, seed=cfg.seed, mesh=mesh)
         _write_config(cfg, run_dir)
         tracker = tracking.Tracker(
             run_dir,
@@ -120,11 +123,12 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     """
     run_dir = Path(run_dir)
     cfg = config.from_run(run_dir)
-    found_step, arrays = checkpoint.load_arrays(run_dir, ("params", "normalizer"), step)
-    found = arrays["params"]["W_enc"].shape
+    chosen = "average" if cfg.averaged else "params"
+    found_step, arrays = checkpoint.load_arrays(run_dir, (chosen, "normalizer"), step)
+    found = arrays[chosen]["W_enc"].shape
     if found != (cfg.sae.d_in, cfg.sae.d_sae):
         raise UserError(f"{run_dir}: W_enc is {list(found)}, config.yaml says [{cfg.sae.d_in}, {cfg.sae.d_sae}]")
-    params = cfg.sae.fold(base.SAEParams(**arrays["params"]), **arrays["normalizer"])
+    params = cfg.sae.fold(base.SAEParams(**arrays[chosen]), **arrays["normalizer"])
     provenance = {
         "run": str(run_dir),
         "step": found_step,
@@ -170,7 +174,7 @@ def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
 
     def run(train_state: state.TrainState) -> dict[str, float]:
         return evaluator.evaluate(
-            train_state.params,
+            train_state.chosen,
             cfg.source.heldout(cfg.train.batch, cfg.train.eval_rows),
             mean=train_state.normalizer.mean,
             scale=train_state.normalizer.scale,

@@ -110,6 +110,12 @@ def spec_of(path: Sequence[Any]) -> P:
     return P()
 
 
+def latent_axis(path: Sequence[Any], leaf: Any) -> int | None:
+    """The axis of a leaf along which its latents lie, by the same rule; None where it has none."""
+    spec = spec_of(path)
+    return list(spec).index(LATENT) if LATENT in spec and len(spec) <= leaf.ndim else None
+
+
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """A `NamedSharding` for every leaf of a state.
 

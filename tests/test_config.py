@@ -71,7 +71,7 @@ def test_objects_are_the_architectures_themselves():
 MISTAKES = [
     (["sae.kk=3"], "unknown key sae.kk; TopK has d_in, d_sae"),
     (["foo=3"], "unknown key foo; Config has sae, source"),
-    (["optim.lrr=3"], "unknown key optim.lrr; OptimConfig has lr"),
+    (["optim.lrr=3"], "unknown key optim.lrr; OptimConfig has name, lr"),
     (["sae=l1", "sae.k=8"], "unknown key sae.k; L1 has d_in"),
     (["+sae.kk=3"], "unknown key kk"),
     (["++sae.kk=3"], "unknown key kk"),

@@ -17,6 +17,13 @@ class DecoderBias(enum.Enum):
     zero = "zero"
 
 
+class EncoderBias(enum.Enum):
+    """Where the encoder biases start."""
+
+    zero = "zero"
+    firing_rate = "firing_rate"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, batch, data preparation and rhythm of a run. All counts are in rows (one row is one token)."""
@@ -29,8 +36,19 @@ class TrainConfig:
     """Parallel lanes of the data stream. Any mesh.data and number of processes that divide it see the same batches."""
     b_dec_init: DecoderBias = DecoderBias.geometric_median
     """Start of the decoder bias, from the first buffer filling: geometric_median, mean or zero."""
+    b_enc_init: EncoderBias = EncoderBias.zero
+    """Start of the encoder biases: zero, or firing_rate: so that each latent fires on `firing_rate` of the rows."""
+    firing_rate: float | None = None
+    """Share of rows on which a latent fires at the start, in (0, 1), with b_enc_init=firing_rate; null takes
+    10,000 / d_sae, at most 0.5."""
     dead_after_tokens: int | None = None
     """A latent is dead after this many rows without firing. null takes a thirty-second of the run, at most 10M."""
+    resample_every_steps: int | None = None
+    """Steps between two resamplings of dead latents, which then restart from badly reconstructed rows; null never
+    does. New latents need the rest of the run to learn."""
+    ema_decay: float | None = None
+    """Decay of the running average of the parameters, in (0, 1), say 0.999; the average is then what is evaluated,
+    exported and loaded. null keeps none."""
     log_every_steps: int = 50
     """Steps between two lines of metrics.jsonl."""
     eval_every_steps: int | None = 500
@@ -42,8 +60,16 @@ class TrainConfig:
         for name in ("batch", "n_lanes", "log_every_steps", "eval_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
-        if self.eval_every_steps is not None and self.eval_every_steps < 1:
-            raise UserError(f"train.eval_every_steps must be at least 1 or null, got {self.eval_every_steps}")
+        for name in ("eval_every_steps", "resample_every_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} must be at least 1 or null, got {value}")
+        for name in ("firing_rate", "ema_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"train.{name} must be in (0, 1) or null, got {value}")
+        if self.firing_rate is not None and self.b_enc_init is not EncoderBias.firing_rate:
+            raise UserError("train.firing_rate needs train.b_enc_init=firing_rate, got " + self.b_enc_init.name)
         if self.batch % self.n_lanes:
             raise UserError(f"train.batch must be a multiple of train.n_lanes={self.n_lanes}, got {self.batch}")
         if self.n_tokens < self.batch:
@@ -69,3 +95,7 @@ class TrainConfig:
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens
         return max(self.batch, min(self.n_tokens // 32, 10_000_000))
+
+    def rate(self, d_sae: int) -> float:
+        """`firing_rate` with null resolved."""
+        return min(10_000 / d_sae, 0.5) if self.firing_rate is None else self.firing_rate

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 from saejax import sharding
 from saejax.activations import buffer, normalize
 from saejax.sae import base
-from saejax.training import liveness
-from saejax.training.settings import DecoderBias, TrainConfig
+from saejax.training import liveness, optim, start
+from saejax.training.settings import EncoderBias, TrainConfig
 
 
 @struct.dataclass
@@ -32,6 +32,7 @@ class TrainState:
       buffer: rows waiting to be drawn.
       normalizer: mean and scale that rows get before the SAE sees them.
       key: typed key; every step folds its number into it, so it never changes.
+      average: average of the parameters over the steps (`ema`), None where none is kept.
     """
 
     step: jax.Array
@@ -41,6 +42,12 @@ class TrainState:
     buffer: buffer.BufferState
     normalizer: normalize.Normalizer
     key: jax.Array
+    average: base.SAEParams | None = None
+
+    @property
+    def chosen(self) -> base.SAEParams:
+        """The parameters that are evaluated, exported and loaded: the average where there is one."""
+        return self.params if self.average is None else self.average
 
 
 def create(
@@ -58,7 +65,7 @@ def create(
     Args:
       sparsifier: architecture.
       tx: optimiser.
-      config: start of the decoder bias.
+      config: start of the biases, and whether an average is kept.
       normalizing: how rows are centred and scaled.
       first_rows: first filling of the buffer, in the dtype of the source, sharded over `data`.
       seed: fixes parameters and draws.
@@ -67,27 +74,39 @@ def create(
     Returns:
       State at step 0.
     """
-    shapes = abstract(sparsifier, tx, first_rows, mesh=mesh)
+    shapes = abstract(sparsifier, tx, config, normalizing, first_rows, mesh=mesh)
     build = jax.jit(
-        functools.partial(_build, sparsifier, tx), out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        functools.partial(_build, sparsifier, tx, config),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
     )
     with jax.set_mesh(mesh):
-        # Whole batches, not single rows: the lane axis stays evenly sharded.
-        n_batches = -(-normalizing.rows // config.batch)
-        sample = first_rows[:, :n_batches].reshape(-1, first_rows.shape[-1])
-        normalizer = normalize.estimate(sample, normalizing.mode, center=normalizing.center)
-        bias = _decoder_bias(config.b_dec_init, normalize.apply(normalizer, sample))
+        rows = sample(first_rows, normalizing.rows, config.batch)
+        normalizer = normalize.estimate(rows, normalizing.mode, center=normalizing.center)
+        bias = start.decoder_bias(config.b_dec_init, normalize.apply(normalizer, rows))
         return build(first_rows, normalizer, bias, jax.random.key(seed))
 
 
+def sample(first_rows: Float[Array, "lanes batches rows d_in"], n_rows: int, batch: int) -> Float[Array, "n d_in"]:
+    """The first rows of a filling: whole batches, so that the lane axis stays evenly sharded."""
+    return first_rows[:, : -(-n_rows // batch)].reshape(-1, first_rows.shape[-1])
+
+
 def abstract(
-    sparsifier: base.Sparsifier, tx: optax.GradientTransformation, first_rows: Any, *, mesh: Mesh
+    sparsifier: base.Sparsifier,
+    tx: optax.GradientTransformation,
+    config: TrainConfig,
+    normalizing: normalize.NormalizeConfig,
+    first_rows: Any,
+    *,
+    mesh: Mesh,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings without its values: what a checkpoint is restored into.
 
     Args:
       sparsifier: architecture.
       tx: optimiser.
+      config: whether an average is kept.
+      normalizing: how rows are centred and scaled.
       first_rows: anything with the shape [n_lanes, n_batches, block_rows, d_in] and dtype of the buffer.
       mesh: where the state shall live.
 
@@ -99,7 +118,7 @@ def abstract(
     normalizer = normalize.Normalizer(mean=vector, scale=scalar)
     rows = jax.ShapeDtypeStruct(first_rows.shape, first_rows.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx), rows, normalizer, vector, key)
+    shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx, config), rows, normalizer, vector, key)
     shardings = sharding.tree_shardings(mesh, shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
@@ -107,6 +126,7 @@ def abstract(
 def _build(
     sparsifier: base.Sparsifier,
     tx: optax.GradientTransformation,
+    config: TrainConfig,
     rows: Float[Array, "lanes batches rows d_in"],
     normalizer: normalize.Normalizer,
     bias: Float[Array, " d_in"],
@@ -114,21 +134,18 @@ def _build(
 ) -> TrainState:
     key_params, key_draws = jax.random.split(key)
     params: Any = dataclasses.replace(sparsifier.init(key_params), b_dec=bias)
+    if config.b_enc_init is EncoderBias.firing_rate:
+        calibrating = normalize.apply(normalizer, sample(rows, start.ROWS, config.batch))
+        b_enc = start.encoder_bias(sparsifier, params, calibrating, config.rate(sparsifier.d_sae))
+        params = dataclasses.replace(params, b_enc=b_enc)
+    opt_state = tx.init(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=opt_state,
         liveness=liveness.init(sparsifier.d_sae),
         buffer=buffer.create(rows),
         normalizer=normalizer,
         key=key_draws,
+        average=params if config.ema_decay is not None or optim.brings_average(opt_state) else None,
     )
-
-
-def _decoder_bias(start: DecoderBias, rows: Float[Array, "n d_in"]) -> Float[Array, " d_in"]:
-    """b_dec at step 0, from normalised rows."""
-    if start is DecoderBias.zero:
-        return jnp.zeros(rows.shape[-1], jnp.float32)
-    if start is DecoderBias.mean:
-        return jnp.mean(rows, axis=0)
-    return normalize.geometric_median(rows)

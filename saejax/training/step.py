@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from saejax.activations import buffer, normalize
 from saejax.sae import base
-from saejax.training import liveness
+from saejax.training import ema, liveness, optim, resample
 from saejax.training.state import TrainState
 
 Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
@@ -25,6 +25,8 @@ def make(
     *,
     dead_window_tokens: int,
     learning_rate: optax.Schedule,
+    ema_decay: float | None = None,
+    resample_every_steps: int | None = None,
 ) -> Step:
     """Build the training step of one architecture.
 
@@ -33,11 +35,13 @@ def make(
       tx: optimiser.
       dead_window_tokens: tokens without firing after which a latent is dead.
       learning_rate: the schedule inside `tx`, for the log.
+      ema_decay: of the average of the parameters, where the state keeps one; None takes that of the optimiser.
+      resample_every_steps: steps between two resamplings of dead latents; None never does.
 
     Returns:
       step(state, fresh) -> (state, metrics), pure and not yet jitted; fresh is [n_lanes, block_rows, d_in] in the
       dtype of the source. Metrics are float32 scalars: loss, each loss term, fvu, l0, dead_share, grad_norm (after
-      projection, before clipping), param_norm (after the step) and lr.
+      projection, before clipping), param_norm (after the step), lr and, where latents are resampled, their number.
     """
 
     def step(state: TrainState, fresh: Float[Array, "lanes rows d_in"]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -53,6 +57,10 @@ def make(
         grads = sparsifier.project(state.params, grads)
         new_params, opt_state = _apply(tx, grads, state)
         params = sparsifier.track(sparsifier.constrain(new_params), aux, state.step)
+        opt_state = optim.map_iterates(opt_state, sparsifier.constrain)
+        average = state.average
+        if average is not None:
+            average = ema.update(sparsifier, average, params, opt_state, decay=ema_decay, step=state.step)
         metrics = {
             "loss": loss,
             **aux.terms,
@@ -70,8 +78,20 @@ def make(
             opt_state=opt_state,
             liveness=liveness.update(state.liveness, aux.encoding.fired(), x.shape[0]),
             buffer=new_buffer,
+            average=average,
         )
+        if resample_every_steps is not None:
+            new_state, metrics["resampled"] = _resampled(new_state, x, aux.recon, key)
         return new_state, metrics
+
+    def _resampled(state: TrainState, x: jax.Array, recon: jax.Array, key: jax.Array) -> tuple[TrainState, jax.Array]:
+        dead = liveness.dead(state.liveness, dead_window_tokens)
+        due = (state.step % (resample_every_steps or 1) == 0) & jnp.any(dead)
+        return jax.lax.cond(
+            due,
+            lambda: resample.apply(sparsifier, state, x, recon, dead, jax.random.fold_in(key, 1)),
+            lambda: (state, jnp.zeros(())),
+        )
 
     return step
 

@@ -64,6 +64,7 @@ class ParentAbsorption(metric.Metric):
     batch_type: ClassVar[type] = FamilyBatch
 
     def init(self, batch: FamilyBatch) -> FamilyState:
+        metric.same_width(parent=batch.parent, child=batch.child, latent=batch.latent)
         return FamilyState(*(jnp.zeros(batch.parent.shape[-1]) for _ in range(4)))
 
     def update(self, state: FamilyState, batch: Any) -> FamilyState:

@@ -85,6 +85,7 @@ class Additivity(metric.Metric):
     batch_type: ClassVar[type] = PairBatch
 
     def init(self, batch: PairBatch) -> CosineState:
+        metric.same_width(f_a=batch.f_a, f_b=batch.f_b, f_ab=batch.f_ab, f_blank=batch.f_blank[None])
         m = batch.f_a.shape[-1]
         two, wide, one = jnp.zeros(2), jnp.zeros((2, m)), jnp.zeros(())
         return CosineState(

@@ -69,6 +69,7 @@ class Binding(metric.Metric):
     batch_type: ClassVar[type] = SwapBatch
 
     def init(self, batch: SwapBatch) -> SwapState:
+        metric.same_width(f_bound=batch.f_bound, f_swapped=batch.f_swapped)
         one = jnp.zeros(())
         vector = jnp.zeros((2, batch.f_bound.shape[-1]))
         return SwapState(ratio=one, nonzero=one, apart=one, square=jnp.zeros(2), vector=vector, own=one, rows=one)

@@ -180,6 +180,7 @@ class CrossEntropyGap(metric.Metric):
     batch_type: ClassVar[type] = ClassBatch
 
     def init(self, batch: ClassBatch) -> ClassState:
+        metric.same_width(logits=batch.logits, bayes_logits=batch.bayes_logits)
         return ClassState(nats=jnp.zeros(2), hits=jnp.zeros(2), labels=jnp.zeros(batch.logits.shape[-1]))
 
     def update(self, state: ClassState, batch: ClassBatch) -> ClassState:

@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from saejax.errors import UserError
 from saejax.sae import base
 
 METRICS: dict[str, type["Metric"]] = {}
@@ -127,6 +128,13 @@ def share_of_second(a_rows: Any, b_rows: Any) -> Any:
     """
     rows = a_rows + b_rows
     return b_rows / (rows + (rows == 0))
+
+
+def same_width(**arrays: Any) -> None:
+    """Refuses arrays of different widths, which would broadcast, by their names."""
+    widths = {name: list(array.shape[1:]) for name, array in arrays.items()}
+    if any(width != next(iter(widths.values())) for width in widths.values()):
+        raise UserError(f"{' and '.join(widths)} must have the same width, got {list(widths.values())}")
 
 
 def ratio(numerator: Any, denominator: Any) -> float:

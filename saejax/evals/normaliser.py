@@ -39,6 +39,7 @@ class RoundTrip(metric.Metric):
     batch_type: ClassVar[type] = RoundTripBatch
 
     def init(self, batch: RoundTripBatch) -> RoundTripState:
+        metric.same_width(x=batch.x, returned=batch.returned)
         return RoundTripState(error=jnp.zeros(()), size=jnp.zeros(()))
 
     def update(self, state: RoundTripState, batch: Any) -> RoundTripState:

@@ -32,11 +32,14 @@ def over(m: metric.Metric, batch: Any, *, rows: int | None = None, mesh: Mesh | 
       The numbers of `m.compute`, with their definitions.
 
     Raises:
-      UserError: no rows, fields of different lengths, or values that are not finite.
+      UserError: no rows, `rows` below 1, fields of different lengths or widths, or values that are not finite.
     """
+    if rows is not None and rows < 1:
+        raise UserError(f"rows must be at least 1, got {rows}")
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     shared = {name: fields.pop(name) for name in getattr(batch, "shared", ())}
     n = _n_rows(fields)
+    _check_finite(shared)
     if fields["weight"] is None:
         fields["weight"] = np.ones(n, np.float32)
     n_data = 1 if mesh is None or m.on_host else mesh.shape[sharding.DATA]
@@ -45,7 +48,15 @@ def over(m: metric.Metric, batch: Any, *, rows: int | None = None, mesh: Mesh | 
     for start in range(0, n, size):
         block = jax.tree.map(lambda a, at=start: np.asarray(a[at : at + size]), fields)
         piece = type(batch)(**(_real(block) if m.on_host else _padded(block, size)), **shared)
-        state = _wide(m.update(m.init(piece), piece) if m.on_host else _summed(m, mesh)(piece))
+        try:
+            state = _wide(m.update(m.init(piece), piece) if m.on_host else _summed(m, mesh)(piece))
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:  # what JAX and NumPy say of shapes names no argument
+            shapes = {
+                name: [list(np.shape(leaf)) for leaf in jax.tree.leaves(a)] for name, a in (fields | shared).items()
+            }
+            raise UserError(f"the arrays of {m.name} must fit each other, got {shapes}") from error
         merged = state if merged is None else m.merge(merged, state)
     return EvalResult.of(m.compute(merged), m.definitions(), {"rows": n})
 
@@ -81,11 +92,16 @@ def _n_rows(fields: dict[str, Any]) -> int:
         raise UserError("there are no rows to measure: the arrays are empty")
     if len(set(lengths.values())) > 1:
         raise UserError(f"all arrays must have the same number of rows, got {lengths}")
+    _check_finite(fields)
+    return next(iter(lengths.values()))
+
+
+def _check_finite(fields: dict[str, Any]) -> None:
+    """Refuses NaN and infinities, by the name of the field."""
     for name, value in fields.items():
         for leaf in jax.tree.leaves(value):
             if np.asarray(leaf).dtype.kind == "f" and not np.isfinite(np.asarray(leaf)).all():
                 raise UserError(f"{name} must be finite, got NaN or infinity")
-    return next(iter(lengths.values()))
 
 
 def _padded(block: dict[str, Any], size: int) -> dict[str, Any]:

@@ -218,6 +218,7 @@ class RefinementRatio(metric.Metric):
     batch_type: ClassVar[type] = RefitBatch
 
     def init(self, batch: RefitBatch) -> RefinementState:
+        metric.same_width(latents=batch.latents, refit=batch.refit)
         zeros = jnp.zeros(batch.latents.shape[-1])
         return RefinementState(encoded=zeros, refit=zeros)
 

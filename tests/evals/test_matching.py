@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import matching
+from saejax.evals import absorption, additivity, matching, normaliser
+from saejax.evals.over import over
 
 
 def test_blocks_do_not_show():
@@ -48,3 +49,28 @@ def test_bad_dictionaries_are_named():
         matching.abs_cos(np.eye(3), np.full((2, 3), np.nan))
     with pytest.raises(UserError, match=r"a must be \[n, d\]"):
         matching.abs_cos(np.zeros((0, 3)), np.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "named"),
+    [
+        (dict(x=np.ones((3, 4)), returned=np.ones((3, 1))), {}, "x and returned must have the same width"),
+        (dict(x=np.ones((3, 4)), returned=np.full((3, 4), np.nan)), {}, "returned must be finite"),
+        (dict(x=np.ones((3, 4)), returned=np.ones((3, 4))), {"rows": 0}, "rows must be at least 1"),
+        (dict(x=np.ones((0, 4)), returned=np.ones((0, 4))), {}, "no rows"),
+    ],
+)
+def test_arrays_that_a_metric_cannot_take_are_named(batch, options, named):
+    with pytest.raises(UserError, match=named):
+        over(normaliser.RoundTrip(), normaliser.RoundTripBatch(**batch), **options)
+
+
+def test_misfits_inside_a_metric_name_the_arrays():
+    """A probe of another width than the activations, and a blank that is not finite."""
+    batch = absorption.ProbeBatch(
+        x=np.ones((3, 4)), latents=np.ones((3, 2)), W_dec=np.ones((2, 4)), probe=np.ones(5), main=np.zeros(2, bool)
+    )
+    with pytest.raises(UserError, match=r"arrays of probe_absorption must fit each other, .*'probe': \[\[5\]\]"):
+        over(absorption.ProbeAbsorption(), batch)
+    with pytest.raises(UserError, match="f_blank must be finite"):
+        additivity.additivity(*[np.ones((3, 4))] * 3, np.full(4, np.nan))

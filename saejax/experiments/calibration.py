@@ -47,6 +47,8 @@ class Calibration(Experiment):
         super().__post_init__()
         if len(self.firing) < 3 or any(a >= b for a, b in zip(self.firing, self.firing[1:], strict=False)):
             raise UserError(f"firing must be at least 3 increasing numbers, got {self.firing}")
+        if not 0 < self.firing[0] <= self.firing[-1] < 256:
+            raise UserError(f"firing must lie in (0, 256), got {self.firing}")
         if not 0 < self.fvu < 1:
             raise UserError(f"fvu must lie in (0, 1), got {self.fvu}")
 

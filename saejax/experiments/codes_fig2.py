@@ -31,6 +31,7 @@ class Fig2(Experiment):
     name: ClassVar[str] = "codes/fig2"
     summary: ClassVar[str] = "dimensions that each decoder needs at 2^20 features against k, theory and Monte Carlo"
     cpu_seconds: ClassVar[tuple[int, int]] = (300, 15)
+    may_be_zero: ClassVar[tuple[str, ...]] = ("supports_at_scale",)
 
     n_atoms: int = 2**20
     """Features of the closed forms (count, >= 1024)."""

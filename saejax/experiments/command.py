@@ -115,8 +115,11 @@ def _all_quick(overrides: list[str]) -> int:
     (Path(out) / "table.txt").parent.mkdir(parents=True, exist_ok=True)
     (Path(out) / "table.txt").write_text(harness.table(rows) + "\n", encoding="utf-8")
     n_failed = sum(not check.passed for _, check in rows)
+    n_judged = sum(check.verdict in ("pass", "FAIL") for _, check in rows)
     print(text)
-    verdict = f"{n_failed} of {len(rows)} checks FAILED" if n_failed else f"all {len(rows)} checks passed"
+    verdict = f"{n_failed} of {n_judged} checks FAILED" if n_failed else f"all {n_judged} checks passed"
+    missing = sum(check.verdict == "not built" for _, check in rows)
+    verdict += f", {missing} not built" if missing else ""
     print(f"{verdict}; {len(chosen)} experiments in {_duration(round(time.perf_counter() - begun))}; figures: {out}")
     return 1 if n_failed else 0
 

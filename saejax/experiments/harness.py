@@ -125,13 +125,27 @@ class Experiment(abc.ABC):
     cpu_seconds: ClassVar[tuple[int, int]]
     """Expected time on two CPU cores: in full, and of `quick()`."""
 
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
+    """Counts of which 0 has a meaning."""
+
     seed: int = 0
     """Fixes every draw of the experiment."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # command lines and YAML know lists only
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        """Refuses counts below 1, numbers that are not finite and empty lists; each experiment knows the rest."""
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(value, list):  # command lines and YAML know lists only
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            least = 0 if name in ("seed", *self.may_be_zero) else 1
+            if type(value) is int and value < least:
+                raise UserError(f"{name} = {value}: at least {least} is needed")
+            if value == ():
+                raise UserError(f"{name} = []: one or more are needed")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{name} = {number}: a finite number is needed")
 
     @abc.abstractmethod
     def quick(self) -> Self:

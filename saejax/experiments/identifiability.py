@@ -134,6 +134,8 @@ class VonMisesFisher(Experiment):
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise UserError(f"arms={list(self.arms)}: some of {list(ARMS)} are needed")
+        if self.n < 2 or self.kappa <= 0:
+            raise UserError(f"n = {self.n}, kappa = {self.kappa}: n of at least 2 and kappa above 0 are needed")
 
     def quick(self) -> Self:
         """The four arms with a target, trained as long: with fewer steps none but a wrong one comes near its target."""

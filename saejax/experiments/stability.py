@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.synthetic import Synthetic
+from saejax.errors import UserError
 from saejax.evals import matching
 from saejax.evals import stability as agreement
 from saejax.experiments import figures, fit, harness
@@ -38,6 +39,11 @@ class Seeds(harness.Experiment):
     """Weight of AuxK; 0, no revival, is the setting of the reference."""
     least_stabilisation: float = 0.1
     """Agreement that training must have brought about, or the comparison is flagged as a trap."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_seeds < 2:
+            raise UserError(f"n_seeds = {self.n_seeds}: at least 2 are needed to compare")
 
     def quick(self):
         """Two seeds and half the rows."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.activations.synthetic import Synthetic
+from saejax.errors import UserError
 from saejax.evals import evaluate, knee, metric, over, recovery, shrinkage
 from saejax.experiments import figures, fit, harness, soft_threshold
 from saejax.sae import L1, base, model
@@ -50,6 +51,23 @@ class KneeAndShrinkage(harness.Experiment):
     """Trainings per penalty of the sweep (>= 2): the bootstrap of the knee draws among them."""
     eval_rows: int = 20_000
     """Held-out rows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.firing_rate < 1:
+            raise UserError(f"firing_rate = {self.firing_rate}: a probability inside (0, 1) is needed")
+        if not all(0 < t < 1 for t in self.thresholds):
+            raise UserError(f"thresholds = {self.thresholds}: levels inside (0, 1) are needed")
+        if self.n_seeds < 2 or len(self.l1_coefs) < 3 or min(self.l1_coefs) <= 0:
+            raise UserError(
+                f"l1_coefs = {self.l1_coefs}, n_seeds = {self.n_seeds}: 3 or more penalties above 0 and 2 or more "
+                "seeds are needed for a knee"
+            )
+        for arm in self.trained:
+            name, _, penalty = arm.rpartition(" ")
+            if name not in soft_threshold.QUANTILES or not penalty.replace(".", "", 1).isdigit():
+                allowed = ", ".join(soft_threshold.QUANTILES)
+                raise UserError(f"trained = {arm!r}: a distribution ({allowed}) and a penalty are needed")
 
     def quick(self):
         """Two trained SAEs, and a shorter sweep of five penalties."""

@@ -131,7 +131,7 @@ class TestAll:
         monkeypatch.setattr("saejax.experiments.command.all_experiments", lambda: found)
         assert cli.main(["experiment", "all_quick", f"out={tmp_path}"]) == 1
         text = capsys.readouterr().out
-        assert "no luck today" in text and "1 of 3 checks FAILED" in text and "missing arm" in text
+        assert "no luck today" in text and "1 of 2 checks FAILED, 1 not built" in text and "missing arm" in text
 
 
 def test_the_list_names_every_experiment_with_its_time(capsys):

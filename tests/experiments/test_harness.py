@@ -10,7 +10,7 @@ from saejax.activations import normalize
 from saejax.activations.synthetic import Synthetic
 from saejax.errors import UserError
 from saejax.evals import recovery
-from saejax.experiments import fit, harness
+from saejax.experiments import fit, harness, synth_shrinkage
 from saejax.sae import L1, TopK
 
 SMALL = Synthetic(d_in=16, n_features=24, firing_rate=0.06)
@@ -32,6 +32,25 @@ SMALL = Synthetic(d_in=16, n_features=24, firing_rate=0.06)
 def test_verdict(measured, low, high, verdict):
     check = harness.Check(quantity="q", measured=measured, low=low, high=high, source="s")
     assert check.verdict == verdict and check.passed == (verdict != "FAIL")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(n_tokens=0), "n_tokens = 0"),
+        (dict(seed=-1), "seed = -1"),
+        (dict(thresholds=[]), "thresholds = "),
+        (dict(thresholds=[0.1, math.nan]), "thresholds = nan"),
+        (dict(thresholds=[2.0]), "thresholds = "),
+        (dict(firing_rate=1.5), "firing_rate = 1.5"),
+        (dict(trained=["Exp(2) 0.1"]), "trained = 'Exp"),
+        (dict(l1_coefs=[0.1]), "l1_coefs = "),
+        (dict(n_seeds=1), "n_seeds = 1"),
+    ],
+)
+def test_settings_that_cannot_be_run_are_named_at_once(change, named):
+    with pytest.raises(UserError, match=named):
+        synth_shrinkage.KneeAndShrinkage(**change)
 
 
 def test_table_has_aligned_columns():

@@ -36,7 +36,8 @@ def omp(
     r"""Orthogonal matching pursuit: after each choice, least squares on all chosen atoms; never the same atom twice.
 
     The residual is orthogonal to the chosen atoms (non-negative: to those above 0). Stops early where the residual is
-    within `tolerance` of the signal's norm or no correlation is left.
+    within `tolerance` of the signal's norm or no correlation is left; and, not converged, where the best atom depends
+    on those chosen as far as float32 can tell.
 
     Source: Pati, Rezaiifar and Krishnaprasad, Orthogonal matching pursuit, 1993.
     """
@@ -81,8 +82,9 @@ def _pursue(step, y, dictionary, k, nonneg, tolerance) -> Solution:
             new = step(t, state, y, dictionary, nonneg)
             new["iterations"] = state["iterations"] + new["running"]
             left = new["running"] & (products.norms(new["residual"]) > limit)
-            keep = new.pop("running")
+            keep, stuck = new.pop("running"), new.pop("stuck", False)
             state = {name: _where(keep, new[name], state[name]) for name in new}
+            state["solved"] &= ~jnp.asarray(stuck)
             return t + 1, state | {"running": left}
 
         def unfinished(carry):
@@ -144,7 +146,8 @@ def _omp_step(t, state, y, dictionary, nonneg):
     gram = state["gram"].at[:, t, :].set(column).at[:, :, t].set(column)
     target = state["target"].at[:, t].set(jnp.sum(atom * y, axis=1))
     inverse, rest = support.extend(state["inverse"], column, t)
-    running = state["running"] & (rest > _DEPENDENT)
+    chosen = state["running"]
+    running = chosen & (rest > _DEPENDENT)
     values = support.multiply(inverse, target)
     if nonneg:
         used = (jnp.arange(target.shape[1]) <= t)[None, :] & running[:, None]
@@ -152,6 +155,7 @@ def _omp_step(t, state, y, dictionary, nonneg):
     values, residual = support.refine(values, inverse, atoms, y, nonneg)
     running = running & jnp.all(jnp.isfinite(values), axis=1)
     new = {"gram": gram, "target": target, "inverse": inverse, "passive": passive, "solved": solved}
+    new["stuck"] = chosen & ~running  # the best atom could not be added: the row ends short of its goal
     return state | new | {"values": values, "residual": residual, "running": running}
 
 

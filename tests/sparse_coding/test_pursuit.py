@@ -177,3 +177,11 @@ def test_one_compilation_serves_all_signals(noisy):
     for scale in (2.0, 3.0):
         infer(scale * noisy.y, -noisy.dictionary, method="omp", k=K, tolerance=scale * 1e-5)
     assert pursuit.omp._cache_size() == before
+
+
+def test_omp_that_cannot_add_its_best_atom_says_so():
+    """Two atoms that float32 cannot tell apart: the row ends with one of them, and is not called converged."""
+    twins = np.array([[1.0, 0.0, 0.0], [1.0, 2e-3, 0.0]])
+    twins /= np.linalg.norm(twins, axis=1, keepdims=True)
+    found = infer(np.array([[1.0, 1.0, 0.0], [2.0, 0.0, 0.0]]), twins, k=2, nonneg=False)
+    assert found.converged.tolist() == [False, True] and found.iterations.tolist() == [1, 1]

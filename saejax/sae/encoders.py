@@ -133,3 +133,23 @@ def fold(sparsifier: Sparsifier, params: SAEParams, mean: Float[Array, " d_in"],
     elif not sparsifier.subtract_b_dec:
         b_enc = b_enc - mean @ params.W_enc
     return dataclasses.replace(params, b_enc=b_enc, b_dec=params.b_dec / scale + mean, extra=extra)
+
+
+def fold_matrix(sparsifier: Sparsifier, params: SAEParams, matrix: Array, inverse: Array) -> SAEParams:
+    """Returns parameters that do with x what `params` do with x @ matrix, reconstruction undone by `inverse`.
+
+    Decoder rows lose their norms, and a tied encoder is no longer the decoder's transpose: for inference only.
+
+    Args:
+      sparsifier: Kind of the encoder.
+      params: Parameters.
+      matrix: [d_in, d_in], applied to rows from the right.
+      inverse: Its inverse.
+    """
+    extra, W_enc = dict(params.extra), params.W_enc
+    if sparsifier.encoder is EncoderKind.mlp:
+        extra["W_hidden"] = matrix @ extra["W_hidden"]
+    else:
+        W_enc = matrix @ W_enc
+    decoder = {"W_dec": params.W_dec @ inverse, "b_dec": params.b_dec @ inverse}
+    return dataclasses.replace(params, W_enc=W_enc, **decoder, extra=extra)

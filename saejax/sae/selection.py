@@ -28,14 +28,14 @@ def of_rows(pre_acts: Float[Array, "b d_sae"], k: int) -> base.Encoding:
 def of_batch(pre_acts: Float[Array, "b d_sae"], k: int) -> base.Encoding:
     """Returns the k b largest positive latents of b rows; latents that tie with the last one are kept as well."""
     acts = jax.nn.relu(pre_acts)
-    last = kth_largest.kth_largest(acts, k * acts.shape[0])
+    last = _last_kept(acts, k)
     return base.Encoding(latents=jnp.where(acts >= last, acts, 0), d_sae=acts.shape[1])
 
 
 def above(pre_acts: Float[Array, "b d_sae"], threshold: Float[Array, ""], k: int) -> base.Encoding:
     """Returns the latents above the threshold; before any step, when it is 0, those of `of_batch`."""
     acts = jax.nn.relu(pre_acts)
-    last = lax.cond(threshold > 0, lambda: jnp.zeros(()), lambda: kth_largest.kth_largest(acts, k * acts.shape[0]))
+    last = lax.cond(threshold > 0, lambda: jnp.zeros(()), lambda: _last_kept(acts, k))
     kept = jnp.where(threshold > 0, acts > threshold, acts >= last)
     return base.Encoding(latents=jnp.where(kept, acts, 0), d_sae=acts.shape[1])
 
@@ -48,3 +48,8 @@ def track(params: base.SAEParams, encoding: base.Encoding) -> base.SAEParams:
     new = jnp.where(old > 0, old + RATE * (smallest - old), smallest)
     # A batch in which nothing fired says nothing.
     return dataclasses.replace(params, extra=params.extra | {"threshold": jnp.where(jnp.isfinite(smallest), new, old)})
+
+
+def _last_kept(acts, k):
+    """The smallest of the k b largest; 0 for an empty batch."""
+    return kth_largest.kth_largest(acts, k * len(acts)) if len(acts) else jnp.zeros(())

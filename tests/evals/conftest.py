@@ -33,14 +33,11 @@ class Dense(base.Sparsifier):
     def decode(self, params, encoding):
         return encoding.dense() @ params.W_dec + params.b_dec[None, :]
 
-    def loss(self, params, x, *, dead, step):
+    def activate(self, params, pre_acts, step=None):
         raise NotImplementedError
 
-    def constrain(self, params):
-        return params
-
-    def project(self, params, grads):
-        return grads
+    def objective(self, params, x, step):
+        raise NotImplementedError
 
     def fold(self, params, *, mean, scale):
         raise NotImplementedError

@@ -24,7 +24,7 @@ def encode(
     k: int | None = None,
     l1_coef: float | None = None,
     threshold: float | None = None,
-    nonneg: bool = True,
+    nonneg: bool | None = None,
     warm_start: bool = True,
     max_iterations: int | None = None,
     tolerance: float = 1e-5,
@@ -41,7 +41,7 @@ def encode(
       k: Atoms per row; None takes the SAE's own k.
       l1_coef: Weight of the decoder-norm weighted l1 norm against half the squared error.
       threshold: For method threshold.
-      nonneg: Whether latents must not fall below 0, as in every SAE.
+      nonneg: Whether latents must not fall below 0; None: unless the SAE's own may.
       warm_start: Whether methods that can start from the encoder's latents do.
       max_iterations, tolerance: As in `infer`.
 
@@ -80,7 +80,7 @@ def solve(
     x: Float[Array, "b d_in"],
     *,
     method: str = "omp",
-    nonneg: bool = True,
+    nonneg: bool | None = None,
     warm_start: bool = True,
     tolerance: float = 1e-5,
     **options: Any,
@@ -99,6 +99,7 @@ def solve(
         options["k"] = getattr(sae.config, "k", None)
     if chosen is not None and "warm_start" in chosen.takes and warm_start:
         options["warm_start"] = sae.encode(x) * norms[None, :]
+    nonneg = not sae.config.signed if nonneg is None else nonneg
     solution = run_method(y, dictionary, method, nonneg, tolerance, options)
     if solution.values is not None:
         return solution.replace(values=solution.values / safe[solution.indices])  # pyright: ignore[reportAttributeAccessIssue]

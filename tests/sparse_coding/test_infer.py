@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.sae import L1, SAE, TopK
+from saejax.sae import L1, SAE, AbsTopK, TopK
 from saejax.sparse_coding import METHODS, Solution, encode, infer, inference_time, pursuit, refit
 
 EYE, Y = np.eye(4), np.ones((2, 4))
@@ -175,6 +175,13 @@ def test_encode_asks_for_what_the_sae_does_not_have(noisy):
         encode(plain, noisy.y)
     with pytest.raises(UserError, match="^x must have d_in=32"):
         encode(plain, noisy.y[:, :5], k=3)
+
+
+def test_encode_takes_the_sign_of_the_sae(noisy):
+    """Latents of an SAE whose own may be negative are so too, unless asked otherwise."""
+    config = AbsTopK(d_in=32, d_sae=96, k=16)
+    signed = SAE(config, config.init(jax.random.key(0)))
+    assert float(encode(signed, noisy.y).min()) < 0 <= float(encode(signed, noisy.y, nonneg=True).min())
 
 
 def test_refit_of_dependent_atoms_is_flagged():

@@ -162,9 +162,9 @@ class ActivityState:
 
     Attributes:
       histogram: Rows by their number of latents above 0, [d_sae + 1] or, k-sparse, [k + 1]; integers.
-      above_1e6: Latents above 1e-6, scalar.
-      l1: Sum of latents, scalar.
-      l1_scaled: Sum of latents times the length of their decoder rows, scalar.
+      above_1e6: Latents above 1e-6 in size, scalar.
+      l1: Sum of the sizes of latents, scalar.
+      l1_scaled: Sum of the same times the length of their decoder rows, scalar.
     """
 
     histogram: jax.Array
@@ -197,9 +197,11 @@ class Activity(metric.Metric):
         length = jnp.linalg.norm(batch.W_dec, axis=-1)
         if encoding.latents is None:
             assert encoding.values is not None
-            active, scaled = encoding.values, encoding.values * length[encoding.indices]
+            active = jnp.abs(encoding.values)
+            scaled = active * length[encoding.indices]
         else:
-            active, scaled = encoding.latents, encoding.latents * length[None, :]
+            active = jnp.abs(encoding.latents)
+            scaled = active * length[None, :]
         l0 = jnp.sum(active != 0, axis=-1)
         counted = jnp.zeros_like(state.histogram).at[l0].add((weight > 0).astype(jnp.int32))
         this = ActivityState(
@@ -230,11 +232,11 @@ class Activity(metric.Metric):
             for q in self.quantiles
         }
         return {
-            "l0_above_1em6": "Mean over rows of the number of latents above 1e-6; equal to l0 unless many latents are "
-            "almost off.",
-            "l1": "Mean over rows of the sum of the latents, as the encoder gives them.",
-            "l1_scaled": "Mean over rows of the sum of latents times the length of their decoder rows: does not change "
-            "when a latent is scaled up and its decoder row down.",
+            "l0_above_1em6": "Mean over rows of the number of latents above 1e-6 in size; equal to l0 unless many "
+            "latents are almost off.",
+            "l1": "Mean over rows of the sum of the sizes of the latents, as the encoder gives them.",
+            "l1_scaled": "Mean over rows of the sum of sizes of latents times the length of their decoder rows: does not "
+            "change when a latent is scaled up and its decoder row down.",
             **quantiles,
             "l0_hist": "Number of rows by their number of latents above zero, from 0 on.",
         }

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import evaluate, sparsity
+from saejax.evals import evaluate, metric, sparsity
+from saejax.evals.over import over
+from saejax.sae import base
 
 
 def replay(make_sae, fires: np.ndarray, kind: str = "dense", batch_rows: int | None = None, **options):
@@ -111,3 +113,13 @@ def test_latents_almost_off_show_in_the_second_count(make_sae):
     sae = make_sae("dense", d_in=4, d_sae=4, W_enc=eye, b_enc=zero, W_dec=eye, b_dec=zero)
     result = evaluate.evaluate_rows(sae, [fires], (sparsity.Firing(windows=()), sparsity.Activity()))
     assert result["l0"] == 2.0 and result["l0_above_1em6"] == 1.0
+
+
+def test_negative_latents_count_by_their_size():
+    latents, eye = np.array([[-2.0, 0.0], [1.0, -3.0]], np.float32), np.eye(2, dtype=np.float32)
+    encoding = base.Encoding(latents=latents, d_sae=2)
+    batch = metric.EvalBatch(
+        x=latents, recon=latents, encoding=encoding, weight=np.ones(2, np.float32), W_dec=2 * eye, b_dec=eye[0]
+    )
+    found = over(sparsity.Activity(), batch)
+    assert (found["l0_above_1em6"], found["l1"], found["l1_scaled"]) == (1.5, 3.0, 6.0)

@@ -235,8 +235,8 @@ class Activity(metric.Metric):
             "l0_above_1em6": "Mean over rows of the number of latents above 1e-6 in size; equal to l0 unless many "
             "latents are almost off.",
             "l1": "Mean over rows of the sum of the sizes of the latents, as the encoder gives them.",
-            "l1_scaled": "Mean over rows of the sum of sizes of latents times the length of their decoder rows: does not "
-            "change when a latent is scaled up and its decoder row down.",
+            "l1_scaled": "Mean over rows of the sum of sizes of latents times the length of their decoder rows: does "
+            "not change when a latent is scaled up and its decoder row down.",
             **quantiles,
             "l0_hist": "Number of rows by their number of latents above zero, from 0 on.",
         }

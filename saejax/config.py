@@ -35,7 +35,7 @@ from saejax.sae import (
     p_anneal,
     topk,
 )
-from saejax.training import optim, settings, start
+from saejax.training import fold, optim, settings, start
 
 # Importing a file enters its classes into their registry.
 _MEMBERS = (
@@ -86,6 +86,7 @@ class Config:
         if self.sae.d_in != self.source.d_in:
             raise UserError(f"sae.d_in must equal the width of the source, {self.source.d_in}, got {self.sae.d_in}")
         start.check(self.sae, self.train)
+        fold.check(self.sae, self.normalize.mode)
         if self.optim.averages and self.train.ema_decay is not None:
             raise UserError("train.ema_decay must be null with optim.name=schedule_free, which averages by itself")
 

@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 import saejax
 from saejax import checkpoint, config, sharding, tracking
+from saejax.activations import normalize
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.evals import evaluate
-from saejax.sae import base, model
-from saejax.training import diagnose, loop, memory, optim, state, step
+from saejax.sae import base, model, per_row
+from saejax.training import diagnose, fold, loop, memory, optim, state, step
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,9 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     found = arrays[chosen]["W_enc"].shape
     if found != (cfg.sae.d_in, cfg.sae.d_sae):
         raise UserError(f"{run_dir}: W_enc is {list(found)}, config.yaml says [{cfg.sae.d_in}, {cfg.sae.d_sae}]")
-    params = cfg.sae.fold(base.SAEParams(**arrays[chosen]), **arrays["normalizer"])
+    layered = cfg.normalize.mode is normalize.NormMode.layer_norm
+    normalizer = normalize.Normalizer(**arrays["normalizer"], per_row=layered)
+    sparsifier, params = fold.folded(cfg.sae, base.SAEParams(**arrays[chosen]), normalizer)
     provenance = {
         "run": str(run_dir),
         "step": found_step,
@@ -136,7 +139,7 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
         "seed": cfg.seed,
         "source": cfg.source.fingerprint(),
     }
-    return model.SAE(cfg.sae, params, provenance)
+    return model.SAE(sparsifier, params, provenance)
 
 
 def _check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
@@ -170,14 +173,21 @@ def _put(lane_sharding: NamedSharding, n_lanes: int, record: np.ndarray) -> jax.
 
 def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
     """Held-out metrics of a `TrainState`, compiled once."""
-    evaluator = evaluate.make_evaluator(cfg.sae, evaluate.light_metrics(), mesh)
+    plain = cfg.normalize.mode not in (normalize.NormMode.layer_norm, normalize.NormMode.whiten)
+    layered = cfg.normalize.mode is normalize.NormMode.layer_norm
+    sparsifier = per_row.LayerNormed.of(cfg.sae) if layered else cfg.sae
+    evaluator = evaluate.make_evaluator(sparsifier, evaluate.light_metrics(), mesh)
+    folded = jax.jit(lambda params, normalizer: fold.folded(cfg.sae, params, normalizer)[1])
 
     def run(train_state: state.TrainState) -> dict[str, float]:
+        params, normalizer = train_state.chosen, train_state.normalizer
+        if not plain:
+            params = folded(params, normalizer)
         return evaluator.evaluate(
-            train_state.chosen,
+            params,
             cfg.source.heldout(cfg.train.batch, cfg.train.eval_rows),
-            mean=train_state.normalizer.mean,
-            scale=train_state.normalizer.scale,
+            mean=normalizer.mean if plain else None,
+            scale=normalizer.scale if plain else None,
             batch_rows=cfg.train.batch,
         )
 

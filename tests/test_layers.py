@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "sharding": set(),
     "tracking": set(),
     "checkpoint": set(),
-    "activations": {"sharding"},
+    "activations": {"kernels", "sharding"},
     "evals": {"kernels", "sae", "sharding"},
     "training": {"activations", "checkpoint", "kernels", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,

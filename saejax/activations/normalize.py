@@ -1,29 +1,41 @@
-"""Centre and scale of the data, estimated once at the start of a run and saved with its state.
+"""Normalisation of the data, estimated once at the start of a run and saved with its state.
 
-Fourth station of the data path, between the buffer and the train step. One offset and one scalar for all
-dimensions, never a whitening: directions keep their meaning, and the finished SAE folds both back in, so that
-it works in the data's own scale.
+Fourth station of the data path, between the buffer and the train step. Usually one offset and one scalar for all
+dimensions, so that directions keep their meaning; or a whitening, or a normalisation of every row by itself. The
+finished SAE takes all of it back in, so that it works in the data's own scale: offset, scalar and whitening go into
+its weights, rows are normalised in `sae.per_row`.
 """
 
 import dataclasses
 import enum
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
 from saejax.errors import UserError
+from saejax.kernels.row_norm import normalized
 
 
 class NormMode(enum.Enum):
-    """What the average row has after scaling; `auto` stands for what the architecture was made for."""
+    """What is done to rows; `auto` stands for the scale that the architecture was made for."""
 
     auto = "auto"
+    """The architecture's own: sqrt_d or unit."""
     none = "none"
+    """Nothing."""
     sqrt_d = "sqrt_d"
+    """One scalar: mean norm sqrt(d_in)."""
     unit = "unit"
+    """One scalar: mean square norm 1."""
+    layer_norm = "layer_norm"
+    """Every row to mean 0 and variance 1 by itself, then the architecture's own scale."""
+    whiten = "whiten"
+    """Centred, all directions made equally wide, then the architecture's own scale."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,26 +44,57 @@ class NormalizeConfig:
 
     mode: NormMode = NormMode.auto
     """auto: as the architecture prefers; none: as they are; sqrt_d: mean norm E||x|| = sqrt(d_in);
-    unit: mean square norm E||x||^2 = 1."""
+    unit: mean square norm E||x||^2 = 1; layer_norm: every row by itself; whiten: unit covariance. After the last two
+    comes the scale that the architecture prefers."""
     center: bool = False
-    """Subtract the mean row before scaling."""
+    """Subtract the mean row before scaling; whiten always does, layer_norm subtracts that of the normalised rows."""
+    whiten_eps: float = 0.01
+    """Shrinkage of the covariance in whiten towards its mean variance, in (0, 1]: keeps narrow directions narrow."""
     rows: int = 65_536
     """Rows the estimate is taken from (>= 1; fewer where the first filling of the buffer holds fewer)."""
 
     def __post_init__(self):
         if self.rows < 1:
             raise UserError(f"normalize.rows = {self.rows}: at least 1 is needed")
+        if not 0 < self.whiten_eps <= 1:
+            raise UserError(f"normalize.whiten_eps must be in (0, 1], got {self.whiten_eps}")
 
 
 @struct.dataclass
 class Normalizer:
-    """y = (x - mean) * scale, float32."""
+    """y = (x - mean) * scale, float32; between them what whiten and layer_norm add.
+
+    Attributes:
+      mean: [d_in] float32.
+      scale: scalar.
+      matrix: [d_in, d_in], y = (x - mean) * scale @ matrix; None but for whiten.
+      inverse: of `matrix`.
+      per_row: whether rows go through `kernels.row_norm.normalized` first (static).
+    """
 
     mean: Float[Array, " d_in"]
     scale: Float[Array, ""]
+    matrix: Float[Array, "d_in d_in"] | None = None
+    inverse: Float[Array, "d_in d_in"] | None = None
+    per_row: bool = struct.field(pytree_node=False, default=False)
 
 
-def estimate(rows: Float[Array, "n d_in"], mode: NormMode, *, center: bool = False) -> Normalizer:
+def abstract(mode: NormMode, d_in: int) -> Normalizer:
+    """The shapes of a normaliser, as `jax.ShapeDtypeStruct`s."""
+    vector: Any = jax.ShapeDtypeStruct((d_in,), jnp.float32)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    square: Any = jax.ShapeDtypeStruct((d_in, d_in), jnp.float32) if mode is NormMode.whiten else None
+    return Normalizer(mean=vector, scale=scalar, matrix=square, inverse=square, per_row=mode is NormMode.layer_norm)
+
+
+def estimate(
+    rows: Float[Array, "n d_in"],
+    mode: NormMode,
+    *,
+    center: bool = False,
+    preferred: NormMode = NormMode.sqrt_d,
+    whiten_eps: float = 0.01,
+) -> Normalizer:
     """Estimate the normaliser on a sample of rows.
 
     mean = E[x] if center else 0;  scale = sqrt(d_in) / E||x - mean|| (sqrt_d), 1 / sqrt(E||x - mean||^2)
@@ -61,11 +104,25 @@ def estimate(rows: Float[Array, "n d_in"], mode: NormMode, *, center: bool = Fal
         rows: [n, d_in], any float dtype; may be sharded.
         mode: what the average row shall have; `auto` must be resolved before.
         center: subtract the mean.
+        preferred: sqrt_d or unit, what rows have after layer_norm and whiten.
+        whiten_eps: shrinkage of the covariance in whiten.
 
     Raises:
         UserError: the rows are all equal (or zero), or not finite, so that no scale exists.
     """
-    normalizer = _estimate(jnp.asarray(rows), mode=mode, center=center)
+    rows, per_row = jnp.asarray(rows), mode is NormMode.layer_norm
+    matrices: tuple[Any, Any] = (None, None)
+    if mode is NormMode.whiten:
+        mean, covariance = _moments(rows)
+        matrices = _whitening(np.asarray(covariance, np.float64), whiten_eps)
+        # The scalar commutes with the matrix, so it may be found last and applied first.
+        normalizer = _estimate((rows - mean[None]) @ matrices[0], mode=preferred, center=False)
+        normalizer = normalizer.replace(mean=mean)
+    else:
+        normalizer = _estimate(
+            normalized(rows)[0] if per_row else rows, mode=preferred if per_row else mode, center=center
+        )
+    normalizer = normalizer.replace(matrix=matrices[0], inverse=matrices[1], per_row=per_row)
     scale = float(normalizer.scale)
     if not 0 < scale < float("inf"):
         raise UserError(f"normalize.mode = {mode.name}: these rows have no finite scale; are they all equal?")
@@ -76,10 +133,7 @@ def estimate(rows: Float[Array, "n d_in"], mode: NormMode, *, center: bool = Fal
 def _estimate(rows: Float[Array, "n d_in"], *, mode: NormMode, center: bool) -> Normalizer:
     x = rows.astype(jnp.float32)
     d_in = x.shape[-1]
-    mean = jnp.zeros(d_in, jnp.float32)
-    if center:
-        mean = x.mean(0)
-        mean = mean + (x - mean[None]).mean(0)  # a second pass takes out what float32 lost in the first
+    mean = _mean(x) if center else jnp.zeros(d_in, jnp.float32)
     square_norms = jnp.square(x - mean[None]).sum(-1)
     match mode:
         case NormMode.none:
@@ -93,16 +147,61 @@ def _estimate(rows: Float[Array, "n d_in"], *, mode: NormMode, center: bool) -> 
     return Normalizer(mean=mean, scale=scale)
 
 
+def _mean(x: Float[Array, "n d_in"]) -> Float[Array, " d_in"]:
+    mean = x.mean(0)
+    return mean + (x - mean[None]).mean(0)  # a second pass takes out what float32 lost in the first
+
+
+@jax.jit
+def _moments(rows: Float[Array, "n d_in"]) -> tuple[Float[Array, " d_in"], Float[Array, "d_in d_in"]]:
+    x = rows.astype(jnp.float32)
+    mean = _mean(x)
+    centred = x - mean[None]
+    return mean, jnp.matmul(centred.T, centred, precision=jax.lax.Precision.HIGHEST) / len(x)
+
+
+def _whitening(covariance: np.ndarray, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The symmetric root of the inverse of (1 - eps) covariance + eps (mean variance) I, and its inverse."""
+    variance = np.trace(covariance) / len(covariance)
+    if not 0 < variance < np.inf:
+        raise UserError("normalize.mode = whiten: these rows have no finite spread; are they all equal?")
+    variances, axes = np.linalg.eigh((1 - eps) * covariance + eps * variance * np.eye(len(covariance)))
+    roots = np.sqrt(np.maximum(variances, 1e-12 * variance))
+    return (
+        jnp.asarray((axes / roots[None, :]) @ axes.T, jnp.float32),
+        jnp.asarray((axes * roots[None, :]) @ axes.T, jnp.float32),
+    )
+
+
 def apply(normalizer: Normalizer, x: Float[Array, "... d_in"]) -> Float[Array, "... d_in"]:
-    """Into training scale: (x - mean) * scale, float32 whatever the dtype of x."""
+    """Into training scale: (x - mean) * scale, float32 whatever the dtype of x, and what whiten and layer_norm add."""
     x = jnp.asarray(x, jnp.float32)
-    return (x - jnp.broadcast_to(normalizer.mean, x.shape)) * normalizer.scale
+    if normalizer.per_row:
+        x = normalized(x)[0]
+    y = (x - jnp.broadcast_to(normalizer.mean, x.shape)) * normalizer.scale
+    return y if normalizer.matrix is None else y @ normalizer.matrix
 
 
-def invert(normalizer: Normalizer, y: Float[Array, "... d_in"]) -> Float[Array, "... d_in"]:
-    """Back into the data's own scale: y / scale + mean, float32."""
+def invert(
+    normalizer: Normalizer, y: Float[Array, "... d_in"], x: Float[Array, "... d_in"] | None = None
+) -> Float[Array, "... d_in"]:
+    """Back into the data's own scale: y / scale + mean, float32.
+
+    Args:
+        normalizer: as estimated.
+        y: rows in training scale.
+        x: the rows that they come from, which layer_norm needs: their means and scales are its own.
+    """
     y = jnp.asarray(y, jnp.float32)
-    return y / normalizer.scale + jnp.broadcast_to(normalizer.mean, y.shape)
+    if normalizer.inverse is not None:
+        y = y @ normalizer.inverse
+    y = y / normalizer.scale + jnp.broadcast_to(normalizer.mean, y.shape)
+    if not normalizer.per_row:
+        return y
+    if x is None:
+        raise UserError("normalize.mode = layer_norm: undoing it needs the rows that were normalised")
+    _, mean, scale = normalized(x)
+    return y * scale + mean
 
 
 @partial(jax.jit, static_argnames="n_iter")

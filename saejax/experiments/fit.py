@@ -21,7 +21,7 @@ from saejax.activations import normalize
 from saejax.activations.source import ActivationSource
 from saejax.errors import UserError
 from saejax.sae import base, model
-from saejax.training import optim, settings, state, step
+from saejax.training import fold, optim, settings, state, step
 
 Rows = ActivationSource | np.ndarray | jax.Array
 """Where rows come from: a source, or an array [n, d_in] that is reshuffled every epoch."""
@@ -149,7 +149,7 @@ def _chunk_of(sparsifier: base.Sparsifier, config: optim.OptimConfig, n_steps: i
 
 def _folded(sparsifier: base.Sparsifier, now: state.TrainState, n_tokens: int) -> model.SAE:
     """What users hold: normalisation folded in, arrays of their own (the state's are donated)."""
-    params = sparsifier.fold(now.params, mean=now.normalizer.mean, scale=now.normalizer.scale)
+    sparsifier, params = fold.folded(sparsifier, now.params, now.normalizer)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), params)
     return model.SAE(sparsifier, params, {"tokens": n_tokens})
 

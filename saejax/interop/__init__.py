@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
 from saejax.interop import dictionary_learning, saelens, sparsify
+from saejax.sae import per_row
 from saejax.sae.model import SAE
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,11 @@ def export(sae: SAE, path: str | os.PathLike, format: str = "saelens") -> pathli
     if format not in writers:
         only_read = " (it is only read)" if format in FORMATS else ""
         raise UserError(f"format={format}: must be one of {', '.join(writers)}{only_read}")
+    if isinstance(sae.sparsifier, per_row.LayerNormed):
+        raise UserError(
+            f"format={format}: this SAE normalises every row by itself (normalize.mode=layer_norm), which no exported "
+            "format says; train with unit, sqrt_d or whiten to export"
+        )
     return writers[format](sae, path)
 
 

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from saejax.errors import UserError
+from saejax.sae import per_row
 from saejax.sae.model import SAE
 from saejax.sparse_coding.infer import METHODS, check_values, run_method
 from saejax.sparse_coding.solution import Solution
@@ -87,6 +88,8 @@ def solve(
 ) -> Solution:
     """Returns what `encode` finds as a `Solution` in the latents' own scale; takes the same options."""
     params = sae.params
+    if isinstance(sae.config, per_row.LayerNormed):
+        raise UserError("sae normalises every row by itself (normalize.mode=layer_norm), which a solver does not know")
     if x.ndim != 2 or x.shape[1] != sae.config.d_in or x.size == 0:
         raise UserError(f"x must have d_in={sae.config.d_in} columns and at least one row, got shape {x.shape}")
     norms = jnp.linalg.norm(params.W_dec, axis=1)

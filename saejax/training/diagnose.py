@@ -40,7 +40,7 @@ def report(rows: Float[Array, "n d_in"], config: normalize.NormalizeConfig) -> f
       `mean_over_std`.
     """
     ratio = float(mean_over_std(rows))
-    centred = config.center
+    centred = config.center or config.mode is normalize.NormMode.whiten
     if ratio > LARGE and not centred:
         logger.warning(
             "||mean|| / ||std|| of the data is %.3g: the mean dominates, latents would learn it and many would die; "

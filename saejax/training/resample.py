@@ -3,8 +3,9 @@
 Every so many steps each dead latent takes a row of the batch, drawn without replacement with probability proportional
 to the square of its loss. Its decoder row becomes the direction of that row (from b_dec), with the mean norm of alive
 decoder rows; its encoder column the same direction, with 0.2 times the mean norm of alive columns; its bias 0; what
-its architecture adds (thresholds, gate scales) as at the start; everything that the optimiser stores for it 0. A batch of b rows serves at most b latents; others wait for the next time. Behind a hidden layer the column
-follows the hidden row. A tied encoder stays the decoder's transpose.
+its architecture adds (thresholds, gate scales) as at the start; everything that the optimiser stores for it 0. A batch
+of b rows serves at most b latents; others wait for the next time. Behind a hidden layer the column follows the hidden
+row. A tied encoder stays the decoder's transpose.
 
 Source:
   Bricken et al., Towards monosemanticity, 2023, appendix "Neuron resampling". There rows come from 819,200 inputs,

@@ -81,7 +81,13 @@ def create(
     )
     with jax.set_mesh(mesh):
         rows = sample(first_rows, normalizing.rows, config.batch)
-        normalizer = normalize.estimate(rows, normalizing.mode, center=normalizing.center)
+        normalizer = normalize.estimate(
+            rows,
+            normalizing.mode,
+            center=normalizing.center,
+            preferred=normalize.NormMode[sparsifier.preferred_norm],
+            whiten_eps=normalizing.whiten_eps,
+        )
         bias = start.decoder_bias(config.b_dec_init, normalize.apply(normalizer, rows))
         return build(first_rows, normalizer, bias, jax.random.key(seed))
 
@@ -114,8 +120,7 @@ def abstract(
       A `TrainState` of `jax.ShapeDtypeStruct`.
     """
     vector: Any = jax.ShapeDtypeStruct((sparsifier.d_in,), jnp.float32)
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
-    normalizer = normalize.Normalizer(mean=vector, scale=scalar)
+    normalizer = normalize.abstract(normalizing.mode, sparsifier.d_in)
     rows = jax.ShapeDtypeStruct(first_rows.shape, first_rows.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx, config), rows, normalizer, vector, key)

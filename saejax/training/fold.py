@@ -1,0 +1,40 @@
+"""From training to use: normalisation moved into the SAE, so that it works in the data's own scale."""
+
+from __future__ import annotations
+
+from saejax.activations import normalize
+from saejax.errors import UserError
+from saejax.sae import base, encoders, matching_pursuit, per_row
+
+
+def check(sparsifier: base.Sparsifier, mode: normalize.NormMode) -> None:
+    """Refuse a normalisation that could not be folded at the end.
+
+    Raises:
+      UserError: a whitening, and an architecture that needs its encoder to be the decoder's transpose.
+    """
+    if mode is normalize.NormMode.whiten and isinstance(sparsifier, matching_pursuit.MatchingPursuit):
+        raise UserError(
+            "normalize.mode=whiten cannot be folded into sae=matching_pursuit, whose encoder is its decoder: "
+            "take none, sqrt_d, unit or layer_norm"
+        )
+
+
+def folded(
+    sparsifier: base.Sparsifier, params: base.SAEParams, normalizer: normalize.Normalizer
+) -> tuple[base.Sparsifier, base.SAEParams]:
+    """The SAE of parameters that were trained on normalised rows, for the rows themselves.
+
+    Args:
+      sparsifier: architecture.
+      params: as trained.
+      normalizer: what the rows went through.
+
+    Returns:
+      (architecture, parameters): those of weights that took the normalisation in; where rows were normalised one by
+      one the architecture is a `sae.per_row.LayerNormed`, which goes on doing so.
+    """
+    if normalizer.matrix is not None and normalizer.inverse is not None:
+        params = encoders.fold_matrix(sparsifier, params, normalizer.matrix, normalizer.inverse)
+    params = sparsifier.fold(params, mean=normalizer.mean, scale=normalizer.scale)
+    return (per_row.LayerNormed.of(sparsifier) if normalizer.per_row else sparsifier), params

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from saejax import checkpoint, config, run
 
@@ -24,6 +25,11 @@ SIZES = {
     "p_anneal": ["sae=p_anneal", "sae.d_sae=128", "sae.anneal_steps=200"],
     "matching_pursuit": ["sae=matching_pursuit", "sae.d_sae=128", "sae.k=4"],
 }
+
+
+def every_architecture(*quick: str) -> list[Any]:
+    """Every architecture as a parameter of a test; those not named run with the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
 
 
 def compose(architecture: str, n_steps: int, *overrides: str) -> config.Config:

@@ -13,7 +13,7 @@ from saejax.training import optim, state
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
 
-@pytest.fixture(scope="module", params=sorted(base.ARCHITECTURES))
+@pytest.fixture(scope="module", params=runs.every_architecture("topk", "l1", "batch_topk"))
 def unsharded(request, tmp_path_factory):
     """50 steps on one device."""
     run_dir = tmp_path_factory.mktemp(request.param)
@@ -48,6 +48,10 @@ def test_top_k_picks_the_same_latents_on_every_mesh(unsharded, n_data, n_latent)
     if expected.indices is not None:
         np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_allclose(found.dense(), expected.dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_every_architecture_has_a_small_run():
+    assert set(runs.SIZES) == set(base.ARCHITECTURES)
 
 
 def test_every_leaf_is_born_where_it_belongs():

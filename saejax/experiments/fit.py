@@ -72,6 +72,7 @@ def fit(
     dead_after_tokens: int = 25_600,
     norm: normalize.NormMode = normalize.NormMode.none,
     b_dec_init: settings.DecoderBias = settings.DecoderBias.geometric_median,
+    resample_every_steps: int | None = None,
 ) -> Fit:
     """Train one SAE; the defaults are the run book of the benchmark SB-iid.
 
@@ -88,6 +89,7 @@ def fit(
       dead_after_tokens: window after which a latent that did not fire counts as dead.
       norm: scaling of rows; `auto` takes what the architecture prefers.
       b_dec_init: start of the decoder bias.
+      resample_every_steps: steps between two resamplings of dead latents; None never resamples.
 
     Returns:
       The trained SAE, the untrained one and the curves.
@@ -104,14 +106,14 @@ def fit(
     blocks = _blocks(rows, sparsifier.d_in, batch, chunk, seed if data_seed is None else data_seed)
     first = next(blocks)
     mesh = sharding.make_mesh(1, 1)
-    tx = optim.make(schedule, sizes.n_steps)
+    tx = optim.make(schedule, sizes.n_steps, sparsifier.lr_scales())
     normalizing = normalize.NormalizeConfig(mode=mode)
     # The sample that b_dec and the scale start from; the buffer itself keeps one batch of it.
     begun = state.create(sparsifier, tx, sizes, normalizing, jnp.asarray(first)[None], seed=seed, mesh=mesh)
     begun = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), begun)
     now = dataclasses.replace(begun, buffer=dataclasses.replace(begun.buffer, rows=begun.buffer.rows[:, :1]))
     start = _folded(sparsifier, now, 0)
-    advance = _chunk_of(sparsifier, schedule, sizes.n_steps, dead_after_tokens, chunk)
+    advance = _chunk_of(sparsifier, schedule, sizes.n_steps, dead_after_tokens, chunk, resample_every_steps)
     curves: list[dict[str, jax.Array]] = []
     for done in range(0, sizes.n_steps, chunk):
         count = min(chunk, sizes.n_steps - done)
@@ -122,13 +124,16 @@ def fit(
 
 
 @functools.lru_cache(maxsize=32)
-def _chunk_of(sparsifier: base.Sparsifier, config: optim.OptimConfig, n_steps: int, window: int, chunk: int) -> Any:
+def _chunk_of(
+    sparsifier: base.Sparsifier, config: optim.OptimConfig, n_steps: int, window: int, chunk: int, resample: int | None
+) -> Any:
     """Compiled: (state, rows [chunk, batch, d_in], count) -> (state after `count` steps, their mean metrics)."""
     one = step.make(
         sparsifier,
-        optim.make(config, n_steps),
+        optim.make(config, n_steps, sparsifier.lr_scales()),
         dead_window_tokens=window,
         learning_rate=optim.schedule(config, n_steps),
+        resample_every_steps=resample,
     )
     kept = ("loss", "fvu", "l0", "dead_share")
 

@@ -82,13 +82,19 @@ def test_width_counts_what_is_found_and_what_is_left_over(monkeypatch):
     assert {c.quantity: c.verdict for c in outcome.checks}["latents without a feature, N_sae = 2 N"] == "pass"
 
 
-def test_dead_latents_are_counted_and_missing_arms_named(monkeypatch):
+def test_dead_latents_are_counted_in_every_arm(monkeypatch):
     monkeypatch.setattr(fit, "fit", planted(n_dead=26))
     outcome = DeadLatents(alphas=(0.0,), eval_rows=4096).run()
     assert outcome.values["arms"]["TopK, no revival"]["dead_share"] == 26 / 256
     verdicts = {check.quantity: check.verdict for check in outcome.checks}
     assert verdicts["dead latents, TopK, no revival"] == "pass"
-    assert verdicts["dead latents, TopK with resampling"] == "not built"
+    assert verdicts["dead latents, TopK + resampling"] == verdicts["dead latents, BatchTopK, no revival"] == "FAIL"
+
+
+def test_dead_latents_fail_where_revival_does_nothing():
+    names = ("TopK, no revival", "TopK + AuxK 1", "TopK + resampling", "BatchTopK, no revival")
+    assert [DeadLatents()._check(name, 0.05).verdict for name in names] == ["FAIL"] * 4
+    assert DeadLatents()._check("TopK + resampling", 0.03).verdict == "pass"
 
 
 def test_recovery_holds_each_arm_to_its_own_number():

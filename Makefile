@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PARITY ?= 1
+# Test processes side by side; a file's tests stay together, because they share what they compiled.
+WORKERS ?= 2
 # XLA sizes its thread pool by NPROC; many fake devices on few cores need it.
 export NPROC ?= 16
 
@@ -24,6 +26,7 @@ help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=python3.12  with another Python; .venv is rebuilt when the version differs"
+	@echo "  WORKERS=4          test processes side by side; about 4 GiB of memory each"
 	@echo "  PARITY=            tests without PyTorch; comparisons against it are skipped"
 
 demo: $(DEMO_READY)  ## harvest a language model, train, sweep k, evaluate, export, report
@@ -33,7 +36,7 @@ reference: $(DEMO_READY)  ## the full run on block 15 that the README quotes, ab
 	$(BIN)/python scripts/demo.py reference
 
 test: $(TEST_READY)  ## the test suite, without slow tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-slow: $(TEST_READY)  ## the tests that need minutes or the default language model
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

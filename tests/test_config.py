@@ -75,7 +75,7 @@ MISTAKES = [
     (["sae=l1", "sae.k=8"], "unknown key sae.k; L1 has d_in"),
     (["+sae.kk=3"], "unknown key kk"),
     (["++sae.kk=3"], "unknown key kk"),
-    (["sae=topkk"], "sae=topkk: no such choice; there are l1, topk"),
+    (["sae=topkk"], "sae=topkk: no such choice; there are abs_topk, batch_topk, gated, "),
     (["sae.k=abc"], "sae.k: Value 'abc' of type 'str' could not be converted to Integer"),
     (["train.n_tokens=1e6"], "train.n_tokens: Value '1000000.0' of type 'float' could not be converted"),
     (["normalize.mode=unity"], "normalize.mode: Invalid value 'unity', expected one of"),

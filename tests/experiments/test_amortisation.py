@@ -75,5 +75,7 @@ def test_a_dictionary_knows_its_rows_and_its_bias():
     assert dictionary.match.tolist() == [5, 4, 3, 2, 1, 0]
     assert dictionary.mcc == pytest.approx(1)
     codes = np.array([[0, 0.05, 0, 0.7, 0, 1.2]], np.float32)
-    found = dictionary.codes(codes @ dictionary.rows + bias, "top_k", drop=0.1, k=3)
+    found, unconverged = dictionary.codes(codes @ dictionary.rows + bias, "top_k", drop=0.1, k=3)
     np.testing.assert_allclose(found, np.where(codes > 0.1, codes, 0), atol=1e-5)
+    assert unconverged == 0
+    assert dictionary.codes(codes @ dictionary.rows + bias, "fista", l1_coef=0.01, max_iterations=1)[1] == 1

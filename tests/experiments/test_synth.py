@@ -66,7 +66,8 @@ def planted(n_dead=0):
         extra /= np.linalg.norm(extra, axis=1, keepdims=True)
         W = np.concatenate([source.features(), extra])[: sparsifier.d_sae].astype(np.float32)
         b_enc = np.where(np.arange(len(W)) < len(W) - n_dead, 0, -100).astype(np.float32)
-        sae = model.SAE(sparsifier, base.SAEParams(W_enc=W.T, b_enc=b_enc, W_dec=W, b_dec=np.zeros(64, np.float32)))
+        parts = {"W_enc": W.T, "b_enc": b_enc, "W_dec": W, "b_dec": np.zeros(64, np.float32)}
+        sae = model.SAE(sparsifier, base.SAEParams(**parts, extra=sparsifier.extra()))
         history = {"step": np.arange(2), "dead_share": np.zeros(2)}
         return fit.Fit(sae=sae, start=sae, history=history)
 

@@ -7,6 +7,7 @@ a rounding rule, by their own names.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -224,7 +225,8 @@ def decode(
       decoder: a `Decoder`, or the name of one that needs no further choice.
 
     Returns:
-      Counts, int32; the signal was decoded if they equal its 0/1 code.
+      Counts, int32; the signal was decoded if they equal its 0/1 code. Warns (RuntimeWarning) of rows on which a
+      solver ran out of iterations; `attempt` returns which.
 
     Raises:
       UserError: shapes that do not fit, NaN or infinity, rows not of norm 1, k out of range, an unknown decoder.
@@ -233,19 +235,43 @@ def decode(
       >>> decode(jnp.eye(3)[:1] + jnp.eye(3)[2:], jnp.eye(3), 2, "top_k").tolist()
       [[1, 0, 1]]
     """
+    counts, converged = attempt(x, dictionary, k, decoder)
+    if share := float(1 - jnp.mean(converged)):
+        warnings.warn(f"the solver did not converge on {share:.1%} of {len(converged)} rows", RuntimeWarning, 2)
+    return counts
+
+
+def attempt(
+    x: Float[Array, "b d"], dictionary: Float[Array, "n_atoms d"], k: int, decoder: Decoder | str
+) -> tuple[Int[Array, "b n_atoms"], Bool[Array, "b"]]:
+    """As `decode`, without a warning.
+
+    Args:
+      x: signals, sums of k unit rows.
+      dictionary: unit rows.
+      k: active atoms per signal, known to the decoder.
+      decoder: a `Decoder`, or the name of one that needs no further choice.
+
+    Returns:
+      (counts, whether the solver converged on each row: always, for decoders that iterate a fixed number of times).
+
+    Raises:
+      UserError: as `decode`.
+    """
     x, dictionary = jnp.asarray(x), jnp.asarray(dictionary)
     if x.ndim != 2 or dictionary.ndim != 2 or x.shape[1] != dictionary.shape[1]:
         raise UserError(f"x = {x.shape}, dictionary = {dictionary.shape}: [b, d] and [n_atoms, d] are needed")
     check_sizes(b=x.shape[0], n_atoms=dictionary.shape[0], d=x.shape[1], k=k)
     check_values(x, dictionary, name="x")
     decoder = Decoder(method=decoder) if isinstance(decoder, str) else decoder
+    always = jnp.ones(x.shape[0], bool)
     if decoder.threshold is not None:
-        return _threshold(x, dictionary, decoder.threshold)
+        return _threshold(x, dictionary, decoder.threshold), always
     if decoder.method in DECODERS:
-        return DECODERS[decoder.method](x, dictionary, k)
+        return DECODERS[decoder.method](x, dictionary, k), always
     options: dict[str, Any] = dict(decoder.options) | ({"k": k} if METHODS[decoder.method].needs == "k" else {})
     solution = infer(x, dictionary, method=decoder.method, nonneg=decoder.nonneg, **options)
-    return round_code(solution.dense(), k, decoder.rounding)
+    return round_code(solution.dense(), k, decoder.rounding), solution.converged
 
 
 def exact(counts: Int[Array, "b n_atoms"], code: Bool[Array, "b n_atoms"]) -> Bool[Array, "b"]:

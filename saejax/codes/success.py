@@ -39,6 +39,8 @@ class Curve:
     """Successful trials at each dimension."""
     trials: int
     """Trials at each dimension."""
+    unconverged: np.ndarray | None = None
+    """Trials at each dimension on which the solver ran out of iterations; None where nothing was solved."""
 
     @property
     def probability(self) -> np.ndarray:
@@ -210,7 +212,7 @@ def curve(
     """
     grid = _checked_dims(n_atoms, k, dims)
     check_sizes(n_dictionaries=n_dictionaries, n_supports=n_supports)
-    successes = np.zeros(len(grid), int)
+    successes, unconverged = np.zeros(len(grid), int), np.zeros(len(grid), int)
     for number in range(n_dictionaries):
         key = jax.random.fold_in(jax.random.key(seed), number)
         keys, rows = _split(subsets.row_keys(jax.random.fold_in(key, 1), n_supports), mesh)
@@ -218,8 +220,11 @@ def curve(
         chosen = subsets.of_keys(keys, n_atoms, k)
         for place, d in enumerate(grid):
             dictionary = _replicate(_cut(whole, d), mesh)
-            successes[place] += int(recovered(decoder, dictionary, chosen)[:rows].sum())
-    return Curve(dims=np.array(grid), successes=successes, trials=n_dictionaries * n_supports)
+            counts, converged = decoders.attempt(signals(dictionary, chosen), dictionary, k, decoder)
+            successes[place] += int(_found(counts, chosen)[:rows].sum())
+            unconverged[place] += int((~converged)[:rows].sum())
+    trials = n_dictionaries * n_supports
+    return Curve(dims=np.array(grid), successes=successes, trials=trials, unconverged=unconverged)
 
 
 def recovered(

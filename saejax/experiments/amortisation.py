@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUN = "independent NumPy reference run"
-PAPERS = "O'Neill and Klindt 2024; Barin Pacela et al. 2026"
+PAPERS = "O'Neill and Klindt 2024; Pacela et al. 2026"
 L1_COEF = 0.05
 """Weight of the l1 norm against half the squared error in FISTA."""
 INFERENCES = ("one product", "OMP", "FISTA")
@@ -109,16 +109,18 @@ class Amortisation(Experiment):
 def _across(dictionary: Dictionary, rows: np.ndarray, codes: np.ndarray, own: np.ndarray | None = None) -> Any:
     """One row of the grid: every inference with one dictionary; `own` are the codes of its encoder."""
     # Without an encoder of its own, a dictionary is read by its matched filter: the best 4, as many as fire.
-    one_product = dictionary.codes(rows, "top_k", k=4) if own is None else own
-    fista = dictionary.codes(rows, "fista", l1_coef=L1_COEF)
+    one_product = dictionary.codes(rows, "top_k", k=4)[0] if own is None else own
+    fista, fista_unconverged = dictionary.codes(rows, "fista", l1_coef=L1_COEF)
+    omp, omp_unconverged = dictionary.codes(rows, "omp", k=8, drop=DROP_BELOW)
     found = {
         "one product": one_product,
-        "OMP": dictionary.codes(rows, "omp", k=8, drop=DROP_BELOW),
+        "OMP": omp,
         "FISTA": fista,
         "FISTA, small codes dropped": np.where(fista >= DROP_BELOW, fista, 0.0),
     }
     cells: dict[str, Any] = {name: scores(codes, z, dictionary.match) for name, z in found.items()}
     cells["dictionary_mcc"] = dictionary.mcc
+    cells["unconverged"] = {"OMP": omp_unconverged, "FISTA": fista_unconverged}
     cells["loss"] = dict(_loss_gap(dictionary, rows, one_product, fista))
     return cells
 

@@ -7,19 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from saejax.codes import capacity, coherence, rules
 from saejax.errors import UserError
 from saejax.experiments import figures
+from saejax.experiments.codes_data import FEATURES_OF_BERT
 from saejax.experiments.harness import Check, Experiment, Outcome, near, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PUBLISHED = {
-    "compressed_sensing_c1": 2.3e34,
-    "compressed_sensing_c2": 4.8e17,
-    "integer_pursuit": 2.2e18,
-    "top_k": 2.2e7,
-    "threshold": 1.5e4,
-}
-"""Features that fit 768 dimensions with 10 active, to two digits."""
 
 
 @register
@@ -67,8 +59,8 @@ class Capacity(Experiment):
             quantity = f"features that fit {self.d_in} dims, {self.k} active: {row['rule']}"
             if log10 > 300:
                 checks.append(Check(quantity=f"log10 of {quantity}", measured=log10, source=row["formula"]))
-            elif (self.d_in, self.k) == (768, 10) and row["rule"] in PUBLISHED:
-                target = PUBLISHED[row["rule"]]
+            elif (self.d_in, self.k) == (768, 10) and row["rule"] in FEATURES_OF_BERT:
+                target = FEATURES_OF_BERT[row["rule"]]
                 checks.append(near(quantity, 10**log10, target, 0.03 * target, row["formula"]))
             else:
                 checks.append(Check(quantity=quantity, measured=10**log10, source=row["formula"]))

@@ -154,6 +154,7 @@ def _record(curve: Curve) -> dict[str, object]:
         "dims": curve.dims,
         "probability": curve.probability,
         "trials": curve.trials,
+        "unconverged": curve.unconverged,
         "d50": curve.dims_at(0.5),
         "d90": curve.dims_at(0.9),
     }

@@ -19,21 +19,13 @@ from saejax.activations.synthetic import Synthetic
 from saejax.codes import capacity, rules
 from saejax.evals import dimension, metric, over, sparsity
 from saejax.experiments import figures
+from saejax.experiments.codes_data import FEATURES_OF_BERT
 from saejax.experiments.harness import Check, Experiment, Outcome, near, register
 from saejax.experiments.known_codes import DROP_BELOW, Dictionary
 from saejax.sae import base
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FEATURES_OF_BERT = {
-    "compressed_sensing_c1": 2.3e34,
-    "compressed_sensing_c2": 4.8e17,
-    "integer_pursuit": 2.2e18,
-    "top_k": 2.2e7,
-    "threshold": 1.5e4,
-}
-"""Features that fit 768 dimensions with 10 of them active, to two digits: one question, thirty orders of magnitude."""
 
 DECODERS = {
     "margin_sensing": "compressed sensing, k ln(N/k)",
@@ -103,7 +95,7 @@ class Dimensionality(Experiment):
         """Estimates K, N and M by sparse coding with the true dictionary, and the margins that follow."""
         features = source.features()
         x, z = next(source.heldout_with_codes(self.rows, self.rows))
-        codes = Dictionary.of(features, features).codes(x, "fista", drop=DROP_BELOW, l1_coef=0.02)
+        codes, unconverged = Dictionary.of(features, features).codes(x, "fista", drop=DROP_BELOW, l1_coef=0.02)
         latents = jnp.asarray(codes, jnp.float32)
         batch = metric.EvalBatch(
             x=jnp.asarray(x),
@@ -125,6 +117,7 @@ class Dimensionality(Experiment):
             "N": n,
             "N_true": source.n_features,
             "M": source.d_in,
+            "unconverged": unconverged,
             "effective_dimension": over.over(dimension.EffectiveDimension(), batch)["effective_dimension"],
             "effective_dimension_expected": _effective_dimension(features, x),
             "margins": margins,

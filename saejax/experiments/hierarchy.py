@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 RUN = "independent NumPy reference run"
 PAPER = "Chanin et al. 2024"
 
+Coded = tuple[np.ndarray, float]
+"""Codes [b, n] and the share of rows on which their solver did not converge."""
+
 
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,15 +74,18 @@ class Hierarchy(Experiment):
         if self.with_controls:
             l1 = L1(d_in=source.d_in, d_sae=source.n_features, l1_coef=0.1, decoder_init_norm=1.0)
             found |= {"L1": self._sae(l1, source, rows), "dictionary learning": self._learnt(source, rows)}
-        arms = {name: _scored(source, codes, z, dictionary) for name, (dictionary, z) in found.items()}
+        arms = {
+            name: _scored(source, codes, z, dictionary) | {"unconverged": unconverged}
+            for name, (dictionary, (z, unconverged)) in found.items()
+        }
         return Outcome(values={"arms": arms}, checks=_checks(arms), figure=_figure(arms))
 
-    def _sae(self, architecture: Any, source: Synthetic, rows: np.ndarray) -> tuple[Dictionary, np.ndarray]:
-        """An SAE's decoder and the codes of its encoder."""
+    def _sae(self, architecture: Any, source: Synthetic, rows: np.ndarray) -> tuple[Dictionary, Coded]:
+        """An SAE's decoder and the codes of its encoder, which has nothing to converge."""
         sae = fit.train(architecture, source, n_tokens=512 * self.n_steps, seed=self.seed)
-        return Dictionary.of_sae(sae, source.features()), np.asarray(sae.encode(jnp.asarray(rows)))
+        return Dictionary.of_sae(sae, source.features()), (np.asarray(sae.encode(jnp.asarray(rows))), 0.0)
 
-    def _learnt(self, source: Synthetic, rows: np.ndarray) -> tuple[Dictionary, np.ndarray]:
+    def _learnt(self, source: Synthetic, rows: np.ndarray) -> tuple[Dictionary, Coded]:
         """A learnt dictionary and the codes of FISTA."""
         n_rows = 512 * self.n_learning_steps
         stream = source.open(n_lanes=1, block_rows=n_rows, lanes=range(1), seed=self.seed, prefetch=1)

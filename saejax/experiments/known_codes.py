@@ -52,12 +52,14 @@ class Dictionary:
         """The decoder of an SAE."""
         return Dictionary.of(sae.params.W_dec, features, sae.params.b_dec)
 
-    def codes(self, y: Float[np.ndarray, "b d"], method: str, drop: float = 0.0, **options: Any) -> np.ndarray:
-        """Codes of signals by a solver, what is below `drop` set to 0: [b, n]."""
+    def codes(
+        self, y: Float[np.ndarray, "b d"], method: str, drop: float = 0.0, **options: Any
+    ) -> tuple[np.ndarray, float]:
+        """Codes of signals by a solver, what is below `drop` set to 0, [b, n]; and the share of rows not converged."""
         arrays = jnp.asarray(y), jnp.asarray(self.rows)
         solution = sparse_coding.infer(*arrays, method=method, bias=jnp.asarray(self.bias), **options)
         codes = np.asarray(solution.dense())
-        return np.where(codes >= drop, codes, 0.0)
+        return np.where(codes >= drop, codes, 0.0), float(1 - np.asarray(solution.converged).mean())
 
 
 def scores(true: Float[np.ndarray, "b n"], found: Float[np.ndarray, "b m"], match: np.ndarray) -> dict[str, float]:

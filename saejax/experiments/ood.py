@@ -30,7 +30,7 @@ from saejax.sparse_coding import learning
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAPER = "Barin Pacela et al. 2026"
+PAPER = "Pacela et al. 2026"
 L1_COEF = 0.1
 """Weight of the l1 norm in every FISTA here, as in the paper."""
 
@@ -100,17 +100,20 @@ class Compositional(Experiment):
         n_tokens = self.n_epochs * (self.n_train // batch) * batch
         sae = fit.train(architecture, signals, n_tokens=n_tokens, batch=batch, lr=5e-4, seed=seed)
         decoder = Dictionary.of_sae(sae, features)
+        probe = _probe(signals, train)
         arms: dict[str, tuple[Any, float]] = {
             "oracle": (lambda y: oracle.codes(y, "fista", l1_coef=L1_COEF), 1.0),
             "dictionary learning": (lambda y: learnt.codes(y, "fista", l1_coef=L1_COEF), learnt.mcc),
-            "TopK": (lambda y: np.asarray(sae.encode(jnp.asarray(y))), decoder.mcc),
+            "TopK": (lambda y: (np.asarray(sae.encode(jnp.asarray(y))), 0.0), decoder.mcc),
             "TopK, FISTA": (lambda y: decoder.codes(y, "fista", l1_coef=L1_COEF), decoder.mcc),
-            "linear probe": (_probe(signals, train), float("nan")),
+            "linear probe": (lambda y: (probe(y), 0.0), float("nan")),
         }
-        return {
-            name: _scored(splits, [encode(z @ features) for z in splits]) | {"dictionary_mcc": mcc}
-            for name, (encode, mcc) in arms.items()
-        }
+        scores = {}
+        for name, (encode, mcc) in arms.items():
+            found, unconverged = zip(*(encode(z @ features) for z in splits), strict=True)
+            own = {"dictionary_mcc": mcc, "unconverged": float(np.mean(unconverged))}
+            scores[name] = _scored(splits, list(found)) | own
+        return scores
 
     def _learnt(self, signals: np.ndarray, features: np.ndarray, seed: int) -> Dictionary:
         """The dictionary of the lowest loss on the training signals, of several starts: a few atoms get stuck."""
@@ -122,7 +125,7 @@ class Compositional(Experiment):
                 n_steps=self.n_learning_steps, seed=seed + start,
             )  # fmt: skip
             dictionary = Dictionary.of(found.dictionary, features)
-            codes = dictionary.codes(signals, "fista", l1_coef=L1_COEF)
+            codes, _ = dictionary.codes(signals, "fista", l1_coef=L1_COEF)
             loss = float(jnp.mean(gaps.lasso_loss(*map(jnp.asarray, (signals, codes, dictionary.rows)), L1_COEF)))
             if loss < least:
                 best, least = dictionary, loss

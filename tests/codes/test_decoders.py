@@ -108,6 +108,18 @@ def test_a_threshold_that_succeeds_implies_top_k():
     assert not (by["threshold_half"] & ~by["top_k"]).any()
 
 
+def test_rows_that_a_solver_gave_up_on_are_named():
+    dictionary = dictionaries.rademacher(jax.random.key(0), 64, 32)
+    x = dictionary[:4] + dictionary[4:8]
+    hurried = Decoder(method="fista", options=(("l1_coef", 0.01), ("max_iterations", 1)))
+    with pytest.warns(RuntimeWarning, match="did not converge on 100.0% of 4 rows"):
+        counts = decode(x, dictionary, 2, hurried)
+    again, converged = decoders.attempt(x, dictionary, 2, hurried)
+    np.testing.assert_array_equal(again, counts)
+    assert not converged.any() and decoders.attempt(x, dictionary, 2, "map")[1].all()
+    assert success.curve(hurried, 64, 2, [32], n_supports=8).unconverged.tolist() == [8]
+
+
 def test_top_k_breaks_ties_by_index():
     assert decoders.largest(jnp.array([[1.0, 2.0, 1.0, 1.0]]), 2).tolist() == [[1, 1, 0, 0]]
 

@@ -1,6 +1,5 @@
 """Absorption is 0 where parents are told apart, 1 where children swallow them; sparsity follows the data."""
 
-import numpy as np
 import pytest
 
 from saejax.activations.synthetic import Kind, Synthetic

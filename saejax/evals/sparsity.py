@@ -120,12 +120,12 @@ class Firing(metric.Metric):
             for w in self.windows
         }
         return {
-            "l0": "Mean over rows of the number of latents above zero.",
+            "l0": "Mean over rows of the number of latents that fire: are not zero.",
             "dead_share": "Share of latents that fire on none of the evaluated rows.",
             "dense_share": f"Share of latents that fire on more than {self.dense_above:.0%} of the evaluated rows.",
             "dense_share_1pct": "Share of latents that fire on more than 1% of the evaluated rows.",
             **windows,
-            "firing_rate": "For each latent, the share of evaluated rows on which it is above zero.",
+            "firing_rate": "For each latent, the share of evaluated rows on which it is not zero.",
             "log10_density_hist": "Number of latents by log10 of their firing rate; latents that never fire are left "
             "out, rates below the first edge are in the first bin.",
             "log10_density_edges": "Edges of the bins of log10_density_hist.",
@@ -161,7 +161,7 @@ class ActivityState:
     """Sums over rows.
 
     Attributes:
-      histogram: Rows by their number of latents above 0, [d_sae + 1] or, k-sparse, [k + 1]; integers.
+      histogram: Rows by their number of latents other than 0, [d_sae + 1] or, k-sparse, [k + 1]; integers.
       above_1e6: Latents above 1e-6 in size, scalar.
       l1: Sum of the sizes of latents, scalar.
       l1_scaled: Sum of the same times the length of their decoder rows, scalar.
@@ -228,7 +228,7 @@ class Activity(metric.Metric):
 
     def definitions(self) -> dict[str, str]:
         quantiles = {
-            _quantile_key(q): f"Smallest number of latents above zero that at least {q:.0%} of the rows do not exceed."
+            _quantile_key(q): f"Smallest number of non-zero latents that at least {q:.0%} of the rows do not exceed."
             for q in self.quantiles
         }
         return {
@@ -238,7 +238,7 @@ class Activity(metric.Metric):
             "l1_scaled": "Mean over rows of the sum of sizes of latents times the length of their decoder rows: does "
             "not change when a latent is scaled up and its decoder row down.",
             **quantiles,
-            "l0_hist": "Number of rows by their number of latents above zero, from 0 on.",
+            "l0_hist": "Number of rows by their number of non-zero latents, from 0 on.",
         }
 
 

@@ -17,7 +17,7 @@ _MAX_POINTS = 240
 MAIN = {
     "loss": ("Loss", "Training objective, all terms, on normalised activations."),
     "fvu": ("Fraction of variance unexplained", "0 is perfect, 1 is no better than the mean."),
-    "l0": ("Active latents per token", "L0: how many latents are above zero."),
+    "l0": ("Active latents per token", "L0: how many latents are not zero."),
     "dead_share": ("Dead latents", "Share silent for the configured span of training; held out: on all rows."),
     "tokens_per_second": ("Tokens per second", "Throughput of the whole loop."),
 }

@@ -72,7 +72,7 @@ class ManifoldProbe(rows.Kept, metric.Metric):
         h, test = state["h"], state["test"] > 0
         if test.all() or not test.any():
             raise UserError(f"test must mark some rows and leave some to train on, got {int(test.sum())} of {len(h)}")
-        embedded = _circles(state["point"]) if self.manifold == "circles" else rotation_matrices(state["point"])
+        embedded = embed_circles(state["point"]) if self.manifold == "circles" else rotation_matrices(state["point"])
         raw = _wrapped(state["point"]) if self.manifold == "circles" else state["point"]
         q, m = embedded.shape[1], h.shape[1]
         joint = np.concatenate([h, embedded, raw], axis=1)
@@ -92,7 +92,7 @@ class ManifoldProbe(rows.Kept, metric.Metric):
         }
 
     def _embed(self, point: np.ndarray) -> np.ndarray:
-        return _circles(point) if self.manifold == "circles" else rotation_matrices(point)
+        return embed_circles(point) if self.manifold == "circles" else rotation_matrices(point)
 
     def _error(self, guess: np.ndarray, truth: np.ndarray) -> float:
         """Mean angle in radians between guessed and true points."""
@@ -127,8 +127,13 @@ def rotation_matrices(vectors: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n
     return (np.eye(3)[None] + sin * cross + (1 - cos) * cross @ cross).reshape(-1, 9)
 
 
-def _circles(angles: np.ndarray) -> np.ndarray:
-    """All cosines, then all sines."""
+def embed_circles(angles: Float[np.ndarray, "n a"]) -> Float[np.ndarray, "n m"]:
+    """All cosines, then all sines: [n, a] -> [n, 2 a].
+
+    Example:
+      >>> embed_circles(np.array([[0.0, np.pi / 2]])).round(3).tolist()
+      [[1.0, 0.0, 0.0, 1.0]]
+    """
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 

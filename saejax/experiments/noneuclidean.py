@@ -29,16 +29,6 @@ Angles = Float[np.ndarray, "rows q"]
 Embedded = Float[np.ndarray, "rows n"]
 
 
-def embed_circles(angles: Angles) -> Embedded:
-    """All cosines, then all sines: [rows, q] -> [rows, 2 q].
-
-    Example:
-      >>> embed_circles(np.array([[0.0, np.pi / 2]])).round(3).tolist()
-      [[1.0, 0.0, 0.0, 1.0]]
-    """
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-
-
 def rotation_vectors(matrices: Embedded) -> Angles:
     """Inverse of `rotation_matrices` for angles below pi: [rows, 9] -> [rows, 3]."""
     m = matrices.reshape(-1, 3, 3)
@@ -105,8 +95,8 @@ class Space:
 
 
 SPACES = {
-    "circle": Space("circles", draw_circles(1), embed_circles, 6 / math.pi**2, 10.0),
-    "torus": Space("circles", draw_circles(2), embed_circles, 6 / math.pi**2, 4.0),
+    "circle": Space("circles", draw_circles(1), manifold_probe.embed_circles, 6 / math.pi**2, 10.0),
+    "torus": Space("circles", draw_circles(2), manifold_probe.embed_circles, 6 / math.pi**2, 4.0),
     "rotations": Space(
         "rotations", draw_rotations, manifold_probe.rotation_matrices, (25 / 16) / (1 + math.pi**2 / 6), 3.0
     ),

@@ -53,5 +53,5 @@ def test_ties_called_by_place_never_find_the_last():
 
 @pytest.mark.parametrize("wrong", [{"n_units": 65}, {"n_units": 0}, {"n_items": 100}, {"n_trials": 0}])
 def test_sizes_are_checked(wrong):
-    with pytest.raises(UserError, match=r"n_(units|items) must be"):
+    with pytest.raises(UserError, match=r"n_(units|items|trials)"):
         interp.IntruderMIS(**wrong)

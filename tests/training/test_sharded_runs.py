@@ -13,7 +13,7 @@ from saejax.training import optim, state
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
 
-@pytest.fixture(scope="module", params=runs.every_architecture("topk", "l1", "batch_topk"))
+@pytest.fixture(scope="module", params=runs.every_architecture("topk", "l1"))
 def unsharded(request, tmp_path_factory):
     """50 steps on one device."""
     run_dir = tmp_path_factory.mktemp(request.param)

@@ -167,7 +167,8 @@ def test_every_key_is_defined_and_named_once(sae, rows):
     assert all(text.endswith(".") and len(text) > 20 for text in result.definitions.values())
     keys = list(itertools.chain.from_iterable(m.definitions() for m in ALL))
     assert len(keys) == len(set(keys))
-    assert {m.name for m in ALL} == {name for name, m in metric.METRICS.items() if m.batch_type is metric.EvalBatch}
+    # Other metrics of an SAE are opt-in: they need d_in x d_in sums.
+    assert {m.name for m in ALL} <= {name for name, m in metric.METRICS.items() if m.batch_type is metric.EvalBatch}
 
 
 def test_array_source_and_stream_agree(sae, rows):

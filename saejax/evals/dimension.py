@@ -9,22 +9,10 @@ import dataclasses
 import math
 from typing import ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from saejax.errors import UserError
 from saejax.evals import metric
-
-
-@struct.dataclass
-class ScatterState:
-    """Rows, their mean [d_in], and the sum of outer products about it [d_in, d_in]."""
-
-    rows: jax.Array
-    mean: jax.Array
-    scatter: jax.Array
 
 
 @metric.register
@@ -34,24 +22,16 @@ class EffectiveDimension(metric.Metric):
 
     name: ClassVar[str] = "effective_dimension"
 
-    def init(self, batch: metric.EvalBatch) -> ScatterState:
-        d = batch.x.shape[-1]
-        return ScatterState(rows=jnp.zeros(()), mean=jnp.zeros(d), scatter=jnp.zeros((d, d)))
+    def init(self, batch: metric.EvalBatch) -> metric.Scatter:
+        return metric.Scatter.none(batch.x.shape[-1])
 
-    def update(self, state: ScatterState, batch: metric.EvalBatch) -> ScatterState:
-        rows, mean, apart = metric.centred(batch.x, batch.weight)
-        scatter = jnp.matmul(apart.T, apart, precision=jax.lax.Precision.HIGHEST)
-        return self.merge(state, ScatterState(rows=rows, mean=mean, scatter=scatter))
+    def update(self, state: metric.Scatter, batch: metric.EvalBatch) -> metric.Scatter:
+        return self.merge(state, metric.Scatter.of(batch.x, batch.weight))
 
-    def merge(self, a: ScatterState, b: ScatterState) -> ScatterState:
-        share, shift = metric.share_of_second(a.rows, b.rows), b.mean - a.mean
-        return ScatterState(
-            rows=a.rows + b.rows,
-            mean=a.mean + shift * share,
-            scatter=a.scatter + b.scatter + shift[:, None] * shift[None, :] * (a.rows * share),
-        )
+    def merge(self, a: metric.Scatter, b: metric.Scatter) -> metric.Scatter:
+        return a.merged(b)
 
-    def compute(self, state: ScatterState) -> dict[str, float | np.ndarray]:
+    def compute(self, state: metric.Scatter) -> dict[str, float | np.ndarray]:
         scatter, d, free = np.asarray(state.scatter), len(state.mean), float(state.rows) - 1
         return {
             "effective_dimension": metric.ratio(np.trace(scatter) ** 2, np.sum(scatter**2)),

@@ -130,6 +130,35 @@ def share_of_second(a_rows: Any, b_rows: Any) -> Any:
     return b_rows / (rows + (rows == 0))
 
 
+@struct.dataclass
+class Scatter:
+    """Rows, their mean [d], and the sum of outer products about it [d, d]: a covariance that merges."""
+
+    rows: jax.Array
+    mean: jax.Array
+    scatter: jax.Array
+
+    @classmethod
+    def none(cls, d: int) -> "Scatter":
+        """Returns the state of no rows."""
+        return cls(rows=jnp.zeros(()), mean=jnp.zeros(d), scatter=jnp.zeros((d, d)))
+
+    @classmethod
+    def of(cls, x: Float[Array, "b d"], weight: Float[Array, "b"]) -> "Scatter":
+        """Returns the state of the real rows of `x`."""
+        rows, mean, apart = centred(x, weight)
+        return cls(rows=rows, mean=mean, scatter=jnp.matmul(apart.T, apart, precision=jax.lax.Precision.HIGHEST))
+
+    def merged(self, other: "Scatter") -> "Scatter":
+        """Returns the state of the rows of both."""
+        share, shift = share_of_second(self.rows, other.rows), other.mean - self.mean
+        return Scatter(
+            rows=self.rows + other.rows,
+            mean=self.mean + shift * share,
+            scatter=self.scatter + other.scatter + shift[:, None] * shift[None, :] * (self.rows * share),
+        )
+
+
 def same_width(**arrays: Any) -> None:
     """Refuses arrays of different widths, which would broadcast, by their names."""
     widths = {name: list(array.shape[1:]) for name, array in arrays.items()}

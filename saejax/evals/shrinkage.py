@@ -94,15 +94,6 @@ class Norms(metric.Metric):
         }
 
 
-@struct.dataclass
-class NormSlopeState:
-    """Rows, the means of (|x|, |recon|) [2], and the sums of their products about the means [2, 2]."""
-
-    rows: jax.Array
-    mean: jax.Array
-    scatter: jax.Array
-
-
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormSlope(metric.Metric):
@@ -110,24 +101,17 @@ class NormSlope(metric.Metric):
 
     name: ClassVar[str] = "norm_slope"
 
-    def init(self, batch: metric.EvalBatch) -> NormSlopeState:
-        return NormSlopeState(rows=jnp.zeros(()), mean=jnp.zeros(2), scatter=jnp.zeros((2, 2)))
+    def init(self, batch: metric.EvalBatch) -> metric.Scatter:
+        return metric.Scatter.none(2)
 
-    def update(self, state: NormSlopeState, batch: metric.EvalBatch) -> NormSlopeState:
+    def update(self, state: metric.Scatter, batch: metric.EvalBatch) -> metric.Scatter:
         norms = jnp.stack([jnp.linalg.norm(batch.x, axis=-1), jnp.linalg.norm(batch.recon, axis=-1)], axis=-1)
-        rows, mean, apart = metric.centred(norms, batch.weight)
-        scatter = jnp.matmul(apart.T, apart, precision=jax.lax.Precision.HIGHEST)
-        return self.merge(state, NormSlopeState(rows=rows, mean=mean, scatter=scatter))
+        return self.merge(state, metric.Scatter.of(norms, batch.weight))
 
-    def merge(self, a: NormSlopeState, b: NormSlopeState) -> NormSlopeState:
-        share, shift = metric.share_of_second(a.rows, b.rows), b.mean - a.mean
-        return NormSlopeState(
-            rows=a.rows + b.rows,
-            mean=a.mean + shift * share,
-            scatter=a.scatter + b.scatter + shift[:, None] * shift[None, :] * (a.rows * share),
-        )
+    def merge(self, a: metric.Scatter, b: metric.Scatter) -> metric.Scatter:
+        return a.merged(b)
 
-    def compute(self, state: NormSlopeState) -> dict[str, float | np.ndarray]:
+    def compute(self, state: metric.Scatter) -> dict[str, float | np.ndarray]:
         slope = metric.ratio(state.scatter[0, 1], state.scatter[0, 0])
         return {"norm_slope": slope, "norm_intercept": float(state.mean[1]) - slope * float(state.mean[0])}
 

@@ -66,7 +66,7 @@ def infer(
       y: Signals, real and finite.
       dictionary: One atom per row, of norm 1.
       method: A name in `METHODS`.
-      k: Atoms per signal; for top_k, mp, omp and gradient_pursuit.
+      k: Atoms per signal, at most d; for top_k, mp, omp and gradient_pursuit.
       l1_coef: Weight of the l1 norm against half the squared error; for ista and fista.
       threshold: Level of the correlations to keep; for threshold.
       nonneg: Whether codes must not fall below 0.
@@ -162,7 +162,7 @@ def _arrays(y: Any, dictionary: Any) -> tuple[jax.Array, jax.Array]:
 def _check_options(given: dict[str, Any], method: str, b: int, n: int, d: int) -> None:
     k, warm_start = given.get("k"), given.get("warm_start")
     if k is not None:
-        most = min(n, d) if method == "omp" else n
+        most = min(n, d)  # more than d atoms are linearly dependent: no code of theirs is the only one
         limit = f"must be a whole number in [1, {'d' if most < n else 'n_atoms'}={most}]"
         _demand(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= most, "k", limit, k)
     if "l1_coef" in given:

@@ -34,7 +34,7 @@ BAD = [
     ("k", dict(k=0)),
     ("k", dict(k=1.5)),
     ("k", dict(k=5, method="top_k")),
-    ("k", dict(k=5, dictionary=np.vstack([EYE, EYE]))),
+    *(("k", dict(k=5, dictionary=np.vstack([EYE, EYE]), method=m)) for m in ("top_k", "mp", "omp", "gradient_pursuit")),
     ("k", dict(l1_coef=0.1, method="fista")),
     ("l1_coef", dict(l1_coef=0.1)),
     ("l1_coef", dict(k=None, method="ista")),

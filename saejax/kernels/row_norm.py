@@ -1,16 +1,29 @@
 """Rows normalised one by one, as layer normalisation without weights: training reads it, and the finished SAE."""
 
+import enum
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 EPS = 1e-5
-"""Added to the variance of a row: a constant row becomes 0."""
+"""Added to the variance (or deviation) of a row: a constant row becomes 0."""
+
+
+class RowNorm(enum.Enum):
+    """What a row is divided by; `variance` is ours, the others are those of SAEs that were trained elsewhere."""
+
+    variance = "variance"
+    """The root of EPS plus the variance over its d entries, after its mean is taken off."""
+    deviation = "deviation"
+    """EPS plus the standard deviation with d - 1 in it, after its mean is taken off; undone without EPS."""
+    length = "length"
+    """Its norm over the root of d; the mean stays."""
 
 
 def normalized(
-    x: Float[Array, "... d_in"],
+    x: Float[Array, "... d_in"], kind: RowNorm = RowNorm.variance
 ) -> tuple[Float[Array, "... d_in"], Float[Array, "... 1"], Float[Array, "... 1"]]:
-    """Returns normalised rows, their means and their scales.
+    """Returns normalised rows, and the means and scales that undo it (rows * scale + mean).
 
     Example:
       >>> rows, mean, scale = normalized(jnp.array([[1.0, 3.0]]))
@@ -18,6 +31,13 @@ def normalized(
       [-1.0, 1.0, 2.0, 1.0]
     """
     x = jnp.asarray(x, jnp.float32)
+    if kind is RowNorm.length:
+        scale = jnp.linalg.norm(x, axis=-1, keepdims=True) / x.shape[-1] ** 0.5
+        return x / jnp.where(scale > 0, scale, 1), jnp.zeros_like(scale), scale
     mean = jnp.mean(x, axis=-1, keepdims=True)
-    scale = jnp.sqrt(jnp.mean((x - mean) ** 2, axis=-1, keepdims=True) + EPS)
+    squares = (x - mean) ** 2
+    if kind is RowNorm.deviation:
+        scale = jnp.sqrt(jnp.sum(squares, axis=-1, keepdims=True) / (x.shape[-1] - 1))
+        return (x - mean) / (scale + EPS), mean, scale
+    scale = jnp.sqrt(jnp.mean(squares, axis=-1, keepdims=True) + EPS)
     return (x - mean) / scale, mean, scale

@@ -3,7 +3,8 @@ r"""An SAE behind a normaliser of single rows (layer normalisation), which no we
 .. math:: \tilde x = (x - m)/s, \quad m = \frac1d \sum_i x_i, \quad s^2 = \frac1d \sum_i (x_i - m)^2 + 10^{-5},
     \qquad \hat x = s\, \hat{\tilde x} + m
 
-Training hands over here where rows were normalised one by one; the wrapper is never trained itself.
+Training hands over here where rows were normalised one by one; the wrapper is never trained itself. SAEs of other
+tools divide by other lengths of a row (`kernels.row_norm.RowNorm`).
 """
 
 import dataclasses
@@ -38,11 +39,13 @@ class LayerNormed(base.Sparsifier):
 
     inner: base.Sparsifier
     """What sees the normalised rows."""
+    kind: row_norm.RowNorm = row_norm.RowNorm.variance
+    """What rows are divided by."""
 
     @classmethod
-    def of(cls, inner: base.Sparsifier) -> "LayerNormed":
+    def of(cls, inner: base.Sparsifier, kind: row_norm.RowNorm = row_norm.RowNorm.variance) -> "LayerNormed":
         """Returns the wrapper of an architecture."""
-        return cls(d_in=inner.d_in, d_sae=inner.d_sae, inner=inner)
+        return cls(d_in=inner.d_in, d_sae=inner.d_sae, inner=inner, kind=kind)
 
     @property
     def k_sparse(self):
@@ -60,7 +63,7 @@ class LayerNormed(base.Sparsifier):
 
     def encode(self, params, x):
         """Returns the latents of the normalised rows, with what undoes the normalisation."""
-        rows, mean, scale = row_norm.normalized(x)
+        rows, mean, scale = row_norm.normalized(x, self.kind)
         found = self.inner.encode(params, rows)
         parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(base.Encoding)}
         return RowEncoding(**parts, row_mean=mean, row_scale=scale)

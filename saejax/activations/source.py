@@ -54,6 +54,11 @@ class ActivationSource(abc.ABC):
     def d_in(self) -> int:
         """Width of a row. A config field where it is a choice, read from the files where it is a fact."""
 
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Widths of the parts of a row, in order: one, unless rows of several hooks lie side by side."""
+        return (self.d_in,)
+
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Identity of the data for the run's record, JSON-able; other data, other fingerprint."""

@@ -81,6 +81,20 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     Raises:
       UserError: SAELens has no architecture that computes the same.
     """
+    config, weights = converted(sae)
+    path = pathlib.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(weights, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def converted(sae: SAE) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns what SAELens' files hold of an SAE: cfg.json as a dictionary, and the float32 weights.
+
+    Raises:
+      UserError: SAELens has no architecture that computes the same.
+    """
     sparsifier = sae.sparsifier
     strict.check_linear(sparsifier, name, _TO)
     architecture = _TO[sparsifier.name]
@@ -102,13 +116,7 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
             "max_iterations": strict.own_k(sparsifier),
             "stop_on_duplicate_support": False,
         }
-    weights = _weights(architecture, params)
-    path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(weights, path / WEIGHTS)
-    config = saelens_config.written(sae, architecture, subtract, own)
-    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return path
+    return saelens_config.written(sae, architecture, subtract, own), _weights(architecture, params)
 
 
 def _shapes(config: Parsed) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,11 @@
 
 `blocks.{layer}.{site}`. A block touches its sites in the order of `SITES`; `model.py` calls them,
 `backend.py` reads and replaces them.
+
+`ln1.hook_normalized` (input of attention) and `ln2.hook_normalized` (input of the MLP) hold what TransformerLens
+holds there in a model whose norms are not folded into the next weights: under an RMS norm x / rms(x), BEFORE the gain;
+under GPT-2's layer norm its output, gain and bias INCLUDED. A transcoder made elsewhere with a folded GPT-2 read rows
+without gain and bias.
 """
 
 from __future__ import annotations
@@ -13,13 +18,15 @@ from saejax.activations.language_model.config import ModelConfig
 from saejax.errors import UserError
 
 RESID_PRE = "hook_resid_pre"
+LN1 = "ln1.hook_normalized"
 Z = "attn.hook_z"
 ATTN_OUT = "hook_attn_out"
 RESID_MID = "hook_resid_mid"
+LN2 = "ln2.hook_normalized"
 MLP_POST = "mlp.hook_post"
 MLP_OUT = "hook_mlp_out"
 RESID_POST = "hook_resid_post"
-SITES = (RESID_PRE, Z, ATTN_OUT, RESID_MID, MLP_POST, MLP_OUT, RESID_POST)
+SITES = (RESID_PRE, LN1, Z, ATTN_OUT, RESID_MID, LN2, MLP_POST, MLP_OUT, RESID_POST)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from `weights.py`; `backend.py` compiles what stands here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -73,15 +74,18 @@ class Norm(nnx.Module):
         self.gain = _zeros(*shape)
         self.bias = _zeros(*shape) if config.norm == "layer" and not rms else None
 
-    def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    def __call__(
+        self, x: Float[Array, "*n d"], touch: Callable[[jax.Array], jax.Array] = lambda normed: normed
+    ) -> Float[Array, "*n d"]:
+        """Where `touch` is called, `hooks.py` says: before the gain of an RMS norm, after a layer norm's bias."""
         wide = x.astype(jnp.float32)
         if self.bias is not None:
             wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        wide = wide * _over_last(self.gain[...], wide)
-        if self.bias is not None:
-            wide = wide + _over_last(self.bias[...], wide)
-        return wide.astype(x.dtype)
+        gain = _over_last(self.gain[...], wide)
+        if self.bias is None:
+            return (touch(wide) * gain).astype(x.dtype)
+        return touch(wide * gain + _over_last(self.bias[...], wide)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -157,11 +161,11 @@ class Block(nnx.Module):
         self, h: Float[Array, "b s d"], context: Context, window: Int[Array, ""], touch: Touch
     ) -> Float[Array, "b s d"]:
         h = touch(hooks.RESID_PRE, h)
-        branch = self.attn(self.attn_norm(h), context, window, touch)
+        branch = self.attn(self.attn_norm(h, functools.partial(touch, hooks.LN1)), context, window, touch)
         if self.attn_post_norm is not None:
             branch = self.attn_post_norm(branch)
         h = touch(hooks.RESID_MID, h + touch(hooks.ATTN_OUT, branch))
-        branch = self.mlp(self.mlp_norm(h), touch)
+        branch = self.mlp(self.mlp_norm(h, functools.partial(touch, hooks.LN2)), touch)
         if self.mlp_post_norm is not None:
             branch = self.mlp_post_norm(branch)
         return touch(hooks.RESID_POST, h + touch(hooks.MLP_OUT, branch))
@@ -336,4 +340,4 @@ def _store(kept: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
     """Write value at kept[slot], or nothing for slot -1, in place under scan."""
     at = jnp.maximum(slot, 0)
     old = lax.dynamic_index_in_dim(kept, at, keepdims=False)
-    return lax.dynamic_update_index_in_dim(kept, jnp.where(slot >= 0, value, old), at, 0)
+    return lax.dynamic_update_index_in_dim(kept, jnp.where(slot >= 0, value.astype(old.dtype), old), at, 0)

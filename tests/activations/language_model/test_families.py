@@ -14,7 +14,7 @@ import pytest
 from tiny_models import MODELS
 
 from saejax.activations import language_model
-from saejax.activations.language_model import families
+from saejax.activations.language_model import families, hooks
 from saejax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,6 +27,7 @@ def _torch_activations(model, tokens: np.ndarray) -> tuple[np.ndarray, dict[str,
 
     seen: dict[str, np.ndarray] = {}
     gpt2 = model.config.model_type == "gpt2"
+    gemma = model.config.model_type.startswith("gemma")
     layers = model.transformer.h if gpt2 else model.model.layers
     handles = []
 
@@ -40,7 +41,6 @@ def _torch_activations(model, tokens: np.ndarray) -> tuple[np.ndarray, dict[str,
 
     for i, layer in enumerate(layers):
         attention = layer.attn if gpt2 else layer.self_attn
-        gemma = model.config.model_type.startswith("gemma")
         keep(f"blocks.{i}.hook_resid_pre", layer, given=True)
         keep(f"blocks.{i}.hook_resid_post", layer, given=False)
         keep(f"blocks.{i}.attn.hook_z", attention.c_proj if gpt2 else attention.o_proj, given=True)
@@ -51,10 +51,20 @@ def _torch_activations(model, tokens: np.ndarray) -> tuple[np.ndarray, dict[str,
             layer.ln_2 if gpt2 else layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
         )
         keep(f"blocks.{i}.hook_resid_mid", before_mlp, given=True)
+        keep(f"blocks.{i}.ln1.hook_normalized", layer.ln_1 if gpt2 else layer.input_layernorm, given=False)
+        keep(f"blocks.{i}.ln2.hook_normalized", before_mlp, given=False)
     with torch.no_grad():
         logits = model(input_ids=torch.as_tensor(tokens, dtype=torch.long), use_cache=False).logits.numpy()
     for handle in handles:
         handle.remove()
+    for i, layer in enumerate(
+        () if gpt2 else layers
+    ):  # what torch sees of an RMS norm holds its gain, our hook does not
+        before_mlp = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
+        for name, norm in (("ln1", layer.input_layernorm), ("ln2", before_mlp)):
+            gain = norm.weight.detach().numpy() + (1 if gemma else 0)
+            assert np.abs(gain - 1).max() > 0.1 and np.abs(gain).min() > 0.1  # the gain is seen, and can be undone
+            seen[f"blocks.{i}.{name}.hook_normalized"] /= gain
     return logits, seen
 
 
@@ -66,7 +76,7 @@ def test_matches_transformers(name: str, tiny, tokens: np.ndarray) -> None:
     assert np.abs(logits).max() > 1  # the comparison has something to compare
     np.testing.assert_allclose(model.logits(tokens, np.ones_like(tokens)), logits, atol=TOLERANCE, rtol=0)
     found = model.capture(tokens, np.ones_like(tokens), tuple(wanted))
-    assert len(wanted) == 7 * 3
+    assert len(wanted) == len(hooks.SITES) * 3
     for hook, value in wanted.items():
         assert found[hook].shape == (*tokens.shape, model.hook_width(hook))
         np.testing.assert_allclose(found[hook], value, atol=TOLERANCE, rtol=0, err_msg=hook)

@@ -1,26 +1,39 @@
 """Saving, resuming and reading runs. The only file that knows Orbax.
 
 A checkpoint holds the whole `TrainState` and the position of the loader, so that going on is bit for bit the run
-that was never interrupted. It can be restored onto any mesh, and its parameters read on one CPU without a mesh.
+that was never interrupted. It can be restored onto any mesh, and its parameters read on one CPU without a mesh. A
+record beside them holds the format's version and a checksum of every array, compared whenever arrays are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from saejax import digest
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _STATE = "state"
 _LOADER = "loader"
+_RECORD = "record"
+
+FORMAT_VERSION = 2
+"""Of what a checkpoint holds; 1 had no record, so nothing in it could be compared."""
+
+
+class _Damaged(Exception):
+    """What was read is not what was written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +117,7 @@ class Checkpoints:
             return
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
-            {_STATE: state, _LOADER: loader},
+            {_STATE: state, _LOADER: loader, _RECORD: _record(state, loader)},
             force=True,
             metrics=None if fvu is None else {"fvu": fvu},
         )
@@ -147,10 +160,13 @@ class Checkpoints:
         broken = []
         for candidate in candidates:
             try:
+                record = _read_record(directory / str(candidate))
                 found = self._checkpointer.load_checkpointables(candidate, {_STATE: abstract_state, _LOADER: None})
+                _compare(record, found[_STATE], found[_LOADER])
+            except UserError:
+                raise
             except Exception as error:  # a cut-off file surfaces as one of many kinds
-                first_line = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                logger.warning("checkpoint %s cannot be restored (%s)", candidate, first_line)
+                logger.warning("checkpoint %s cannot be restored (%s)", candidate, _first_line(error))
                 broken.append(candidate)
                 continue
             self._set_aside(broken)
@@ -190,7 +206,7 @@ def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) 
       (step, field -> nested dict of arrays).
 
     Raises:
-      UserError: there is no such checkpoint or it lacks a field.
+      UserError: there is no such checkpoint, it lacks a field or is damaged.
     """
     root, there = run_dir / "checkpoints", steps(run_dir)
     if not there:
@@ -198,13 +214,23 @@ def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) 
     if step is not None and step not in there:
         raise UserError(f"step={step}: {root} holds {', '.join(map(str, there))}")
     chosen = there[-1] if step is None else step
-    path = str((root / str(chosen)).absolute())
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = (ocp.checkpointables_metadata(path).metadata or {}).get(_STATE)
-    if found is None:
+    path = (root / str(chosen)).absolute()
+    try:
+        return chosen, _load_fields(path, names)
+    except UserError:
+        raise
+    except Exception as error:  # a cut-off file surfaces as one of many kinds
         raise UserError(
-            f"{path} is broken: its metadata cannot be read; saejax train resume={run_dir} goes back before it"
-        )
+            f"{path} is broken ({_first_line(error)}); saejax train resume={run_dir} goes back before it"
+        ) from error
+
+
+def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    record = _read_record(path)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    found = (ocp.checkpointables_metadata(str(path)).metadata or {}).get(_STATE)
+    if found is None:
+        raise _Damaged("its metadata cannot be read")
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{path} holds {', '.join(found)}; {', '.join(missing)} is missing")
@@ -215,4 +241,60 @@ def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) 
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return chosen, ocp.load_checkpointables(path, {_STATE: want})[_STATE]
+        fields = ocp.load_checkpointables(str(path), {_STATE: want})[_STATE]
+    _compare(record, fields)
+    return fields
+
+
+def _record(state: Any, loader: dict[str, Any]) -> dict[str, Any]:
+    """What is written beside a state so that damage and other versions are seen when it is read."""
+    body = {
+        "format_version": FORMAT_VERSION,
+        "saejax_version": metadata.version("saejax"),
+        "arrays": digest.of(state),
+        "loader_sha256": _sha256(loader),
+    }
+    return body | {"sha256": _sha256(body)}
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint; None of one of format 1, which had none.
+
+    Raises:
+      UserError: it was written by a newer saejax.
+      _Damaged: it is not as it was written.
+    """
+    if not (path / _RECORD).exists():
+        logger.warning("%s is of format 1, without checksums: it cannot be checked", path)
+        return None
+    record: dict[str, Any] = dict(ocp.load_checkpointables(str(path), {_RECORD: None})[_RECORD])
+    if record.pop("sha256", None) != _sha256(record):
+        raise _Damaged("its record does not match its own checksum")
+    if record["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path} was written by saejax {record['saejax_version']} in format {record['format_version']}; "
+            f"this is {metadata.version('saejax')}, which reads formats up to {FORMAT_VERSION}: install a newer one"
+        )
+    return record
+
+
+def _compare(record: dict[str, Any] | None, fields: Any, loader: dict[str, Any] | None = None) -> None:
+    """Refuses what was read unless it is what was written.
+
+    Raises:
+      _Damaged: an array or the loader's position is not.
+    """
+    if record is None:
+        return
+    if wrong := digest.differences(record["arrays"], digest.of(fields)):
+        raise _Damaged(f"{', '.join(wrong)}: the checksum is not that of the save")
+    if loader is not None and _sha256(loader) != record["loader_sha256"]:
+        raise _Damaged("the loader's position: the checksum is not that of the save")
+
+
+def _sha256(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

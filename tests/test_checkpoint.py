@@ -1,11 +1,13 @@
 """What is kept, what is refused, and how arrays come back without the training code."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import checkpoint, sharding
+from saejax import checkpoint, digest, sharding
 from saejax.errors import UserError
 from saejax.sae import base
 
@@ -86,3 +88,76 @@ def test_a_disk_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device; the last complete one is step 1"):
         saver.wait()
     saver.close()
+
+
+def damage(path, rng):
+    """Flip one bit of one of a checkpoint's files of data."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
+    file = files[rng.integers(len(files))]
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves tasks behind
+def test_no_flipped_bit_is_loaded(tmp_path):
+    """Every flip of a bit is refused, or changes nothing of what is read (spare bytes, names that are not used)."""
+    mesh = sharding.make_mesh()
+    older, newer = state_on(mesh), state_on(mesh)
+    newer["params"] = jax.tree.map(lambda x: 2 * x, newer["params"])
+    saver = checkpoint.Checkpoints(tmp_path / "run", checkpoint.CheckpointConfig(keep_last=2))
+    saver.save(1, older, {"position": 1}, None)
+    saver.save(2, newer, {"position": 2}, None)
+    saver.close()
+    rng, refused = np.random.default_rng(0), 0
+    for number in range(12):
+        run = tmp_path / f"copy-{number}"
+        shutil.copytree(tmp_path / "run", run)
+        damage(run / "checkpoints" / "2", rng)
+        saver = checkpoint.Checkpoints(run, checkpoint.CheckpointConfig(keep_last=2))
+        state, loader = saver.restore(abstract(newer))
+        saver.close()
+        expected = {1: older, 2: newer}[loader["position"]]
+        assert digest.of(state) == digest.of(expected)
+        refused += loader["position"] == 1
+        assert (run / "checkpoints_broken" / "2").is_dir() == (loader["position"] == 1)
+    assert refused >= 3
+
+
+def test_damage_is_named_to_who_reads_arrays(tmp_path, monkeypatch):
+    state = state_on(sharding.make_mesh())
+    real = digest.of
+    monkeypatch.setattr(digest, "of", lambda tree: real(tree) | {"params/b_enc": "float32[16] 0"})
+    saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
+    saver.save(3, state, {"position": 0}, None)
+    saver.close()
+    monkeypatch.setattr(digest, "of", real)
+    with pytest.raises(UserError, match="3 is broken .params/b_enc: the checksum is not that of the save"):
+        checkpoint.load_arrays(tmp_path, ("params",))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
+    state = state_on(sharding.make_mesh())
+    saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
+    saver.save(3, state, {"position": 0}, None)
+    saver.wait()
+    monkeypatch.undo()
+    for read in (lambda: saver.restore(abstract(state)), lambda: checkpoint.load_arrays(tmp_path, ("params",))):
+        with pytest.raises(UserError, match="in format 99; this is .* reads formats up to 2: install a newer one"):
+            read()
+    saver.close()
+    assert checkpoint.steps(tmp_path) == [3]
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path, caplog):
+    state = state_on(sharding.make_mesh())
+    saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
+    saver.save(3, state, {"position": 5}, None)
+    saver.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "record")
+    after, loader = saver.restore(abstract(state))
+    saver.close()
+    assert loader == {"position": 5} and digest.of(after) == digest.of(state)
+    assert "format 1, without checksums" in caplog.text

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What a part of saejax may import of saejax, besides itself and `errors`.
-BELOW_CONFIG = {"activations", "checkpoint", "evals", "kernels", "sae", "sharding", "tracking", "training"}
+BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "sae", "sharding", "tracking", "training"}
 BELOW_CONFIG |= {"codes", "sparse_coding"}
 BELOW_TOP = BELOW_CONFIG | {"config", "run"}
 TOP = {"cli", "commands", "experiments", "interop", "manual", "preflight", "report"}
@@ -29,7 +29,8 @@ LAYERS: dict[str, set[str]] = {
     "codes": {"kernels", "sparse_coding"},
     "sharding": set(),
     "tracking": set(),
-    "checkpoint": set(),
+    "digest": set(),
+    "checkpoint": {"digest"},
     "activations": {"kernels", "sharding"},
     "evals": {"kernels", "sae", "sharding"},
     "training": {"activations", "checkpoint", "kernels", "sae", "sharding", "tracking"},
@@ -54,7 +55,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "orbax": ("saejax.checkpoint",),
     "safetensors": ("saejax.interop", "saejax.activations"),
     "grain": ("saejax.activations",),
-    "torch": ("saejax.activations.torch_source",),
+    "torch": ("saejax.activations.torch_source", "saejax.interop.saebench"),
     "transformers": ("saejax.activations.torch_source",),
     "tokenizers": ("saejax.activations.language_model",),
     "gguf": ("saejax.activations.language_model",),

@@ -20,4 +20,5 @@ from saejax.sae.matryoshka import Matryoshka as Matryoshka
 from saejax.sae.matryoshka import Selection as Selection
 from saejax.sae.model import SAE as SAE
 from saejax.sae.p_anneal import PAnneal as PAnneal
+from saejax.sae.sites import Family as Family
 from saejax.sae.topk import TopK as TopK

@@ -55,7 +55,7 @@ class AbsTopK(base.Sparsifier):
         values = sparse_encode.entries(pre_acts, indices)
         return base.Encoding(values=values, indices=indices, d_sae=self.d_sae)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns the squared error."""
-        aux = self.reconstruct(params, x, step)
+        aux = self.reconstruct(params, x, target, step)
         return aux.terms["mse"], aux

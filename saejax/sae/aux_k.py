@@ -4,7 +4,7 @@ r"""AuxK: dead latents learn to explain what the live ones leave over, and so co
     \frac{\sum_r \|e_r - \hat e_r\|^2}{\sum_r \|e_r - \bar e\|^2}, \qquad
     \hat e = \mathrm{TopK}_{k_{aux}}(\mathrm{ReLU}(\text{dead latents}))\, W_{dec}
 
-e is the residual x - recon, held fixed, and its estimate has no b_dec. The gradient reaches the encoder
+e is the residual, target - recon, held fixed, and its estimate has no b_dec. The gradient reaches the encoder
 columns, the encoder biases and the decoder rows of dead latents and nothing else. The loss of every architecture
 adds `aux_alpha` times this, in the unit of its squared error (`base.Sparsifier.loss`). Behind a hidden layer or an
 unrolled encoder it stops at the last product: it moves dead latents, not what all latents share.
@@ -24,46 +24,49 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from saejax.kernels import matmul, top_k
+from saejax.sae import sites
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def aux_k_loss(
     W_enc: Float[Array, "n d_sae"],
     b_enc: Float[Array, "d_sae"],
-    W_dec: Float[Array, "d_sae d_in"],
-    read: Float[Array, "b n"],
-    residual: Float[Array, "b d_in"],
+    W_dec: Float[Array, "d_sae d_out"],
+    read: Float[Array, "b m"],
+    residual: Float[Array, "b d_out"],
     dead: Bool[Array, "d_sae"],
     k_aux: int,
     dtype: str,
     signed: bool = False,
+    n_groups: int = 1,
 ) -> Float[Array, ""]:
     """Returns the AuxK loss of one batch, before its coefficient; 0 without dead latents.
 
     Args:
       W_enc, b_enc, W_dec: The parameters that it may move, in the columns and rows of dead latents.
       read: What the product with W_enc reads, `x - b_dec` in a linear encoder; no gradient.
-      residual: `x - recon`; no gradient.
+      residual: `target - recon`; no gradient.
       dead: Latents that count as dead.
       k_aux: Dead latents used per row (fewer if fewer are dead).
       dtype: Operands of the products.
       signed: Whether latents may be negative: then no ReLU, and the largest magnitudes are chosen.
+      n_groups: Groups of latents that read a part of `read` each (`sites.product`).
     """
-    return _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed)[0]
+    return _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed, n_groups)[0]
 
 
 def _forward(*args):
     return _value_and_grads(*args)
 
 
-def _backward(k_aux, dtype, signed, grads, cotangent):
+def _backward(k_aux, dtype, signed, n_groups, grads, cotangent):
     return (*(g * cotangent for g in grads), None, None, None)
 
 
 aux_k_loss.defvjp(_forward, _backward)
 
 
-def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed):
+def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed, n_groups):
     """The loss and its gradients at once, in one conditional that costs nothing when nothing is dead."""
     n_dead = jnp.sum(dead)
     weights = (W_enc, b_enc, W_dec)
@@ -76,7 +79,8 @@ def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, si
         chosen = jnp.nonzero(dead, size=k_aux, fill_value=0)[0]
         real = jnp.arange(k_aux) < n_dead
         part = (W_enc[:, chosen], b_enc[chosen], W_dec[chosen])
-        loss, (g_enc, g_bias, g_dec) = jax.value_and_grad(explain)(part, real)
+        groups = chosen // (dead.shape[0] // n_groups)
+        loss, (g_enc, g_bias, g_dec) = jax.value_and_grad(explain)(part, real, groups)
         zero_enc, zero_bias, zero_dec = none()[1]
         # Spare slots name latent 0 with gradient 0.
         return loss, (
@@ -88,9 +92,9 @@ def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, si
     def many():
         return jax.value_and_grad(explain)(weights, dead)
 
-    def explain(part, use):
+    def explain(part, use, groups=None):
         W_enc, b_enc, W_dec = part
-        pre_acts = matmul.matmul(read, W_enc, dtype) + b_enc[None, :]
+        pre_acts = sites.product(read, W_enc, n_groups, dtype, groups) + b_enc[None, :]
         values = jnp.where(use[None, :], pre_acts if signed else jax.nn.relu(pre_acts), 0)
         if values.shape[1] > k_aux:
             values = values * _best(jnp.abs(values) if signed else values, k_aux)

@@ -11,17 +11,20 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from saejax.errors import UserError
 from saejax.kernels import matmul, sparse_decode, sparse_encode
-from saejax.sae import encoders
+from saejax.sae import constraint, encoders
+from saejax.sae import sites as sites_of
 from saejax.sae.aux_k import aux_k_loss
 from saejax.sae.encoders import EncoderKind
 from saejax.sae.encoding import Encoding
 from saejax.sae.initialise import EncoderInit
+from saejax.sae.parameters import Aux as Aux
+from saejax.sae.parameters import SAEParams as SAEParams
+from saejax.sae.sites import Family
 
 ARCHITECTURES: dict[str, type["Sparsifier"]] = {}
 """Every architecture by its name in a config (`sae.type`)."""
@@ -34,40 +37,6 @@ class MatmulDtype(enum.Enum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-@struct.dataclass
-class SAEParams:
-    """The trainable arrays of one SAE, float32, never transposed.
-
-    Attributes:
-      W_enc: Encoder, [d_in, d_sae] ([encoder_hidden, d_sae] behind a hidden layer).
-      b_enc: Bias of the latents, [d_sae].
-      W_dec: Decoder, one row per latent, [d_sae, d_in].
-      b_dec: Bias of the reconstruction, [d_in].
-      extra: What one architecture adds, by name.
-    """
-
-    W_enc: jax.Array
-    b_enc: jax.Array
-    W_dec: jax.Array
-    b_dec: jax.Array
-    extra: dict[str, jax.Array] = struct.field(default_factory=dict)
-
-
-@struct.dataclass
-class Aux:
-    """What a loss returns beside its value.
-
-    Attributes:
-      recon: Reconstruction of the (normalised) input, [b, d_in] float32.
-      encoding: The encoding behind it.
-      terms: Loss terms by name, before their coefficients ("mse", "aux_k", "l1", ...), scalars.
-    """
-
-    recon: jax.Array
-    encoding: Encoding
-    terms: dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +52,16 @@ class Sparsifier(abc.ABC):
     """Scale of the input that its coefficients suit: unit (E||x||^2 = 1) or sqrt_d (E||x|| = sqrt(d_in))."""
 
     d_in: int
-    """Width of the activations; at least 1."""
+    """Width of what is read; at least 1. Of several sites it is the sum."""
     d_sae: int
     """Number of latents; at least 1. Usual: 8 to 64 times d_in."""
+    family: Family = Family.sae
+    """`sae`, `transcoder` (reads the first half of the sites, writes the second), `crosscoder` (reads and writes all)
+    or `clt` (cross-layer transcoder)."""
+    sites: tuple[int, ...] = ()
+    """Widths of the parts of a row, in order; [] is one part. Of sources with several, these."""
+    skip: bool = False
+    """Whether a transcoder also has a linear map from its input to its target, zero at the start."""
     matmul_dtype: MatmulDtype = MatmulDtype.float32
     """Operands of the encoder product; bfloat16 is faster, the result is float32 either way."""
     encoder: EncoderKind = EncoderKind.linear
@@ -95,11 +71,11 @@ class Sparsifier(abc.ABC):
     encoder_steps: int = 3
     """Steps of the lista encoder, at least 1; each costs two products."""
     encoder_init: EncoderInit = EncoderInit.transpose
-    """Where the encoder starts: `transpose` (of the decoder) or `independent`."""
+    """Where the encoder starts: `transpose` (of the decoder; only where that writes what is read) or `independent`."""
     decoder_init_norm: float = 1.0
     """Norm of the decoder rows at the start, above 0; 1 where `unit_decoder` holds them there."""
     subtract_b_dec: bool = True
-    """Whether the encoder reads x - b_dec (pre-encoder bias) or x."""
+    """Whether the encoder reads x - b_dec (pre-encoder bias) or x; x for transcoders, whatever is said here."""
     unit_decoder: bool = True
     """Whether decoder rows are kept at norm 1, their gradients tangent to the sphere."""
     aux_alpha: float = 1 / 32
@@ -108,12 +84,15 @@ class Sparsifier(abc.ABC):
     """Dead latents that explain the residual of a row, in [1, d_sae]; null takes half of d_in."""
 
     def __post_init__(self):
+        object.__setattr__(self, "sites", tuple(self.sites))  # a YAML list arrives as a list
         check(self.d_in >= 1, "d_in", "must be at least 1", self.d_in)
         check(self.d_sae >= 1, "d_sae", "must be at least 1", self.d_sae)
+        check_enum(self.family, Family, "family")
         check_enum(self.matmul_dtype, MatmulDtype, "matmul_dtype")
         check_enum(self.encoder, EncoderKind, "encoder")
         check_enum(self.encoder_init, EncoderInit, "encoder_init")
-        mirrored = self.encoder is EncoderKind.mlp and self.encoder_init is EncoderInit.transpose
+        sites_of.check(self)
+        mirrored = self.encoder is EncoderKind.mlp and self.starts_mirrored
         least, why = (2 * self.d_in, " (2 d_in) for encoder_init=transpose") if mirrored else (1, "")
         in_range = self.encoder_hidden is None or self.encoder_hidden >= least
         check(in_range, "encoder_hidden", f"must be null or at least {least}{why}", self.encoder_hidden)
@@ -124,6 +103,41 @@ class Sparsifier(abc.ABC):
         check(self.aux_alpha >= 0, "aux_alpha", "must be at least 0", self.aux_alpha)
         in_range = self.k_aux is None or 1 <= self.k_aux <= self.d_sae
         check(in_range, "k_aux", f"must be null or in [1, d_sae={self.d_sae}]", self.k_aux)
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether the target is the input: `sae` and `crosscoder`."""
+        return self.family not in sites_of.HALVED
+
+    @property
+    def writes(self) -> tuple[int, ...]:
+        """Widths of the sites that are written."""
+        return sites_of.written(self.family, self.sites or (self.d_in,))
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction and of a decoder row."""
+        return sum(self.writes)
+
+    @property
+    def d_row(self) -> int:
+        """Width of a training row: all sites."""
+        return self.d_in if self.mirrors else self.d_in + self.d_out
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of latents that read a site each: the layers of a `clt`, else 1."""
+        return len(self.sites) // 2 if self.family is Family.clt else 1
+
+    @property
+    def centres(self) -> bool:
+        """Whether the encoder really subtracts b_dec, which only what writes its input can."""
+        return self.subtract_b_dec and self.mirrors
+
+    @property
+    def starts_mirrored(self) -> bool:
+        """Whether the encoder starts as the decoder's transpose."""
+        return self.encoder_init is EncoderInit.transpose and self.mirrors
 
     @property
     def n_aux(self) -> int:
@@ -164,7 +178,7 @@ class Sparsifier(abc.ABC):
 
     @abc.abstractmethod
     def objective(
-        self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""]
+        self, params: SAEParams, x: Float[Array, "b d_in"], target: Float[Array, "b d_out"], step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Aux]:
         """Returns the training loss of one batch but for AuxK, and what it was made of."""
 
@@ -175,7 +189,7 @@ class Sparsifier(abc.ABC):
     def fold_extra(
         self, params: SAEParams, mean: Float[Array, "d_in"], scale: Float[Array, ""]
     ) -> dict[str, jax.Array]:
-        """Returns `extra()`'s parameters for x itself, trained on `(x - mean) * scale`."""
+        """Returns `extra()`'s parameters for x itself, trained on `(x - mean) * scale`; scale 1 where W_enc took it."""
         return {}
 
     def constrain_extra(self, params: SAEParams) -> dict[str, jax.Array]:
@@ -195,15 +209,20 @@ class Sparsifier(abc.ABC):
     def init(self, key: Key[Array, ""]) -> SAEParams:
         """Draws the parameters at the start of training: random decoder rows, biases 0."""
         W_enc, W_dec, of_encoder = encoders.start(key, self)
-        biases = {"b_enc": jnp.zeros(self.d_sae), "b_dec": jnp.zeros(self.d_in)}
-        return SAEParams(W_enc=W_enc, W_dec=W_dec, **biases, extra=of_encoder | self.extra())
+        biases = {"b_enc": jnp.zeros(self.d_sae), "b_dec": jnp.zeros(self.d_out)}
+        skip = {"W_skip": jnp.zeros((self.d_in, self.d_out))} if self.skip else {}
+        return SAEParams(W_enc=W_enc, W_dec=W_dec, **biases, extra=of_encoder | self.extra() | skip)
+
+    def split(self, rows: Float[Array, "... d_row"]) -> tuple[Float[Array, "... d_in"], Float[Array, "... d_out"]]:
+        """Returns what is read of rows, and what is to be written."""
+        return (rows, rows) if self.mirrors else (rows[..., : self.d_in], rows[..., self.d_in :])
 
     def pre_activations(
         self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None = None
     ) -> Float[Array, "b d_sae"]:
         """Returns what the encoder gives each latent before the activation, differentiable."""
         read, carried = self._encoder_inputs(params, x, step)
-        return encoders.product(params, read, carried, self.matmul_dtype.value)
+        return encoders.product(self, params, read, carried)
 
     def encode(self, params: SAEParams, x: Float[Array, "b d_in"]) -> Encoding:
         """Returns the latents of each row of `x`, as at inference."""
@@ -213,9 +232,9 @@ class Sparsifier(abc.ABC):
         """Returns the latents of each row: of training at `step`, or of inference (None)."""
         if not self.k_sparse:
             return self.activate(params, self.pre_activations(params, x, step), step)
-        if self.encoder in (EncoderKind.linear, EncoderKind.tied):
+        if self.encoder in (EncoderKind.linear, EncoderKind.tied) and self.n_groups == 1:
             # One dense product forward; the gradient touches active latents only.
-            bias = params.b_dec if self.subtract_b_dec else jnp.zeros_like(params.b_dec)
+            bias = params.b_dec if self.centres else jnp.zeros(self.d_in)
             weights = params.W_enc, params.b_enc, bias
             pre_acts = sparse_encode.pre_activations(x, *weights, self.matmul_dtype.value)
             chosen = self.activate(params, pre_acts, step)
@@ -226,8 +245,8 @@ class Sparsifier(abc.ABC):
             values = sparse_encode.with_gradient_of(chosen.values, chosen.indices, pre_acts)
         return dataclasses.replace(chosen, values=values)
 
-    def decode(self, params: SAEParams, encoding: Encoding) -> Float[Array, "b d_in"]:
-        """Returns the sum of the active decoder rows plus `b_dec`."""
+    def decode(self, params: SAEParams, encoding: Encoding) -> Float[Array, "b d_out"]:
+        """Returns the sum of the active decoder rows plus `b_dec`; `add_skip` gives the rest."""
         if encoding.latents is not None:
             recon = matmul.matmul(encoding.latents, params.W_dec, self.matmul_dtype.value)
         else:
@@ -235,78 +254,87 @@ class Sparsifier(abc.ABC):
             recon = sparse_decode.sparse_decode(encoding.values, encoding.indices, params.W_dec)
         return recon + params.b_dec[None, :]
 
-    def reconstruct(self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""]) -> Aux:
-        """Returns the training reconstruction with the term "mse": sum over d_in, mean over rows."""
+    def skipped(self, params: SAEParams, x: Float[Array, "b d_in"]) -> Float[Array, "b d_out"]:
+        """Returns what goes past the latents with `skip`: x W_skip."""
+        return matmul.matmul(x, params.extra["W_skip"], self.matmul_dtype.value)
+
+    def add_skip(
+        self, params: SAEParams, recon: Float[Array, "b d_out"], x: Float[Array, "b d_in"]
+    ) -> Float[Array, "b d_out"]:
+        """Returns `recon` plus what goes past the latents, if anything does."""
+        return recon + self.skipped(params, x) if self.skip else recon
+
+    def decoder_norms(self, params: SAEParams) -> Float[Array, "d_sae"]:
+        """Returns the norm of each decoder row; for `crosscoder` the sum of its norms in the sites."""
+        if self.family is not Family.crosscoder:
+            return row_norms(params.W_dec)
+        norms = [row_norms(part) for part in sites_of.parts(params.W_dec, self.writes)]
+        return jnp.sum(jnp.stack(norms), axis=0)
+
+    def reconstruct(
+        self, params: SAEParams, x: Float[Array, "b d_in"], target: Float[Array, "b d_out"], step: Int[Array, ""]
+    ) -> Aux:
+        """Returns the training reconstruction with the term "mse": sum over d_out, mean over rows."""
         encoding = self.code(params, x, step)
         recon = self.decode(params, encoding)
-        residual = x - recon
+        residual = target - recon
         return Aux(recon=recon, encoding=encoding, terms={"mse": jnp.mean(jnp.sum(residual**2, axis=1))})
 
     def loss(
         self,
         params: SAEParams,
-        x: Float[Array, "b d_in"],
+        rows: Float[Array, "b d_row"],
         *,
         dead: Bool[Array, "d_sae"],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Aux]:
         r"""Returns the training loss of one batch and what it was made of: objective :math:`+ \alpha\, s^2\,` aux.
 
-        aux is dimensionless (`aux_k`), and :math:`s^2 = E\|x - \bar x\|^2`, from the batch and without a
-        gradient, gives it the unit of mse. So with TopK the loss is that of Gao et al. (mse / s^2 + alpha aux)
-        times s^2, alpha means the same at every scale of the data, and with centred data of E||x||^2 = 1 it is the
-        loss of dictionary_learning's TopK trainer but for the factor min(n_dead / k_aux, 1).
+        aux is dimensionless (`aux_k`), and :math:`s^2 = E\|y - \bar y\|^2` of the targets y, from the batch and without
+        a gradient, gives it the unit of mse. So with TopK the loss is that of Gao et al. (mse / s^2 + alpha aux) times
+        s^2, alpha means the same at every scale of the data, and with centred data of E||x||^2 = 1 it is the loss of
+        dictionary_learning's TopK trainer but for the factor min(n_dead / k_aux, 1). With `skip` the objective's
+        target is what x W_skip leaves over, and the gradient flows into W_skip.
 
         Args:
           params: Parameters.
-          x: Normalised activations, float32.
+          rows: Normalised activations, float32.
           dead: Latents that count as dead at this step.
           step: Number of optimiser steps already taken, for schedules.
         """
-        loss, aux = self.objective(params, x, step)
-        if self.aux_alpha == 0:
-            return loss, aux
-        read, _ = self._encoder_inputs(params, x, step)
-        fixed = lax.stop_gradient((read, x - aux.recon))
-        dtype = self.matmul_dtype.value
-        weights = params.W_enc, params.b_enc, params.W_dec
-        term: Any = aux_k_loss(*weights, *fixed, dead, self.n_aux, dtype, self.signed)
-        spread = jnp.mean(jnp.sum((x - jnp.mean(x, axis=0, keepdims=True)) ** 2, axis=1))
-        loss = loss + self.aux_alpha * lax.stop_gradient(spread) * term
-        return loss, dataclasses.replace(aux, terms=aux.terms | {"aux_k": term})
+        x, target = self.split(rows)
+        aim = target - self.skipped(params, x) if self.skip else target
+        loss, aux = self.objective(params, x, aim, step)
+        if self.aux_alpha > 0:
+            read, _ = self._encoder_inputs(params, x, step)
+            fixed = lax.stop_gradient((read, aim - aux.recon))
+            dtype = self.matmul_dtype.value
+            weights = params.W_enc, params.b_enc, params.W_dec
+            term: Any = aux_k_loss(*weights, *fixed, dead, self.n_aux, dtype, self.signed, self.n_groups)
+            spread = jnp.mean(jnp.sum((target - jnp.mean(target, axis=0, keepdims=True)) ** 2, axis=1))
+            loss = loss + self.aux_alpha * lax.stop_gradient(spread) * term
+            aux = dataclasses.replace(aux, terms=aux.terms | {"aux_k": term})
+        return loss, dataclasses.replace(aux, recon=self.add_skip(params, aux.recon, x))
 
     def constrain(self, params: SAEParams) -> SAEParams:
         """Maps parameters back onto the constraint after an optimiser step."""
-        bounded = self.constrain_extra(params)
-        if bounded:
-            params = dataclasses.replace(params, extra=params.extra | bounded)
-        if self.unit_decoder:
-            norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
-            params = dataclasses.replace(params, W_dec=params.W_dec / jnp.maximum(norm, 1e-20))
-        if self.encoder is EncoderKind.tied:
-            params = dataclasses.replace(params, W_enc=params.W_dec.T)
-        return params
+        return constraint.constrain(self, params)
 
     def project(self, params: SAEParams, grads: SAEParams) -> SAEParams:
-        """Removes from gradients what the constraint would undo; call before the optimiser.
+        """Removes from gradients what the constraint would undo; call before the optimiser."""
+        return constraint.project(self, params, grads)
 
-        The gradient of a tied encoder moves to the decoder; that along a unit row goes: rescaling would undo it.
+    def fold(self, params: SAEParams, *, mean: Float[Array, "d_row"], scale: Float[Array, "..."]) -> SAEParams:
+        """Turns parameters trained on `(rows - mean) * scale` into parameters that work on `rows` themselves.
+
+        With one site the latents then carry the data's unit; the weights stay, biases and thresholds change. With
+        several, scale is [d_row] (or one number for all) and the weights take it in; latents stay as in training.
         """
-        if self.encoder is EncoderKind.tied:
-            both = grads.W_dec + grads.W_enc.T
-            grads = dataclasses.replace(grads, W_dec=both, W_enc=jnp.zeros_like(grads.W_enc))
-        if self.unit_decoder:
-            along = jnp.sum(params.W_dec * grads.W_dec, axis=1, keepdims=True)
-            grads = dataclasses.replace(grads, W_dec=grads.W_dec - along * params.W_dec)
-        return grads
-
-    def fold(self, params: SAEParams, *, mean: Float[Array, "d_in"], scale: Float[Array, ""]) -> SAEParams:
-        """Turns parameters trained on `(x - mean) * scale` into parameters that work on `x` itself.
-
-        Latents then carry the data's unit; the weights stay, biases and thresholds change.
-        """
+        if len(self.sites) > 1:
+            params = encoders.fold_scale(self, params, jnp.broadcast_to(scale, (self.d_row,)))
+            scale = jnp.ones(())
         folded = encoders.fold(self, params, mean, scale)
-        return dataclasses.replace(folded, extra=folded.extra | self.fold_extra(params, mean, scale))
+        return dataclasses.replace(folded, extra=folded.extra | self.fold_extra(params, self.split(mean)[0], scale))
 
     def with_unit_decoder(self, params: SAEParams) -> SAEParams:
         """Returns the same ReLU autoencoder with decoder rows of norm 1 and latents times the old norms.

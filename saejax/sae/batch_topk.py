@@ -45,9 +45,9 @@ class BatchTopK(base.Sparsifier):
             return selection.above(pre_acts, params.extra["threshold"], self.k)
         return selection.of_batch(pre_acts, self.k)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns the squared error."""
-        aux = self.reconstruct(params, x, step)
+        aux = self.reconstruct(params, x, target, step)
         return aux.terms["mse"], aux
 
     def extra(self):

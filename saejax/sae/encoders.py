@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from saejax.kernels import matmul
-from saejax.sae import initialise
+from saejax.sae import initialise, sites
 
 if TYPE_CHECKING:
     from saejax.sae.base import SAEParams, Sparsifier
@@ -47,27 +47,30 @@ class EncoderKind(enum.Enum):
 
 def start(
     key: Key[Array, ""], sparsifier: Sparsifier
-) -> tuple[Float[Array, "n d_sae"], Float[Array, "d_sae d_in"], dict[str, jax.Array]]:
+) -> tuple[Float[Array, "n d_sae"], Float[Array, "d_sae d_out"], dict[str, jax.Array]]:
     """Returns W_enc, W_dec and the encoder's own parameters at the start of training."""
     d_in, d_sae = sparsifier.d_in, sparsifier.d_sae
     key_dec, key_enc = jax.random.split(key)
     norm = sparsifier.decoder_init_norm
-    mirrored = sparsifier.encoder_init is initialise.EncoderInit.transpose
-    W_dec = initialise.directions(key_dec, d_sae, d_in) * norm
+    mirrored = sparsifier.starts_mirrored
+    W_dec = initialise.directions(key_dec, d_sae, sparsifier.d_out) * norm
+    if sparsifier.family is sites.Family.clt:
+        W_dec = jnp.where(sites.mask(sparsifier), W_dec, 0)
+        W_dec = W_dec * (norm / jnp.linalg.norm(W_dec, axis=1, keepdims=True))
     if sparsifier.encoder is EncoderKind.mlp:
-        return _start_mlp(key_enc, W_dec, sparsifier.n_hidden, mirrored, norm)
+        return _start_mlp(key_enc, W_dec, d_in, sparsifier.n_hidden, mirrored, norm)
     if sparsifier.encoder is EncoderKind.tied or mirrored:
         W_enc = W_dec.T
     else:
-        W_enc = (initialise.directions(key_enc, d_sae, d_in) * norm).T
+        W_enc = (initialise.directions(key_enc, d_sae, d_in // sparsifier.n_groups) * norm).T
     if sparsifier.encoder is EncoderKind.lista:
         # A step of ISTA is 1 / sigma_max(W_dec)^2; random rows have sigma_max about norm (1 + sqrt(d_sae / d_in)).
         W_enc = W_enc / (norm * (1 + (d_sae / d_in) ** 0.5)) ** 2
     return W_enc, W_dec, {}
 
 
-def _start_mlp(key, W_dec, n_hidden, mirrored, norm):
-    d_sae, d_in = W_dec.shape
+def _start_mlp(key, W_dec, d_in, n_hidden, mirrored, norm):
+    d_sae = len(W_dec)
     key_hidden, key_out = jax.random.split(key)
     if not mirrored:
         W_enc = (initialise.directions(key_out, d_sae, n_hidden) * norm).T
@@ -97,7 +100,7 @@ def inputs(
       x: Rows.
       activate: Dense latents of pre-activations, for the inner steps of `lista`.
     """
-    centred = x - params.b_dec[None, :] if sparsifier.subtract_b_dec else x
+    centred = x - params.b_dec[None, :] if sparsifier.centres else x
     dtype = sparsifier.matmul_dtype.value
     if sparsifier.encoder is EncoderKind.mlp:
         hidden = matmul.matmul(centred, params.extra["W_hidden"], dtype) + params.extra["b_hidden"][None, :]
@@ -106,33 +109,55 @@ def inputs(
         return centred, None
     read, carried = centred, None
     for _ in range(sparsifier.encoder_steps - 1):
-        carried = activate(product(params, read, carried, dtype))
+        carried = activate(product(sparsifier, params, read, carried))
         read = centred - matmul.matmul(carried, params.W_dec, dtype)
     return read, carried
 
 
 def product(
-    params: SAEParams, read: Float[Array, "b n"], carried: Float[Array, "b d_sae"] | None, dtype: str
+    sparsifier: Sparsifier, params: SAEParams, read: Float[Array, "b n"], carried: Float[Array, "b d_sae"] | None
 ) -> Float[Array, "b d_sae"]:
     """Returns the pre-activations from what `inputs` gave."""
-    pre_acts = matmul.matmul(read, params.W_enc, dtype) + params.b_enc[None, :]
+    dense = sites.product(read, params.W_enc, sparsifier.n_groups, sparsifier.matmul_dtype.value)
+    pre_acts = dense + params.b_enc[None, :]
     return pre_acts if carried is None else pre_acts + carried
 
 
-def fold(sparsifier: Sparsifier, params: SAEParams, mean: Float[Array, " d_in"], scale: Float[Array, ""]) -> SAEParams:
+def fold(sparsifier: Sparsifier, params: SAEParams, mean: Float[Array, " d_row"], scale: Float[Array, ""]) -> SAEParams:
     """Returns parameters whose pre-activations at x are those of `params` at (x - mean) scale, over scale.
 
     Every kind is linear in a common scale of x and the biases, so these are divided; an encoder that does not
-    subtract b_dec takes the mean into its first bias.
+    subtract b_dec takes the mean into its first bias, and what skips the latents into b_dec.
     """
     extra, b_enc = dict(params.extra), params.b_enc / scale
+    mean, mean_written = sparsifier.split(mean)
     if sparsifier.encoder is EncoderKind.mlp:
         extra["b_hidden"] = extra["b_hidden"] / scale
-        if not sparsifier.subtract_b_dec:
+        if not sparsifier.centres:
             extra["b_hidden"] = extra["b_hidden"] - mean @ extra["W_hidden"]
-    elif not sparsifier.subtract_b_dec:
-        b_enc = b_enc - mean @ params.W_enc
-    return dataclasses.replace(params, b_enc=b_enc, b_dec=params.b_dec / scale + mean, extra=extra)
+    elif not sparsifier.centres:
+        b_enc = b_enc - sites.response(sparsifier, mean, params.W_enc)
+    b_dec = params.b_dec / scale + mean_written
+    if sparsifier.skip:
+        b_dec = b_dec - mean @ extra["W_skip"]
+    return dataclasses.replace(params, b_enc=b_enc, b_dec=b_dec, extra=extra)
+
+
+def fold_scale(sparsifier: Sparsifier, params: SAEParams, scale: Float[Array, " d_row"]) -> SAEParams:
+    """Returns parameters that do with rows what `params` do with rows * scale, what they write undone.
+
+    As `fold_matrix` with a diagonal matrix: the latents are the same numbers.
+    """
+    before, after = sparsifier.split(scale)
+    extra, W_enc = dict(params.extra), params.W_enc
+    if sparsifier.encoder is EncoderKind.mlp:
+        extra["W_hidden"] = before[:, None] * extra["W_hidden"]
+    else:
+        W_enc = sites.spread_scale(sparsifier, before) * W_enc
+    if sparsifier.skip:
+        extra["W_skip"] = before[:, None] * extra["W_skip"] / after[None, :]
+    decoder = {"W_dec": params.W_dec / after[None, :], "b_dec": params.b_dec / after}
+    return dataclasses.replace(params, W_enc=W_enc, **decoder, extra=extra)
 
 
 def fold_matrix(sparsifier: Sparsifier, params: SAEParams, matrix: Array, inverse: Array) -> SAEParams:

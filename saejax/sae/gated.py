@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.kernels import matmul
-from saejax.sae import base
+from saejax.sae import base, sites
 from saejax.sae.encoders import EncoderKind
 
 
@@ -58,19 +58,19 @@ class Gated(base.Sparsifier):
         sizes = jax.nn.relu(sizes + params.extra["b_mag"][None, :])
         return base.Encoding(latents=jnp.where(pre_acts > 0, sizes, 0), d_sae=self.d_sae)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns mse, the "l1" of the gate times its weight, and "gate_mse" in full."""
         pre_acts = self.pre_activations(params, x, step)
         encoding = self.activate(params, pre_acts, step)
         recon = self.decode(params, encoding)
-        mse = jnp.mean(jnp.sum((x - recon) ** 2, axis=1))
+        mse = jnp.mean(jnp.sum((target - recon) ** 2, axis=1))
         l1 = jnp.mean(jnp.sum(jax.nn.relu(pre_acts), axis=1))
         # The same numbers, seen through a decoder and a centring that are held fixed.
         frozen = lax.stop_gradient((params.W_dec, params.b_dec))
         held = dataclasses.replace(params, W_dec=frozen[0], b_dec=frozen[1])
         gate = jax.nn.relu(self.pre_activations(held, x, step))
         by_gate = matmul.matmul(gate, held.W_dec, self.matmul_dtype.value) + held.b_dec[None, :]
-        gate_mse = jnp.mean(jnp.sum((x - by_gate) ** 2, axis=1))
+        gate_mse = jnp.mean(jnp.sum((target - by_gate) ** 2, axis=1))
         loss = mse + base.warmed_up(self.l1_coef, step, self.l1_warmup_steps) * l1 + gate_mse
         return loss, base.Aux(recon=recon, encoding=encoding, terms={"mse": mse, "l1": l1, "gate_mse": gate_mse})
 
@@ -81,6 +81,6 @@ class Gated(base.Sparsifier):
     def fold_extra(self, params, mean, scale):
         """Returns the bias of the magnitudes for x itself; the scales stay."""
         b_mag = params.extra["b_mag"] / scale
-        if not self.subtract_b_dec and self.encoder is not EncoderKind.mlp:
-            b_mag = b_mag - jnp.exp(params.extra["r_mag"]) * (mean @ params.W_enc)
+        if not self.centres and self.encoder is not EncoderKind.mlp:
+            b_mag = b_mag - jnp.exp(params.extra["r_mag"]) * sites.response(self, mean, params.W_enc)
         return {"b_mag": b_mag}

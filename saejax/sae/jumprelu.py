@@ -90,13 +90,13 @@ class JumpReLU(base.Sparsifier):
         threshold = params.extra["threshold"]
         return base.Encoding(latents=jump(pre_acts, threshold, self.bandwidth, self.ste_to_input), d_sae=self.d_sae)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns mse, plus "sparsity" and "pre_act" times their weights."""
         pre_acts, threshold = self.pre_activations(params, x, step), params.extra["threshold"]
         encoding = self.activate(params, pre_acts, step)
         recon = self.decode(params, encoding)
-        mse = jnp.mean(jnp.sum((x - recon) ** 2, axis=1))
-        norms = base.row_norms(params.W_dec)[None, :]
+        mse = jnp.mean(jnp.sum((target - recon) ** 2, axis=1))
+        norms = self.decoder_norms(params)[None, :]
         if self.penalty is SparsityPenalty.tanh:
             sparsity = jnp.mean(jnp.sum(jnp.tanh(self.tanh_scale * encoding.dense() * norms), axis=1))
         else:

@@ -72,12 +72,12 @@ class L1(base.Sparsifier):
         """Returns all latents."""
         return base.Encoding(latents=jax.nn.relu(pre_acts), d_sae=self.d_sae)
 
-    def objective(self, params, x, step):
-        """Returns the squared error (sum over d_in, mean over rows) plus the term "l1" times its weight."""
-        aux = self.reconstruct(params, x, step)
+    def objective(self, params, x, target, step):
+        """Returns the squared error (sum over d_out, mean over rows) plus the term "l1" times its weight."""
+        aux = self.reconstruct(params, x, target, step)
         sizes = jnp.mean(aux.encoding.dense(), axis=0)
         # One product: the latents averaged over the rows, against the norms.
-        l1 = sizes @ base.row_norms(params.W_dec) if self.penalty is Penalty.decoder_norm else jnp.sum(sizes)
+        l1 = sizes @ self.decoder_norms(params) if self.penalty is Penalty.decoder_norm else jnp.sum(sizes)
         loss = aux.terms["mse"] + self.coefficient(step) * l1
         return loss, dataclasses.replace(aux, terms=aux.terms | {"l1": l1})
 

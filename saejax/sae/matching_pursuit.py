@@ -64,9 +64,9 @@ class MatchingPursuit(base.Sparsifier):
         _, (values, indices) = lax.scan(greedy, pre_acts, length=self.k)
         return base.Encoding(values=_merged(values.T, indices.T), indices=indices.T, d_sae=self.d_sae)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns the squared error."""
-        aux = self.reconstruct(params, x, step)
+        aux = self.reconstruct(params, x, target, step)
         return aux.terms["mse"], aux
 
     def lr_scales(self):

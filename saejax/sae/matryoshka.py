@@ -81,13 +81,13 @@ class Matryoshka(base.Sparsifier):
             return selection.above(pre_acts, params.extra["threshold"], self.k)
         return selection.of_batch(pre_acts, self.k)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns the mean of the squared errors of all prefixes, "prefix_mse"; "mse" is that of the last."""
         encoding = self.code(params, x, step)
         recon, errors, first = params.b_dec[None, :], [], 0
         for width in self.widths:
             recon = recon + self._group(params, encoding, first, width)
-            errors.append(jnp.mean(jnp.sum((x - recon) ** 2, axis=1)))
+            errors.append(jnp.mean(jnp.sum((target - recon) ** 2, axis=1)))
             first = width
         loss = jnp.mean(jnp.stack(errors))
         return loss, base.Aux(recon=recon, encoding=encoding, terms={"mse": errors[-1], "prefix_mse": loss})

@@ -30,6 +30,9 @@ class SAE:
       >>> sae = SAE(config, config.init(jax.random.key(0)))
       >>> sae.encode(jnp.ones((2, 3, 8))).shape, sae(jnp.ones(8)).shape
       ((2, 3, 32), (8,))
+
+    A transcoder reads other sites than it writes: `x` is then what is read, and what comes out what it predicts;
+    `split` takes whole rows apart.
     """
 
     sparsifier: base.Sparsifier
@@ -41,6 +44,17 @@ class SAE:
         """The architecture and its sizes."""
         return self.sparsifier
 
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Widths of the parts of a row, in order; one where there is only one."""
+        return self.sparsifier.sites or (self.sparsifier.d_in,)
+
+    def split(self, rows: Float[Array, "... d_row"]) -> tuple[Float[Array, "... d_in"], Float[Array, "... d_out"]]:
+        """Returns what is read of rows of all sites, and what is to be written: twice the same, but for transcoders."""
+        whole, lead = self._rows(rows, self.sparsifier.d_row, "d_row")
+        x, target = self.sparsifier.split(whole)
+        return x.reshape(*lead, -1), target.reshape(*lead, -1)
+
     def encode(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_sae"]:
         """Returns the latents, dense."""
         rows, lead = self._rows(x, self.sparsifier.d_in, "d_in")
@@ -51,18 +65,33 @@ class SAE:
         rows, _ = self._rows(x, self.sparsifier.d_in, "d_in")
         return _encode(self.sparsifier, self.params, rows)
 
-    def decode(self, latents: Float[Array, "... d_sae"] | base.Encoding) -> Float[Array, "... d_in"]:
-        """Returns the reconstruction from dense latents, or from an `Encoding`."""
-        if isinstance(latents, base.Encoding):
-            return _decode(self.sparsifier, self.params, latents)
-        rows, lead = self._rows(latents, self.sparsifier.d_sae, "d_sae")
-        encoding = base.Encoding(latents=rows, d_sae=self.sparsifier.d_sae)
-        return _decode(self.sparsifier, self.params, encoding).reshape(*lead, self.sparsifier.d_in)
+    def decode(
+        self, latents: Float[Array, "... d_sae"] | base.Encoding, x: Float[Array, "... d_in"] | None = None
+    ) -> Float[Array, "... d_out"]:
+        """Returns the reconstruction from dense latents, or from an `Encoding`.
 
-    def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_in"]:
-        """Returns the reconstruction of x."""
+        Args:
+          latents: One row of latents for every row.
+          x: What they came from; only read by a transcoder with `skip`, which needs it.
+
+        Raises:
+          ValueError: a wrong width, or no `x` where what skips the latents needs it.
+        """
+        if self.sparsifier.skip and x is None:
+            raise ValueError("decode needs x as well: this transcoder has a linear map past its latents (skip=true)")
+        if isinstance(latents, base.Encoding):
+            encoding, lead = latents, ()
+        else:
+            rows, lead = self._rows(latents, self.sparsifier.d_sae, "d_sae")
+            encoding = base.Encoding(latents=rows, d_sae=self.sparsifier.d_sae)
+        read = self._rows(x, self.sparsifier.d_in, "d_in")[0] if self.sparsifier.skip else None
+        recon = _decode(self.sparsifier, self.params, encoding, read)
+        return recon if isinstance(latents, base.Encoding) else recon.reshape(*lead, self.sparsifier.d_out)
+
+    def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
+        """Returns the reconstruction of x, or what a transcoder predicts from it."""
         rows, lead = self._rows(x, self.sparsifier.d_in, "d_in")
-        return _reconstruct(self.sparsifier, self.params, rows).reshape(*lead, self.sparsifier.d_in)
+        return _reconstruct(self.sparsifier, self.params, rows).reshape(*lead, self.sparsifier.d_out)
 
     @staticmethod
     def _rows(x: Any, width: int, name: str) -> tuple[jax.Array, tuple[int, ...]]:
@@ -84,10 +113,13 @@ def _encode_dense(sparsifier: base.Sparsifier, params: base.SAEParams, x: jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(sparsifier: base.Sparsifier, params: base.SAEParams, encoding: base.Encoding) -> jax.Array:
-    return sparsifier.decode(params, encoding)
+def _decode(
+    sparsifier: base.Sparsifier, params: base.SAEParams, encoding: base.Encoding, x: jax.Array | None
+) -> jax.Array:
+    recon = sparsifier.decode(params, encoding)
+    return recon if x is None else sparsifier.add_skip(params, recon, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reconstruct(sparsifier: base.Sparsifier, params: base.SAEParams, x: jax.Array) -> jax.Array:
-    return sparsifier.decode(params, sparsifier.encode(params, x))
+    return sparsifier.add_skip(params, sparsifier.decode(params, sparsifier.encode(params, x)), x)

@@ -62,9 +62,9 @@ class PAnneal(base.Sparsifier):
         """Returns all latents."""
         return base.Encoding(latents=jax.nn.relu(pre_acts), d_sae=self.d_sae)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns the squared error plus the term "lp" times its weight; its value is that of the L1 norm."""
-        aux = self.reconstruct(params, x, step)
+        aux = self.reconstruct(params, x, target, step)
         latents = aux.encoding.dense()
         powers = jnp.mean(jnp.sum(jnp.where(latents > 0, (latents + _TINY) ** self.p(step), 0), axis=1))
         l1 = jnp.mean(jnp.sum(latents, axis=1))

@@ -85,6 +85,6 @@ class LayerNormed(base.Sparsifier):
         """As `inner`."""
         return self.inner.activate(params, pre_acts, step)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Refuses: `inner` is what is trained."""
         raise UserError("layer_normed is made by loading a run and cannot be trained")

@@ -78,21 +78,21 @@ class TopK(base.Sparsifier):
         # The largest k of the schedule fixes the shape; slots beyond the present k are unused.
         return self._best(selection.of_rows(pre_acts, max(self.k, self.k_start or 1)), step)
 
-    def objective(self, params, x, step):
+    def objective(self, params, x, target, step):
         """Returns the squared error, plus "multi_mse" times its weight."""
         if self.multi_topk_alpha == 0:
-            aux = self.reconstruct(params, x, step)
+            aux = self.reconstruct(params, x, target, step)
             return aux.terms["mse"], aux
         wide = dataclasses.replace(
             self,
             k=min(4 * self.k, self.d_sae),
             k_start=None if self.k_start is None else min(4 * self.k_start, self.d_sae),
             multi_topk_alpha=0.0,
-        ).reconstruct(params, x, step)
+        ).reconstruct(params, x, target, step)
         # One selection serves both: the best come first.
         encoding = self._best(wide.encoding, step)
         recon = self.decode(params, encoding)
-        mse, multi = jnp.mean(jnp.sum((x - recon) ** 2, axis=1)), wide.terms["mse"]
+        mse, multi = jnp.mean(jnp.sum((target - recon) ** 2, axis=1)), wide.terms["mse"]
         aux = base.Aux(recon=recon, encoding=encoding, terms={"mse": mse, "multi_mse": multi})
         return mse + self.multi_topk_alpha * multi, aux
 

@@ -1,0 +1,41 @@
+"""The arrays of one SAE, and what its loss returns beside a number."""
+
+import jax
+from flax import struct
+
+from saejax.sae.encoding import Encoding
+
+
+@struct.dataclass
+class SAEParams:
+    """The trainable arrays of one SAE, float32, never transposed.
+
+    Attributes:
+      W_enc: Encoder, [d_in, d_sae] ([encoder_hidden, d_sae] behind a hidden layer; [d, d_sae] for family=clt, where
+        column j reads the one site of its group).
+      b_enc: Bias of the latents, [d_sae].
+      W_dec: Decoder, one row per latent, [d_sae, d_out].
+      b_dec: Bias of the reconstruction, [d_out].
+      extra: What one architecture or option adds, by name.
+    """
+
+    W_enc: jax.Array
+    b_enc: jax.Array
+    W_dec: jax.Array
+    b_dec: jax.Array
+    extra: dict[str, jax.Array] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Aux:
+    """What a loss returns beside its value.
+
+    Attributes:
+      recon: Reconstruction of the (normalised) target, [b, d_out] float32.
+      encoding: The encoding behind it.
+      terms: Loss terms by name, before their coefficients ("mse", "aux_k", "l1", ...), scalars.
+    """
+
+    recon: jax.Array
+    encoding: Encoding
+    terms: dict[str, jax.Array]

@@ -1,0 +1,163 @@
+r"""Which parts of a row an SAE reads and which it writes: one family for autoencoders and transcoders of all kinds.
+
+A row is the concatenation of its sites :math:`x^1, \ldots, x^S` (the activations of several hooks at one token).
+
+* `sae`: one site, read and written.
+* `transcoder`: the first half of the sites is read, the second half is the target. With `skip` the target also gets
+  :math:`x W_{skip}`, which starts at 0 (Paulo et al.: an affine map that the latents need not learn).
+* `crosscoder`: all sites are read and written. The norm of a latent in a penalty is
+  :math:`\sum_s \|W_{dec,i}^s\|`, so that it may leave sites out.
+* `clt`: sites in_0 .. in_{L-1}, out_0 .. out_{L-1}. The latents form L groups of equal size, one after the other; group
+  g reads in_g and writes out_g .. out_{L-1}. W_enc is compact, [d, d_sae]; W_dec has blocks of zeros, which `mask`
+  computes from the positions and which initialisation, `project` and `constrain` keep.
+
+Sources:
+  Dunefsky et al., Transcoders find interpretable LLM feature circuits, 2024 (arXiv:2406.11944). Paulo et al.,
+  Transcoders beat sparse autoencoders for interpretability, 2025 (arXiv:2501.18823; skip). Lindsey et al., Sparse
+  crosscoders, Transformer Circuits, 2024. Ameisen et al., Circuit tracing, Transformer Circuits, 2025 (clt).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from saejax.errors import UserError
+from saejax.kernels import matmul
+
+if TYPE_CHECKING:
+    from saejax.sae.base import Sparsifier
+
+
+class Family(enum.Enum):
+    """Which sites of a row are read and which are written."""
+
+    sae = "sae"
+    """The one site is read and written."""
+    transcoder = "transcoder"
+    """The first half of the sites is read, the second half written."""
+    crosscoder = "crosscoder"
+    """All sites are read and written."""
+    clt = "clt"
+    """Cross-layer transcoder: group g of the latents reads in-site g and writes out-sites g and later."""
+
+
+HALVED = (Family.transcoder, Family.clt)
+"""Families whose target is not what they read."""
+
+
+def read(family: Family, sites: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the widths of the sites that are read."""
+    return sites[: len(sites) // 2] if family in HALVED else sites
+
+
+def written(family: Family, sites: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the widths of the sites that are written.
+
+    Example:
+      >>> written(Family.clt, (8, 8, 8, 8)), written(Family.crosscoder, (8, 4))
+      ((8, 8), (8, 4))
+    """
+    return sites[len(sites) // 2 :] if family in HALVED else sites
+
+
+def check(sparsifier: Sparsifier) -> None:
+    """Refuses sites that do not suit the family, or a family that does not suit the encoder.
+
+    Raises:
+      UserError: naming the field, its value and what is allowed.
+    """
+    family, sites = sparsifier.family, sparsifier.sites
+    _demand(all(width >= 1 for width in sites), "sites", "must be widths of at least 1", sites)
+    many = f"must be transcoder, crosscoder or clt for rows of {len(sites)} sites"
+    _demand(family is not Family.sae or len(sites) <= 1, "family", many, family.name)
+    if family in HALVED:
+        even = len(sites) >= 2 and len(sites) % 2 == 0
+        _demand(even, "sites", f"must be an even number of widths for family={family.name}", sites)
+    if family is Family.crosscoder:
+        _demand(len(sites) >= 2, "sites", "must be two widths or more for family=crosscoder", sites)
+    width = sum(read(family, sites)) if sites else sparsifier.d_in
+    _demand(sparsifier.d_in == width, "d_in", f"must be {width}, the width that is read of {sites}", sparsifier.d_in)
+    if family is Family.clt:
+        inputs = read(family, sites)
+        _demand(len(set(inputs)) == 1, "sites", "must read sites of one width for family=clt", inputs)
+        parts = f"must be a multiple of the {len(inputs)} layers for family=clt"
+        _demand(sparsifier.d_sae % len(inputs) == 0, "d_sae", parts, sparsifier.d_sae)
+    only = "must be false but for family=transcoder"
+    _demand(not sparsifier.skip or family is Family.transcoder, "skip", only, sparsifier.skip)
+    kind = sparsifier.encoder.name
+    allowed = {Family.transcoder: ("linear", "mlp"), Family.clt: ("linear",)}.get(family, (kind,))
+    _demand(kind in allowed, "encoder", f"must be {' or '.join(allowed)} for family={family.name}", kind)
+
+
+def product(
+    x: Float[Array, "b n"],
+    W_enc: Float[Array, "m h"],
+    n_groups: int,
+    dtype: str,
+    groups: Int[Array, " h"] | None = None,
+) -> Float[Array, "b h"]:
+    """Returns the product of rows with the encoder, each group of columns with its own site.
+
+    Args:
+      x: What is read: `n_groups` sites of width m side by side.
+      W_enc: Columns, each for the site of its group.
+      n_groups: Groups; with 1 this is `x @ W_enc`.
+      dtype: Operands of the product.
+      groups: Group of each column, for some columns in any order; None where these are all, group after group.
+    """
+    if n_groups == 1:
+        return matmul.matmul(x, W_enc, dtype)
+    if groups is not None:
+        own = groups[None, :] == jnp.arange(n_groups)[:, None]
+        spread = jnp.where(own[:, None, :], W_enc[None, :, :], 0)
+        return matmul.matmul(x, spread.reshape(-1, W_enc.shape[1]), dtype)
+    by_site = jnp.moveaxis(x.reshape(x.shape[0], n_groups, -1), 1, 0)
+    by_group = jnp.moveaxis(W_enc.reshape(W_enc.shape[0], n_groups, -1), 1, 0)
+    parts = jax.vmap(lambda a, b: matmul.matmul(a, b, dtype))(by_site, by_group)
+    return jnp.moveaxis(parts, 0, 1).reshape(x.shape[0], -1)
+
+
+def response(sparsifier: Sparsifier, row: Float[Array, " d_in"], W: Float[Array, "m h"]) -> Float[Array, " h"]:
+    """Returns what the product with the encoder's first matrix gives one row."""
+    n_groups = sparsifier.n_groups
+    return row @ W if n_groups == 1 else product(row[None, :], W, n_groups, "float32")[0]
+
+
+def spread_scale(sparsifier: Sparsifier, scale: Float[Array, " d_in"]) -> Float[Array, "m h"]:
+    """Returns one factor of every input for each column of the encoder's first matrix (h is 1 where all agree)."""
+    if sparsifier.n_groups == 1:
+        return scale[:, None]
+    by_site = scale.reshape(sparsifier.n_groups, -1).T
+    return jnp.repeat(by_site, sparsifier.d_sae // sparsifier.n_groups, axis=1)
+
+
+def mask(sparsifier: Sparsifier) -> Bool[Array, "d_sae d_out"]:
+    """Returns which entries of W_dec a cross-layer transcoder has; computed, never stored.
+
+    Example:
+      >>> from saejax.sae import TopK
+      >>> mask(TopK(d_in=2, d_sae=2, k=1, family=Family.clt, sites=(1, 1, 2, 1))).astype(int).tolist()
+      [[1, 1, 1], [0, 0, 1]]
+    """
+    group = jnp.arange(sparsifier.d_sae) // (sparsifier.d_sae // sparsifier.n_groups)
+    column, layer, edge = jnp.arange(sparsifier.d_out), jnp.zeros(sparsifier.d_out, jnp.int32), 0
+    for width in sparsifier.writes[:-1]:
+        edge += width
+        layer = layer + (column >= edge)
+    return group[:, None] <= layer[None, :]
+
+
+def parts(rows: Float[Array, "... n"], widths: tuple[int, ...]) -> list[Float[Array, "... _"]]:
+    """Returns the sites of rows, one array each."""
+    edges = [sum(widths[:i]) for i in range(len(widths) + 1)]
+    return [rows[..., a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _demand(ok: bool, field: str, must: str, got: object) -> None:
+    if not ok:
+        raise UserError(f"sae.{field} {must}, got {got}")

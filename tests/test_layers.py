@@ -56,6 +56,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "safetensors": ("saejax.interop", "saejax.activations"),
     "grain": ("saejax.activations",),
     "torch": ("saejax.activations.torch_source", "saejax.interop.saebench"),
+    "huggingface_hub": ("saejax.interop.hub",),
     "transformers": ("saejax.activations.torch_source",),
     "tokenizers": ("saejax.activations.language_model",),
     "gguf": ("saejax.activations.language_model",),

@@ -85,7 +85,7 @@ def adapter(
       dtype: Of the weights; None is float32.
 
     Raises:
-      UserError: PyTorch is not installed, the architecture cannot be written, a decoder row is zero, or model or hook are not known.
+      UserError: PyTorch is missing, the architecture cannot be written, a decoder row is 0, model or hook is unknown.
 
     Example:
       selected_saes = [("my_release", adapter(saejax.load("runs/X"), model_name="gpt2"))]

@@ -67,7 +67,7 @@ def cut(
     Returns:
       The snippets in the order of `rows`.
     """
-    chosen = _choose(corpus, rows[rows >= 0].tolist(), n, before, after)
+    chosen = choose(corpus, rows[rows >= 0].tolist(), n, before, after)
     if not chosen:
         return []
     acts = _activations(sae, corpus, latent, [window for _, window in chosen])
@@ -78,7 +78,8 @@ def cut(
     return snippets
 
 
-def _choose(corpus: Corpus, rows: Sequence[int], n: int, before: int, after: int) -> list[tuple[int, Window]]:
+def choose(corpus: Corpus, rows: Sequence[int], n: int, before: int, after: int) -> list[tuple[int, Window]]:
+    """Returns `n` of `rows` with the text around them: no two overlap, the first of each document before any second."""
     windows = {row: corpus.window(row, before, after) for row in rows}
     chosen: list[int] = []
     for per_document in (1, n):

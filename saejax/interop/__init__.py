@@ -18,7 +18,17 @@ from typing import Any, Protocol
 
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
-from saejax.interop import dictionary_learning, saelens, sparsify
+from saejax.interop import (
+    dictionary_learning,
+    gemma_scope,
+    goodfire,
+    llama_scope,
+    llamascopium,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from saejax.sae import per_row
 from saejax.sae.model import SAE
 
@@ -38,6 +48,12 @@ _MODULES: tuple[Any, ...] = (
     saelens,
     dictionary_learning,
     sparsify,
+    gemma_scope,
+    llamascopium,
+    llama_scope,
+    openai,
+    goodfire,
+    qwen_scope,
 )
 
 FORMATS: dict[str, Format] = {module.name: module for module in _MODULES}

@@ -57,7 +57,7 @@ def detect(path: pathlib.Path) -> bool:
     """Returns whether `path` is a trainer's directory, or a .pt file with the config of one beside or above it."""
     if path.is_dir():
         return (path / WEIGHTS).is_file()
-    return path.suffix == ".pt" and path.is_file() and (path.name == WEIGHTS or _config_of(path) is not None)
+    return path.suffix == ".pt" and path.is_file() and (path.name == WEIGHTS or _describes(_config_of(path)))
 
 
 def load(path: str | os.PathLike) -> SAE:
@@ -132,6 +132,14 @@ def _config_of(file: pathlib.Path) -> pathlib.Path | None:
     """The config.json of a weights file: beside it, or above `checkpoints/`."""
     folders = [file.parent, *([file.parent.parent] if file.parent.name == "checkpoints" else [])]
     return next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
+
+
+def _describes(where: pathlib.Path | None) -> bool:
+    """Whether a config.json is a trainer's: other tools have files of that name too."""
+    try:
+        return where is not None and "trainer" in strict.read_json(where)
+    except (UserError, OSError):
+        return False
 
 
 def _trainer(file: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:

@@ -6,6 +6,7 @@ Every function raises a UserError of one line that names the file and the key.
 import dataclasses
 import json
 import pathlib
+import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -41,6 +42,19 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: no such file") from None
     except SafetensorError as error:
         raise UserError(f"{path}: no safetensors file ({error})") from None
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns every array of an .npz file, none of which may be a pickle."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("no zip archive")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"{path}: no .npz file of plain arrays ({error})") from None
 
 
 def same_keys(where: pathlib.Path, found: set[str], wanted: set[str], optional: Collection[str] = ()) -> None:

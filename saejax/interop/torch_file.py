@@ -80,6 +80,19 @@ def read(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {_one_line(error)})") from None
 
 
+def keys(path: str | os.PathLike) -> frozenset[str]:
+    """Returns the names in a file that holds a dictionary, without reading its tensors; none of any other file."""
+    path = pathlib.Path(path)
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return frozenset()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = _Names(path, archive).load()
+    except (UserError, OSError, *_DAMAGE):
+        return frozenset()
+    return frozenset(key for key in found if isinstance(key, str)) if isinstance(found, dict) else frozenset()
+
+
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Returns a file that holds a flat dictionary of tensors, and nothing else, by name.
 
@@ -193,6 +206,23 @@ class _Unpickler(pickle.Unpickler):
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed; torch.save stores")
         return self._archive.read(info)
+
+
+class _Names(_Unpickler):
+    """Reads `data.pkl` alone: tensors become None."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns what stands for an allowed name; refuses all others."""
+        found = super().find_class(module, name)
+        return _nothing if name.startswith("_rebuild") else found
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Returns nothing in the place of a storage."""
+        return None
+
+
+def _nothing(*_: Any) -> None:
+    return None
 
 
 def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:

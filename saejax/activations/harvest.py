@@ -102,14 +102,15 @@ class _Run:
         if backend.tokenizer is None:
             raise UserError(f"model {config.model} has no tokenizer: text cannot be harvested with it")
         self.config, self.backend, self.tokenizer = config, backend, backend.tokenizer
-        self.d_in = backend.hook_width(config.hook)
+        sites = [{"hook": hook, "d_in": backend.hook_width(hook)} for hook in config.hooks]
+        self.d_in = sum(site["d_in"] for site in sites)
         self.packer = packing.Packer(config.context_length, _bos_id(config.bos, backend.tokenizer))
         self.dtype = store_format.numpy_dtype(config.dtype.value)
         if config.process is None or config.n_processes is None:
             self.process, self.n_processes = jax.process_index(), jax.process_count()
         else:
             self.process, self.n_processes = config.process, config.n_processes
-        self.common = common | {
+        self.common: dict[str, Any] = common | {
             "hook": config.hook,
             "model": backend.provenance,
             "tokenizer": _tokenizer_identity(backend.tokenizer),
@@ -119,8 +120,10 @@ class _Run:
             "context_length": config.context_length,
             "shard_sequences": config.shard_sequences,
         }
+        if len(sites) > 1:
+            self.common["sites"] = sites
         self.sink: Sink | None = None
-        self._ahead: dict[int, tuple[jax.Array, jax.Array, jax.Array]] = {}
+        self._ahead: dict[int, list[_Measured]] = {}
 
     def sequences(self, split: text.Split) -> Iterator[packing.Sequence]:
         """The packed text of a split, from its beginning."""
@@ -169,7 +172,7 @@ class _Run:
             for number, group in itertools.groupby(results, key=lambda result: result[0].shard):
                 with writer.shard(number) as shard:
                     for batch, measured in group:
-                        shard.append(**self._content(batch, *measured))
+                        shard.append(**self._content(batch, measured))
                         progress.update(sum(sequence.n_tokens for sequence in batch.sequences))
 
     def _batches(self, sequences: Iterator[packing.Sequence], shards: set[int]) -> Iterator[_Batch]:
@@ -187,31 +190,32 @@ class _Run:
                     both[:, place] = sequence.tokens, sequence.segments
                 yield _Batch(shard, first, taken, both[0], both[1])
 
-    def _dispatch(self, batch: _Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _dispatch(self, batch: _Batch) -> "list[_Measured]":
         """Starts the device on a batch; what the calibration has computed is not computed again."""
         if (ahead := self._ahead.pop(batch.first, None)) is not None:
             return ahead
-        captured = self.backend.capture(batch.tokens, batch.segments, (self.config.hook,))
-        result = _measure(captured[self.config.hook], dtype=self.dtype)
+        captured = self.backend.capture(batch.tokens, batch.segments, self.config.hooks)
+        result = [_measure(captured[hook], dtype=self.dtype) for hook in self.config.hooks]
         if self.sink is None:
             self._ahead[batch.first] = result
         return result
 
-    def _content(self, batch: _Batch, rows: jax.Array, norms: jax.Array, peaks: jax.Array) -> dict:
+    def _content(self, batch: _Batch, measured: "list[_Measured]") -> dict:
         """What the store gets of a batch; waits for the device."""
         assert self.sink is not None
         n, positions = len(batch.sequences), batch.positions
-        keep = keep_mask(np.asarray(norms), positions, batch.segments, self.sink)
-        kept_peaks = np.asarray(peaks)[keep]
-        if len(kept_peaks):
-            store_format.check_range(float(kept_peaks.max()), self.config.dtype.value, self.config.hook)
+        keep = keep_mask(_norms(measured), positions, batch.segments, self.sink)
+        for hook, (_, _, peaks) in zip(self.config.hooks, measured, strict=True):
+            if keep.any():
+                store_format.check_range(float(np.asarray(peaks)[keep].max()), self.config.dtype.value, hook)
+        rows = [np.asarray(values)[keep] for values, _, _ in measured]
         documents = np.zeros_like(batch.tokens)
         documents[:n] = [sequence.documents() for sequence in batch.sequences]
         numbers = np.broadcast_to(batch.first + np.arange(len(documents))[:, None], documents.shape)
         index = np.stack([batch.tokens, positions, documents, numbers], axis=-1).astype(np.int32)
         firsts = (batch.segments > 0) & (positions == 0) & self.sink.mask_position_zero
         return {
-            "rows": np.asarray(rows)[keep],
+            "rows": rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1),
             "index": index[keep],
             "tokens": np.stack([batch.tokens, batch.segments], axis=-1)[:n],
             "segment_documents": [list(sequence.segment_documents) for sequence in batch.sequences],
@@ -228,8 +232,8 @@ class _Run:
         if self.sink is None:
             shards = set(range(self.config.sink_calibration_tokens + 1))
             results = _one_late(self._batches(self.sequences("train"), shards), self._dispatch)
-            measured = ((np.asarray(out[1]), batch.positions, batch.segments) for batch, out in results)
-            self.sink = calibrate(self.config.sink(), measured)
+            norms = ((_norms(measured), batch.positions, batch.segments) for batch, measured in results)
+            self.sink = calibrate(self.config.sink(), norms)
             logger.info("median norm at %s: %s", self.config.hook, self.sink.median_norm)
         return self.sink
 
@@ -259,6 +263,10 @@ def _begun(path: pathlib.Path) -> dict | None:
     return store.read_manifest(path) if store_format.published(path) else None
 
 
+_Measured = tuple[jax.Array, jax.Array, jax.Array]
+"""What `_measure` gives for a batch at one hook."""
+
+
 @functools.partial(jax.jit, static_argnames="dtype")
 def _measure(h: Float[Array, "b s d"], *, dtype: np.dtype) -> tuple[Array, Array, Array]:
     """The rows as stored, each token's norm and its largest absolute value, both float32."""
@@ -266,7 +274,13 @@ def _measure(h: Float[Array, "b s d"], *, dtype: np.dtype) -> tuple[Array, Array
     return h.astype(dtype), jnp.linalg.norm(wide, axis=-1), jnp.abs(wide).max(axis=-1)
 
 
-def _one_late(batches: Iterator[_Batch], dispatch: Callable) -> Iterator[tuple[_Batch, tuple]]:
+def _norms(measured: list[_Measured]) -> Float[np.ndarray, "*sites_b s"]:
+    """Norms [b, s] at one hook, [sites, b, s] at several; waits for the device."""
+    norms = [np.asarray(norms) for _, norms, _ in measured]
+    return norms[0] if len(norms) == 1 else np.stack(norms)
+
+
+def _one_late(batches: Iterator[_Batch], dispatch: Callable) -> Iterator[tuple[_Batch, Any]]:
     """Hands out each batch with its result after the next one was dispatched, so the device never waits."""
     waiting = None
     for batch in batches:

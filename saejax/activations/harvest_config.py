@@ -25,7 +25,8 @@ class HarvestConfig:
     """What the model reads: wikipedia, pydoc, or files with a path; also how much of it is held out."""
 
     hook: str = "blocks.15.hook_resid_post"
-    """Where activations are read, by its TransformerLens name; only the layers below it are run."""
+    """Where activations are read, by its TransformerLens name; only the layers below it are run. Several, joined by
+    commas and quoted ('hook="A,B"'), are read in one pass and stored side by side in every row."""
 
     path: str = "activations"
     """Directory of the two stores, `train` and `heldout`."""
@@ -72,6 +73,9 @@ class HarvestConfig:
     """How many processes share the harvest, each with its own model; null is JAX's process count."""
 
     def __post_init__(self):
+        object.__setattr__(self, "hook", ",".join(part.strip() for part in self.hook.split(",")))
+        if "" in self.hooks or len(set(self.hooks)) < len(self.hooks):
+            raise UserError(f"hook must name one place, or several different ones joined by commas, got {self.hook!r}")
         for name in ("batch_sequences", "shard_sequences", "n_tokens", "heldout_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -88,6 +92,11 @@ class HarvestConfig:
                 raise UserError(f"process must be in [0, n_processes={self.n_processes}), got {self.process}")
         packing.Packer(self.context_length, bos_id=None)
         self.sink()
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The names in `hook`, in the order in which they lie in a row."""
+        return tuple(self.hook.split(","))
 
     def sink(self) -> Sink:
         """The sink rule, its median not measured yet."""

@@ -21,13 +21,14 @@ ArrayT = TypeVar("ArrayT", bound=Any)  # NumPy on the host, JAX under jit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sink:
-    """The rule: what counts as a sink at one hook of one model."""
+    """The rule: what counts as a sink at one hook of one model, or at any of several."""
 
     factor: float | None = 10.0
-    """A token is a sink if its norm exceeds `factor` x `median_norm`; None keeps tokens of any norm."""
+    """A token is a sink if its norm exceeds `factor` x `median_norm`, at any hook where there are several; None keeps
+    tokens of any norm."""
 
-    median_norm: float | None = None
-    """Median norm at the hook, measured by `calibrate`; needed unless `factor` is None."""
+    median_norm: float | tuple[float, ...] | None = None
+    """Median norm at the hook, or at each of several, measured by `calibrate`; needed unless `factor` is None."""
 
     mask_position_zero: bool = True
     """Whether the first token of every segment counts as a sink whatever its norm."""
@@ -36,6 +37,8 @@ class Sink:
     """How many tokens the median is taken over: the first ones of the training text."""
 
     def __post_init__(self):
+        if isinstance(self.median_norm, list):  # as JSON has it
+            object.__setattr__(self, "median_norm", tuple(self.median_norm))
         if self.factor is not None and not self.factor > 1:
             raise UserError(f"sink_factor must be above 1 or null, got {self.factor}")
         if self.calibration_tokens < 1:
@@ -47,12 +50,12 @@ class Sink:
 
 
 def keep_mask(
-    norms: Float[ArrayT, "*b s"], positions: Int[ArrayT, "*b s"], segments: Int[ArrayT, "*b s"], sink: Sink
+    norms: Float[ArrayT, "*sites_b s"], positions: Int[ArrayT, "*b s"], segments: Int[ArrayT, "*b s"], sink: Sink
 ) -> Bool[ArrayT, "*b s"]:
     """Which tokens have a row: neither padding nor sink. Pure; NumPy arrays or JAX arrays, also traced.
 
     Args:
-      norms: Euclidean norm of each token's activation at the hook.
+      norms: Euclidean norm of each token's activation at the hook; [sites, *b, s] if the rule has several medians.
       positions: position of each token in its segment, from 0.
       segments: segment of each token, 0 for padding.
       sink: the rule, with its median measured.
@@ -71,7 +74,10 @@ def keep_mask(
     if sink.factor is not None:
         if sink.median_norm is None:
             raise ValueError("the sink rule has a factor but its median was not measured")
-        keep = keep & ~(norms > sink.factor * sink.median_norm)
+        median = sink.median_norm
+        medians, at_hooks = (median, norms) if isinstance(median, tuple) else ((median,), (norms,))
+        for one, at_hook in zip(medians, at_hooks, strict=True):
+            keep = keep & ~(at_hook > sink.factor * one)
     return keep
 
 
@@ -80,10 +86,12 @@ def calibrate(sink: Sink, measured: Iterable[tuple[np.ndarray, np.ndarray, np.nd
 
     Args:
       sink: the rule without its median.
-      measured: (norms, positions, segments) of batch after batch; only as many are taken as are needed.
+      measured: (norms, positions, segments) of batch after batch, norms [b, s] or [sites, b, s]; only as many are
+        taken as are needed.
 
     Returns:
-      The rule with `median_norm`. The median, not the mean: sinks are among the tokens it is taken over.
+      The rule with `median_norm`, a tuple for several sites. The median, not the mean: sinks are among the tokens it
+      is taken over.
     """
     if sink.factor is None:
         return sink
@@ -91,11 +99,11 @@ def calibrate(sink: Sink, measured: Iterable[tuple[np.ndarray, np.ndarray, np.nd
     norms: list[np.ndarray] = []
     missing = sink.calibration_tokens
     for batch in measured:
-        norms.append(batch[0][keep_mask(*batch, others)][:missing])
-        missing -= len(norms[-1])
+        norms.append(batch[0][..., keep_mask(*batch, others)][..., :missing])
+        missing -= norms[-1].shape[-1]
         if missing <= 0:
             break
-    median = float(np.median(np.concatenate(norms))) if norms else float("nan")
-    if not (np.isfinite(median) and median > 0):
+    median = np.median(np.concatenate(norms, axis=-1), axis=-1) if missing < sink.calibration_tokens else np.nan
+    if not np.all(np.isfinite(median) & (median > 0)):
         raise UserError(f"the activations' median norm is {median}: sinks cannot be told; set sink_factor=null")
-    return dataclasses.replace(sink, median_norm=median)
+    return dataclasses.replace(sink, median_norm=np.asarray(median).tolist())

@@ -124,10 +124,15 @@ def _describe(facts: dict) -> str:
         "rows": f"{facts['rows']:,} x {facts['d_in']} {facts['dtype']} ({facts['bytes'] / 2**20:,.1f} MiB)",
         "tokens": f"{facts['tokens']:,} in {facts['sequences']:,} sequences of {facts['context_length']}",
         "masked": masked or "none",
-        "sinks": f"norm above {sink['factor']} x {sink['median_norm']:.4g}" if sink.get("factor") else "kept",
+        "sinks": f"norm above {sink['factor']} x {_medians(sink['median_norm'])}" if sink.get("factor") else "kept",
         "fingerprint": facts["fingerprint"][:16],
     }
     return "\n".join(f"{key:<12} {value}" for key, value in lines.items())
+
+
+def _medians(median: float | list[float]) -> str:
+    medians = median if isinstance(median, list) else [median]
+    return ", ".join(f"{value:.4g}" for value in medians)
 
 
 def _sizes(record: dict, manifest: dict) -> int:

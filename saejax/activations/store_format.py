@@ -64,6 +64,11 @@ def shard_name(number: int) -> str:
     return f"{SHARD_PREFIX}{number:05d}"
 
 
+def sites(manifest: dict) -> list[dict]:
+    """The parts of a row in order, [{"hook": name, "d_in": width}, ...]; the field is there if there are several."""
+    return manifest.get("sites") or [{"hook": manifest["hook"], "d_in": manifest["d_in"]}]
+
+
 def shard_shapes(record: dict, manifest: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """dtype and shape of each data file of a shard, by suffix."""
     rows, sequences = record["rows"], record["sequences"]

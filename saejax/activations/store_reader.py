@@ -79,6 +79,16 @@ class Reader:
         return self.manifest["d_in"]
 
     @property
+    def sites(self) -> tuple[int, ...]:
+        """Widths of the parts of a row, in order: one for each of `hooks`."""
+        return tuple(site["d_in"] for site in store_format.sites(self.manifest))
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Where the parts of a row were read."""
+        return tuple(site["hook"] for site in store_format.sites(self.manifest))
+
+    @property
     def dtype(self) -> np.dtype:
         """dtype of the rows; bfloat16 is that of ml_dtypes."""
         return store_format.numpy_dtype(self.manifest["dtype"])

@@ -40,6 +40,11 @@ class Store(ActivationSource):
         """Width of a row, from the store's manifest."""
         return self.reader("train").d_in
 
+    @property
+    def sites(self) -> tuple[int, ...]:
+        """Widths at the hooks whose rows lie side by side, from the store's manifest."""
+        return self.reader("train").sites
+
     def reader(self, split: str) -> store.Reader:
         """The store of a split, `train` or `heldout`, with everything that is published now.
 
@@ -55,7 +60,7 @@ class Store(ActivationSource):
         """What was harvested, and a hash over the manifests, which hold a checksum of every shard."""
         manifests = {split: self.reader(split).manifest for split in ("train", "heldout")}
         digest = hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
-        keys = ("hook", "model", "dtype", "d_in", "complete", "rows")
+        keys = ("hook", "model", "dtype", "d_in", "sites", "complete", "rows")
         described = {key: manifests["train"][key] for key in keys if key in manifests["train"]}
         return {"type": self.name, "path": self.path, "sha256_of_manifests": digest, **described}
 

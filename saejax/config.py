@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,11 @@ def register(name: str, root: type) -> None:
             store.store(group=group, name=f"{member}_schema", node=cls)
             _thaw(store.repo[group][f"{member}_schema.yaml"].node)
     OmegaConf.register_new_resolver("source_d_in", _source_d_in, replace=True)
+    # What presets compute: ${times:8,${sae.d_in}}, ${over:1,${sae.k}}, ${smaller:512,${sae.d_sae}}, ${steps:0.05}.
+    OmegaConf.register_new_resolver("times", lambda *factors: round(math.prod(factors)), replace=True)
+    OmegaConf.register_new_resolver("over", lambda above, below: above / below, replace=True)
+    OmegaConf.register_new_resolver("smaller", min, replace=True)
+    OmegaConf.register_new_resolver("steps", _steps, replace=True)
 
 
 def schema(cls: type) -> DictConfig:
@@ -149,6 +155,11 @@ def _source_d_in(*, _root_: DictConfig) -> int:
         raise UserError(f"{missing[0]} must be given, say {missing[0]}=...")
     chosen: Any = OmegaConf.to_object(_root_.source)
     return chosen.d_in
+
+
+def _steps(share: float, *, _root_: DictConfig) -> int:
+    """A share of the steps of the run, so that a shorter run keeps the shape of its schedules."""
+    return round(share * (_root_.train.n_tokens // _root_.train.batch))
 
 
 def load(name: str, root: type, overrides: list[str]) -> Any:

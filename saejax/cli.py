@@ -242,11 +242,13 @@ EVALUATE_EXAMPLES = (
     "saejax evaluate run=runs/X",
     "saejax evaluate run=runs/X step=2000 rows=100000",
     "saejax evaluate run=runs/X language_model=false",
+    "saejax evaluate run=downloads/an_sae activations=rows.npy",
 )
 EXPORT_EXAMPLES = (
     "saejax export run=runs/X",
     "saejax export run=runs/X path=out/my_sae",
     "saejax export run=runs/X step=2000 format=saelens",
+    "saejax export run=runs/X format=neuronpedia neuronpedia.model=gpt2-small hub=me/my-saes",
 )
 REPORT_EXAMPLES = (
     "saejax report run=runs/X",

@@ -20,7 +20,8 @@ from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
 from saejax.evals import language_model as splice
 from saejax.evals import result as results
-from saejax.report import corpus, latents, page, sweep
+from saejax.interop import hub, neuronpedia
+from saejax.report import corpus, dashboards, latents, page, records, sweep
 from saejax.sae import model
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ class EvaluateConfig:
     """Judge the SAE of a run on rows that training never saw; writes eval.json into the run directory."""
 
     run: str
-    """Run directory."""
+    """Run directory; with `activations`, also an SAE in any format that is read."""
+    activations: str | None = None
+    """File of rows [n, d_in] (.npy), or a store (its held-out part), to measure on instead of the run's own held-out
+    rows; nothing is written then. Null takes those of the run."""
     step: int | None = None
     """Checkpoint; null takes the newest."""
     rows: int | None = None
@@ -62,11 +66,21 @@ class ExportConfig:
     path: str | None = None
     """Directory to write; null takes export_<format> inside the run directory."""
     format: str = "saelens"
-    """Format: saelens, dictionary_learning, sparsify, or another that `saejax.interop` writes."""
+    """Format: saelens, dictionary_learning, sparsify, or another that `saejax.interop` writes; neuronpedia adds to
+    saelens a model card, names, and the dashboards of a run that has text."""
     step: int | None = None
     """Checkpoint of a run; null takes the newest."""
     activations: str | None = None
-    """File of rows [n, d_in] (.npy) that the SAE is for: its L0 and fvu on them are printed; null measures nothing."""
+    """File of rows [n, d_in] (.npy), or a store, that the SAE is for: its L0 and fvu on them are printed; null measures
+    nothing."""
+    hub: str | None = None
+    """Hub repository, owner/name, that what was written is uploaded to, dashboards excepted; null sends nothing."""
+    hub_private: bool = False
+    """Whether a repository that the upload has to make is private."""
+    neuronpedia: neuronpedia.NeuronpediaConfig = dataclasses.field(default_factory=neuronpedia.NeuronpediaConfig)
+    """Names for format=neuronpedia."""
+    dashboards: dashboards.DashboardConfig = dataclasses.field(default_factory=dashboards.DashboardConfig)
+    """Dashboards for format=neuronpedia."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +111,10 @@ def evaluate(cfg: EvaluateConfig) -> str:
       The numbers, one on a line.
     """
     run_dir = Path(cfg.run)
+    if cfg.activations is not None:
+        return _measured(cfg, cfg.activations)
+    if not _of_run(run_dir):
+        raise UserError(f"run={run_dir}: no run directory; what other tools wrote is measured with activations=ROWS")
     sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
     heldout = _heldout_store(trained) if cfg.language_model else None
     backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once
@@ -118,20 +136,98 @@ def export(cfg: ExportConfig) -> str:
       cfg: see `ExportConfig`.
 
     Returns:
-      A line that says where, and one with what was measured.
+      A line that says where, and one each for what else was written, measured or sent.
     """
+    if cfg.hub is not None:
+        hub.check(cfg.hub)  # first, for what follows may take long
     path = Path(cfg.path) if cfg.path else Path(cfg.run) / f"export_{cfg.format}"
-    of_run = (Path(cfg.run) / "config.yaml").is_file() or not Path(cfg.run).exists()
-    sae = run.load(cfg.run, cfg.step) if of_run else interop.load(cfg.run)
-    lines = [f"written: {interop.export(sae, path, cfg.format)}"]
+    sae = _sae(cfg.run, cfg.step)
+    if cfg.format == neuronpedia.name:
+        lines = _handed_over(cfg, sae, path)
+    else:
+        lines = [f"written: {interop.export(sae, path, cfg.format)}"]
     if cfg.activations is not None:
         # What was written is what is measured.
         found = interop.self_check(interop.load(path, cfg.format), _rows(cfg.activations))
         lines.append(f"on {cfg.activations}: l0 {found['l0']:.4g}, fvu {found['fvu']:.4g}")
+    elif not _of_run(Path(cfg.run)):
+        lines.append("not measured: activations=ROWS, of the hook that it is for, prints its l0 and fvu")
+    if cfg.hub is not None:
+        lines.append(f"uploaded: {hub.upload(path, cfg.hub, private=cfg.hub_private)}")
     return "\n".join(lines)
 
 
-def _rows(path: str) -> np.ndarray:
+def _handed_over(cfg: ExportConfig, sae: model.SAE, path: Path) -> list[str]:
+    """Writes a folder for Neuronpedia; returns what there is to say of it."""
+    settings = dataclasses.replace(cfg.neuronpedia, repository=cfg.neuronpedia.repository or cfg.hub)
+    of_run = _of_run(Path(cfg.run))
+    figures, origin = _figures(Path(cfg.run), sae.provenance["step"]) if of_run else ({}, "")
+    lines = [f"written: {neuronpedia.export(sae, path, settings, figures, origin)}"]
+    heldout = _heldout_store(config.from_run(Path(cfg.run))) if of_run else None
+    if heldout is None:
+        return [*lines, "no dashboards: only a run that was trained on a store has text for them"]
+    decode, unembedding = _reading(heldout)
+    if decode is None:
+        return [*lines, "no dashboards: the tokenizer of the language model cannot be loaded"]
+    called, settings = neuronpedia.names(sae, settings), cfg.dashboards
+    header = dashboards.Header(
+        model_id=called.model,
+        layer=called.layer,
+        sae_set=called.source_set,
+        n_prompts=heldout.n_sequences,
+        n_tokens_in_prompt=heldout.manifest["context_length"],
+        dataset=str(heldout.manifest["text"]["type"]),
+    )
+    n, skipped = dashboards.write(
+        interop.load(path, neuronpedia.name),  # its latents are those that others will see
+        corpus.StoreCorpus(heldout.path),
+        decode,
+        path / neuronpedia.DASHBOARDS,
+        header,
+        settings=settings,
+        unembedding=unembedding,
+    )
+    rows = min(heldout.n_rows, settings.max_rows)
+    return [*lines, f"dashboards: {n} latents, and {skipped} that are never active in {rows} held-out rows"]
+
+
+_CARD = ("fvu", "l0", "dead_share", "delta_ce", "recovered_zero", "recovered_mean", "kl")
+"""Metrics on a model card, where they were measured."""
+
+
+def _figures(run_dir: Path, step: int) -> tuple[dict[str, float], str]:
+    """Held-out metrics of one checkpoint, and how they were measured; nothing where they are of another one."""
+    found = records.read(run_dir)
+    if found.evaluation.get("data", {}).get("step") == step:
+        measured, how = found.evaluation.get("metrics", {}), "by `saejax evaluate`"
+    else:
+        rows = [row for row in found.rows if row.get("step") == step]
+        measured = {key.removeprefix("eval/"): row[key] for row in rows for key in row if key.startswith("eval/")}
+        how = "while training"
+    figures = {name: float(measured[name]) for name in _CARD if records.is_number(measured.get(name))}
+    return figures, f"On held-out rows, {how}, at step {step}. `dead_share` counts latents never active there."
+
+
+def _of_run(path: Path) -> bool:
+    """Whether `run=` means a run of ours; a path that is not there does, for the message."""
+    return (path / "config.yaml").is_file() or not path.exists()
+
+
+def _sae(path: str, step: int | None) -> model.SAE:
+    return run.load(path, step) if _of_run(Path(path)) else interop.load(path)
+
+
+def _measured(cfg: EvaluateConfig, activations: str) -> str:
+    """The metrics of any SAE on activations that somebody names."""
+    rows = _rows(activations)
+    found = evaluation.evaluate(_sae(cfg.run, cfg.step), rows, batch_rows=cfg.batch, max_rows=cfg.rows)
+    lines = [f"  {name:<32} {value:.6g}" for name, value in found.items()]
+    return "\n".join([f"metrics of {cfg.run} on {activations}:", *lines])
+
+
+def _rows(path: str) -> np.ndarray | store_source.Store:
+    if Path(path).is_dir():
+        return store_source.Store(path=path)
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
@@ -153,21 +249,9 @@ def report(cfg: ReportConfig) -> str:
     sae, trained = run.load(run_dir), config.from_run(run_dir)
     examples = None
     if (heldout := _heldout_store(trained)) is not None:
-        try:
-            backend = _backend(heldout)
-        except UserError as error:
-            logger.warning("without the language model: %s", error)
-            backend = None
-        unembedding = None
-        if backend is not None and heldout.manifest["hook"].split(".")[-1].startswith("hook_resid"):
-            unembedding = jax.device_put(backend.unembedding(), jax.local_devices()[0])  # where the SAE is
-        examples = latents.collect(
-            sae,
-            corpus.StoreCorpus(heldout.path),
-            _decoder(backend),
-            settings=cfg.latents,
-            unembedding=unembedding,
-        )
+        decode, unembedding = _reading(heldout)
+        text = corpus.StoreCorpus(heldout.path)
+        examples = latents.collect(sae, text, decode, settings=cfg.latents, unembedding=unembedding)
     return f"report: {page.build(run_dir, sae=sae, examples=examples, out=cfg.out)}"
 
 
@@ -207,6 +291,19 @@ def _sequences(heldout: store.Reader, start: int, stop: int, size: int) -> tuple
     padding = ((0, size - (stop - start)), (0, 0))
     tokens, segments = heldout.sequences(start, stop)
     return np.pad(tokens, padding), np.pad(segments, padding)
+
+
+def _reading(heldout: store.Reader) -> tuple[Callable[[Any], str] | None, jax.Array | None]:
+    """Token ids to text, and the matrix from activations to logits; None for what there is not."""
+    try:
+        backend = _backend(heldout)
+    except UserError as error:
+        logger.warning("without the language model: %s", error)
+        backend = None
+    unembedding = None
+    if backend is not None and heldout.manifest["hook"].split(".")[-1].startswith("hook_resid"):
+        unembedding = jax.device_put(backend.unembedding(), jax.local_devices()[0])  # where the SAE is
+    return _decoder(backend), unembedding
 
 
 def _decoder(backend: language_model.LanguageModel | None) -> Callable[[Any], str] | None:

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from saejax.sae.model import SAE
 
 _CHUNK = 2048
 """Latents looked at together; bounds the memory for their texts."""
+Text = Callable[..., str]
+"""The text of one token, or of a few."""
 _BINS, _INTERVALS, _N_LOGITS, _N_ALIGNED = 50, 5, 10, 3
 
 
@@ -107,7 +109,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("batch-*.json"):
         old.unlink()
-    text = functools.cache(functools.partial(token_text, decode))
+    text = functools.cache(functools.partial(text_of, decode))
     skipped: list[int] = []
     waiting: list[dict[str, Any]] = []
     written = files = 0
@@ -131,9 +133,9 @@ def write(
     return written, len(skipped)
 
 
-def token_text(decode: snippets.Decode, token: int) -> str:
-    """Returns what a token adds to a text before it: many tokenizers drop the space before a lone token."""
-    return decode([token, token])[len(decode([token])) :]
+def text_of(decode: snippets.Decode, *tokens: int) -> str:
+    """Returns what tokens add to a text before them: many tokenizers drop the space before a lone token."""
+    return decode([*tokens, *tokens])[len(decode([*tokens])) :]
 
 
 def _batch(folder: pathlib.Path, number: int, header: Header, features: list[dict[str, Any]]) -> int:
@@ -150,7 +152,7 @@ def _dump(file: pathlib.Path, tree: dict[str, Any]) -> None:
 def _features(
     sae: SAE,
     corpus: Corpus,
-    text: Any,
+    text: Text,
     ids: Int[np.ndarray, "n"],
     settings: DashboardConfig,
     unembedding: Float[Array, "d_in vocab"] | None,
@@ -230,20 +232,34 @@ def _acts(
 
 
 def _activation(
-    window: Window, values: Float[np.ndarray, "w"], low: float, high: float, share: float, text: Any
+    window: Window, values: Float[np.ndarray, "w"], low: float, high: float, share: float, text: Text
 ) -> dict[str, Any]:
+    """One text; tokens that hold only a part of a character are joined, at their largest activation."""
+    pieces: list[str] = []
+    strengths: list[float] = []
+    start = centre = 0
+    tokens = window.tokens.tolist()
+    for place in range(len(tokens)):
+        piece = text(*tokens[start : place + 1])
+        if piece.endswith("\N{REPLACEMENT CHARACTER}") and place - start < 3 and place + 1 < len(tokens):
+            continue
+        if start <= window.centre <= place:
+            centre = len(pieces)
+        pieces.append(piece)
+        strengths.append(float(values[start : place + 1].max()))
+        start = place + 1
     return {
         "bin_min": low,
         "bin_max": high,
         "bin_contains": share,
-        "tokens": [text(token) for token in window.tokens.tolist()],
-        "values": _rounded(values),
-        "qualifying_token_index": window.centre,
+        "tokens": pieces,
+        "values": _rounded(np.asarray(strengths)),
+        "qualifying_token_index": centre,
     }
 
 
 def _by_interval(
-    texts: list[tuple[Window, np.ndarray]], counts: Int[np.ndarray, "50"], largest: float, n_rows: int, text: Any
+    texts: list[tuple[Window, np.ndarray]], counts: Int[np.ndarray, "50"], largest: float, n_rows: int, text: Text
 ) -> Iterator[dict[str, Any]]:
     """The random texts, strongest interval first, with the share of all rows in it; rows of 0 are in the lowest."""
     share = counts.reshape(_INTERVALS, -1).sum(axis=1) / n_rows
@@ -268,7 +284,7 @@ def _aligned(direction: Float[np.ndarray, "d_in"]) -> dict[str, list[Any]]:
     }
 
 
-def _logits(direction: Float[np.ndarray, "d_in"], unembedding: Array | None, text: Any) -> dict[str, list[Any]]:
+def _logits(direction: Float[np.ndarray, "d_in"], unembedding: Array | None, text: Text) -> dict[str, list[Any]]:
     """Tokens promoted and suppressed by the direct path, less the mean over the vocabulary, which no softmax sees."""
     names = [f"{sign}_{what}" for sign in ("pos", "neg") for what in ("str", "values")]
     if unembedding is None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -37,6 +37,18 @@ _EXPONENTS = {
 """Per dtype: the integer of its size, and the exponent bits; all set means infinite or not a number."""
 
 
+class _Sites:
+    """A field of widths that reads as (d_in,) where fewer than two are given, and looks at files only then."""
+
+    def __get__(self, source: "Arrays | None", owner: type | None = None) -> tuple[int, ...]:
+        if source is None:
+            return ()  # the default
+        return vars(source)["sites"] or (source.d_in,)
+
+    def __set__(self, source: "Arrays", widths: Sequence[int]) -> None:
+        vars(source)["sites"] = tuple(widths) if len(widths) > 1 else ()
+
+
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays(ActivationSource):
@@ -48,6 +60,9 @@ class Arrays(ActivationSource):
     """A .npy file, a .safetensors file, or a directory of .npy files; arrays [n, d_in]."""
     tensor: str = ""
     """Name of the tensor in a .safetensors file; empty where the file holds only one."""
+    sites: tuple[int, ...] = _Sites()  # pyright: ignore
+    """Widths of the parts of a row that were read in different places, in order (columns, each >= 1, together all of
+    them); fewer than two are one part."""
     heldout_share: float = 0.05
     """Share of the rows, the last ones, kept for evaluation and never trained on (in [0, 1))."""
 
@@ -59,8 +74,15 @@ class Arrays(ActivationSource):
 
     @property
     def d_in(self) -> int:
-        """Width of a row, from the headers of the files."""
-        return self._table().shape[1]
+        """Width of a row, from the headers of the files.
+
+        Raises:
+            UserError: the files cannot be read, or `sites` do not add up to it.
+        """
+        width, sites = self._table().shape[1], vars(self)["sites"]
+        if sites and (min(sites) < 1 or sum(sites) != width):
+            raise UserError(f"source.sites = {list(sites)}: positive widths that add up to {width} are needed")
+        return width
 
     def n_train(self) -> int:
         """Rows before the held-out ones."""

@@ -41,13 +41,16 @@ class Synthetic(ActivationSource):
       with probability `parent_rate`; given that, with probability `child_rate` exactly one of its children,
       drawn uniformly, fires with it. Children never fire without their parent.
 
-    Amplitudes are uniform on [amplitude_low, amplitude_high], noise is Gaussian.
+    Amplitudes are uniform on [amplitude_low, amplitude_high], noise is Gaussian. With several `sites` one sparse code
+    is seen through as many dictionaries, independent of each other, and a row holds the sites side by side.
     """
 
     name: ClassVar[str] = "synthetic"
 
     d_in: int = 64  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Width of a row (dimensions, >= 1)."""
+    """Width of a row (dimensions, >= 1); with several sites their sum, whatever is given here."""
+    sites: tuple[int, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Widths of the parts of a row, in order (dimensions, each >= 1); fewer than two are one part of width d_in."""
     n_features: int = 256
     """Number of true features (>= 1); more than d_in puts them in superposition."""
     kind: Kind = Kind.iid
@@ -72,6 +75,11 @@ class Synthetic(ActivationSource):
     """Number of held-out rows (>= 1)."""
 
     def __post_init__(self):
+        if any(width < 1 for width in self.sites):
+            raise UserError(f"source.sites = {list(self.sites)}: at least 1 is needed for each")
+        if len(self.sites) > 1:
+            object.__setattr__(self, "d_in", sum(self.sites))
+        object.__setattr__(self, "sites", tuple(self.sites) if len(self.sites) > 1 else (self.d_in,))
         for field in ("d_in", "n_features", "heldout_rows"):
             if getattr(self, field) < 1:
                 raise UserError(f"source.{field} = {getattr(self, field)}: at least 1 is needed")
@@ -96,9 +104,16 @@ class Synthetic(ActivationSource):
             )
 
     def features(self) -> Float[np.ndarray, "n_features d_in"]:
-        """The true dictionary: unit rows in random directions, float32, fixed by `feature_seed`."""
-        columns = np.random.default_rng(self.feature_seed).standard_normal((self.d_in, self.n_features))
-        return np.ascontiguousarray((columns / np.linalg.norm(columns, axis=0)).T.astype(np.float32))
+        """The true dictionary: unit rows in random directions, float32, fixed by `feature_seed`.
+
+        Several sites have one such dictionary each, side by side; the first is that of a source with this site alone.
+        """
+        parts = []
+        for number, width in enumerate(self.sites):
+            rng = np.random.default_rng([self.feature_seed, number] if number else self.feature_seed)
+            columns = rng.standard_normal((width, self.n_features))
+            parts.append((columns / np.linalg.norm(columns, axis=0)).T.astype(np.float32))
+        return np.ascontiguousarray(np.concatenate(parts, axis=1))
 
     def parents(self) -> Int[np.ndarray, "n_features"]:
         """Parent of every feature, -1 where it has none; parents come first, then children by group."""
@@ -117,8 +132,9 @@ class Synthetic(ActivationSource):
         return np.where(self.parents() < 0, self.parent_rate, child)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The config itself: it determines every row."""
-        return {"type": self.name, **dataclasses.asdict(self), "kind": self.kind.value}
+        """The config itself: it determines every row. One site goes without saying."""
+        facts = {"type": self.name, **dataclasses.asdict(self), "kind": self.kind.value, "sites": list(self.sites)}
+        return {key: value for key, value in facts.items() if key != "sites" or len(self.sites) > 1}
 
     def open(
         self, *, n_lanes: int, block_rows: int, lanes: range, seed: int, prefetch: int = PREFETCH_RECORDS

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from saejax import config
 from saejax.activations.arrays import Arrays
 from saejax.errors import UserError
 
@@ -96,6 +97,26 @@ def test_a_float64_beyond_float32_is_refused(tmp_path):
     np.save(tmp_path / "rows.npy", np.full((40, 2), 1e300))
     with pytest.raises(UserError, match="row 38 holds NaN or an infinity"):
         next(Arrays(path=str(tmp_path / "rows.npy")).heldout(2))
+
+
+def test_the_parts_of_a_row_add_up_to_it(tmp_path):
+    np.save(tmp_path / "rows.npy", ROWS)
+    path = str(tmp_path / "rows.npy")
+    whole, parts = Arrays(path=path), Arrays(path=path, sites=(2, 4))
+    assert (whole.sites, parts.sites, parts.d_in) == ((6,), (2, 4), 6)
+    assert Arrays(path=path, sites=whole.sites) == whole != parts and hash(parts) != hash(whole)
+    for sites in ((2, 3), (0, 6), (7, -1)):
+        with pytest.raises(UserError, match=r"source.sites = .*: positive widths that add up to 6 are needed"):
+            _ = Arrays(path=path, sites=sites).d_in
+
+
+def test_the_parts_are_kept_by_a_run(tmp_path):
+    np.save(tmp_path / "rows.npy", ROWS)
+    data = ["source=arrays", f"source.path={tmp_path}", "source.sites=[2,4]"]
+    before = config.load("train", config.Config, [*data, "sae.family=crosscoder", "sae.d_sae=8", "sae.k=2"])
+    assert before.source == Arrays(path=str(tmp_path), sites=(2, 4))
+    (tmp_path / "config.yaml").write_text(config.to_yaml(before))
+    assert config.from_run(tmp_path).source == before.source
 
 
 def test_mistakes_end_in_one_line(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from saejax import config as settings_
+from saejax import config as configuration
 from saejax.activations import harvest as harvesting
 from saejax.activations import language_model, packing, sinks, store, store_format, store_source, text
 from saejax.activations.harvest import HarvestConfig, harvest
@@ -367,7 +367,7 @@ def test_two_hooks_of_a_model_are_two_harvests_side_by_side(small_model, tmp_pat
             "shard_sequences": 8, "sink_factor": "null", "dtype": "float32",
         }  # fmt: skip
         overrides = [f"{key}={value}" for key, value in settings.items()]
-        harvest(settings_.load("harvest", HarvestConfig, overrides), backend)
+        harvest(configuration.load("harvest", HarvestConfig, overrides), backend)
     for split in text.SPLITS:
         both, *alone = (store.Reader(tmp_path / name / split) for name in ("both", "first", "second"))
         assert both.hooks == hooks and both.sites == (24, 48)

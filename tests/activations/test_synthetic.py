@@ -1,5 +1,6 @@
 """Synthetic rows have the statistics their config promises, each within five standard errors."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -26,6 +27,44 @@ def test_features_are_unit_vectors_fixed_by_their_seed():
     # Random directions in 64 dimensions: E cos^2 = 1/64 with standard deviation about sqrt(2)/64 per pair.
     cosines = (features @ features.T)[np.triu_indices(256, 1)]
     assert abs(np.square(cosines).mean() - 1 / 64) < 5 * np.sqrt(2) / 64 / np.sqrt(len(cosines))
+
+
+def test_one_site_is_the_row():
+    source = Synthetic(d_in=32)
+    assert source.sites == (32,) and source == Synthetic(d_in=32, sites=(32,)) == Synthetic(d_in=32, sites=source.sites)
+    assert dataclasses.replace(source, d_in=16).sites == (16,)
+    assert "sites" not in source.fingerprint()  # as before there were sites: runs of then go on
+
+
+def test_the_data_of_one_site_are_those_of_every_version():
+    """Pinned: a resumed run, a published figure and the defaults of the benchmark rest on these bits."""
+    source = Synthetic()
+    rows, codes = next(source.heldout_with_codes(2))
+    assert codes[0].nonzero()[0].tolist() == [66, 126]
+    np.testing.assert_allclose(source.features()[0, :3], [0.0138381971, -0.0734874085, -0.0598694123], rtol=1e-6)
+    np.testing.assert_allclose(rows[0, :3], [0.0898342356, -0.193783626, 0.0776934847], rtol=1e-5)
+
+
+def test_several_sites_see_one_code_through_independent_dictionaries():
+    source = Synthetic(sites=(64, 24, 64), n_features=256, noise=0.01, heldout_rows=3000)
+    assert source.d_in == 152 and source.sites == (64, 24, 64)
+    features, parts = source.features(), np.split(source.features(), [64, 88], axis=1)
+    assert features.shape == (256, 152)
+    np.testing.assert_array_equal(parts[0], Synthetic().features())
+    for part in parts:
+        np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, atol=1e-6)
+    # Independent directions of 64 dimensions: 256 cosines with mean 0 and standard deviation 1/8.
+    cosines = (parts[0] * parts[2]).sum(1)
+    assert abs(cosines.mean()) < 5 / 8 / np.sqrt(256)
+    assert abs(np.square(cosines).mean() * 64 - 1) < 5 * np.sqrt(2 / 256)
+    rows, codes = next(source.heldout_with_codes(3000))
+    np.testing.assert_array_equal(codes, next(Synthetic(heldout_rows=3000).heldout_with_codes(3000))[1])
+    residual = rows - codes @ features
+    assert abs(residual.std() - 0.01) < 5 * 0.01 / np.sqrt(2 * residual.size)
+    assert next(source.open(n_lanes=2, block_rows=8, lanes=range(2), seed=0)).shape == (2, 8, 152)
+    fingerprint = json.loads(json.dumps(source.fingerprint()))
+    del fingerprint["type"]
+    assert Synthetic(**fingerprint | {"kind": Kind[fingerprint["kind"]]}) == source
 
 
 @SOURCES_OF_EACH_KIND
@@ -130,6 +169,7 @@ def test_config_is_its_own_fingerprint():
     "config, message",
     [
         ({"d_in": 0}, "source.d_in = 0"),
+        ({"sites": (8, 0)}, r"source.sites = \[8, 0\]: at least 1"),
         ({"firing_rate": 1.0}, r"source.firing_rate = 1.0: a probability inside \(0, 1\)"),
         ({"child_rate": 1.1}, "source.child_rate = 1.1"),
         ({"amplitude_low": 2.0}, "source.amplitude_low = 2.0, amplitude_high = 1.5"),

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from saejax import checkpoint, sharding, tracking
-from saejax.activations import arrays, buffer, normalize, source, store_source, synthetic, text
+from saejax.activations import arrays, buffer, joined_source, normalize, source, store_source, synthetic, text
 from saejax.errors import UserError
 from saejax.sae import (
     abs_topk,
@@ -34,13 +34,14 @@ from saejax.sae import (
     matching_pursuit,
     matryoshka,
     p_anneal,
+    sites,
     topk,
 )
 from saejax.training import fold, optim, settings, start
 
 # Importing a file enters its classes into their registry.
 _MEMBERS = (
-    *(arrays, store_source, synthetic),
+    *(arrays, joined_source, store_source, synthetic),
     *(abs_topk, batch_topk, gated, jumprelu, l1, matching_pursuit, matryoshka, p_anneal, topk),
 )
 
@@ -84,8 +85,11 @@ class Config:
             raise UserError(f"mesh.data must divide train.n_lanes={self.train.n_lanes}, got {self.mesh.data}")
         if self.sae.d_sae % self.mesh.latent:
             raise UserError(f"mesh.latent must divide sae.d_sae={self.sae.d_sae}, got {self.mesh.latent}")
-        if self.sae.d_in != self.source.d_in:
-            raise UserError(f"sae.d_in must equal the width of the source, {self.source.d_in}, got {self.sae.d_in}")
+        if self.sae.d_row != self.source.d_in:
+            name = "sae.d_in" if self.sae.mirrors else "the sum of sae.sites"
+            raise UserError(f"{name} must equal the width of the source, {self.source.d_in}, got {self.sae.d_row}")
+        if len(self.source.sites) > 1 and self.sae.sites != self.source.sites:
+            raise UserError(f"sae.sites must be those of the source, {self.source.sites}, got {self.sae.sites}")
         start.check(self.sae, self.train)
         fold.check(self.sae, self.normalize.mode)
         if self.optim.averages and self.train.ema_decay is not None:
@@ -121,6 +125,7 @@ def register(name: str, root: type) -> None:
             store.store(group=group, name=f"{member}_schema", node=cls)
             _thaw(store.repo[group][f"{member}_schema.yaml"].node)
     OmegaConf.register_new_resolver("source_d_in", _source_d_in, replace=True)
+    OmegaConf.register_new_resolver("source_sites", _source_sites, replace=True)
     # What presets compute: ${times:8,${sae.d_in}}, ${over:1,${sae.k}}, ${smaller:512,${sae.d_sae}}, ${steps:0.05}.
     OmegaConf.register_new_resolver("times", lambda *factors: round(math.prod(factors)), replace=True)
     OmegaConf.register_new_resolver("over", lambda above, below: above / below, replace=True)
@@ -149,12 +154,23 @@ def _thaw(node: Any) -> None:
             _thaw(child)
 
 
-def _source_d_in(*, _root_: DictConfig) -> int:
-    missing = sorted(OmegaConf.missing_keys(_root_.source))
+def _source(root: DictConfig) -> Any:
+    missing = sorted(OmegaConf.missing_keys(root.source))
     if missing:
         raise UserError(f"{missing[0]} must be given, say {missing[0]}=...")
-    chosen: Any = OmegaConf.to_object(_root_.source)
-    return chosen.d_in
+    return OmegaConf.to_object(root.source)
+
+
+def _source_sites(*, _root_: DictConfig) -> list[int]:
+    """The widths of the sites of the source, none where there is only one."""
+    widths = _source(_root_).sites
+    return list(widths) if len(widths) > 1 else []
+
+
+def _source_d_in(*, _root_: DictConfig) -> int:
+    """The width that the SAE reads: of the whole source, or of its sites as the family says."""
+    given, width = tuple(_root_.sae.get("sites") or ()), _source(_root_).d_in
+    return sum(sites.read(_root_.sae.family, given)) if given else width
 
 
 def _steps(share: float, *, _root_: DictConfig) -> int:
@@ -306,6 +322,9 @@ def check_resumable(before: Config, now: Config) -> None:
         "sae.type",
         "sae.d_in",
         "sae.d_sae",
+        "sae.family",
+        "sae.sites",
+        "sae.skip",
         "sae.encoder",
         "sae.encoder_hidden",
         "sae.selection",

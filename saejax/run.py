@@ -126,9 +126,9 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     cfg = config.from_run(run_dir)
     chosen = "average" if cfg.averaged else "params"
     found_step, arrays = checkpoint.load_arrays(run_dir, (chosen, "normalizer"), step)
-    found = arrays[chosen]["W_enc"].shape
-    if found != (cfg.sae.d_in, cfg.sae.d_sae):
-        raise UserError(f"{run_dir}: W_enc is {list(found)}, config.yaml says [{cfg.sae.d_in}, {cfg.sae.d_sae}]")
+    found, said = arrays[chosen]["W_dec"].shape, (cfg.sae.d_sae, cfg.sae.d_out)
+    if found != said:
+        raise UserError(f"{run_dir}: W_dec is {list(found)}, config.yaml says {list(said)}")
     layered = cfg.normalize.mode is normalize.NormMode.layer_norm
     normalizer = normalize.Normalizer(**arrays["normalizer"], per_row=layered)
     sparsifier, params = fold.folded(cfg.sae, base.SAEParams(**arrays[chosen]), normalizer)
@@ -176,7 +176,7 @@ def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
     plain = cfg.normalize.mode not in (normalize.NormMode.layer_norm, normalize.NormMode.whiten)
     layered = cfg.normalize.mode is normalize.NormMode.layer_norm
     sparsifier = per_row.LayerNormed.of(cfg.sae) if layered else cfg.sae
-    evaluator = evaluate.make_evaluator(sparsifier, evaluate.light_metrics(), mesh)
+    evaluator = evaluate.make_evaluator(sparsifier, evaluate.light_metrics(cfg.sae), mesh)
     folded = jax.jit(lambda params, normalizer: fold.folded(cfg.sae, params, normalizer)[1])
 
     def run(train_state: state.TrainState) -> dict[str, float]:

@@ -29,6 +29,7 @@ SPECS: dict[str, P] = {
     "b_enc": P(LATENT),
     "W_dec": P(LATENT, None),
     "b_dec": P(),
+    "W_skip": P(),  # a transcoder's linear map has no latents
     "threshold": P(LATENT),  # a threshold shared by all latents is a scalar, and replicated
     "r_mag": P(LATENT),
     "b_mag": P(LATENT),

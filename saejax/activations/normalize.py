@@ -3,7 +3,8 @@
 Fourth station of the data path, between the buffer and the train step. Usually one offset and one scalar for all
 dimensions, so that directions keep their meaning; or a whitening, or a normalisation of every row by itself. The
 finished SAE takes all of it back in, so that it works in the data's own scale: offset, scalar and whitening go into
-its weights, rows are normalised in `sae.per_row`.
+its weights, rows are normalised in `sae.per_row`. Rows of several sites get one scalar for each site, found from that
+site alone: otherwise the site with the largest activations would be the only one that counts.
 """
 
 import dataclasses
@@ -66,23 +67,23 @@ class Normalizer:
 
     Attributes:
       mean: [d_in] float32.
-      scale: scalar.
+      scale: scalar; [d_in], constant within each site, for rows of several sites.
       matrix: [d_in, d_in], y = (x - mean) * scale @ matrix; None but for whiten.
       inverse: of `matrix`.
       per_row: whether rows go through `kernels.row_norm.normalized` first (static).
     """
 
     mean: Float[Array, " d_in"]
-    scale: Float[Array, ""]
+    scale: Float[Array, "..."]
     matrix: Float[Array, "d_in d_in"] | None = None
     inverse: Float[Array, "d_in d_in"] | None = None
     per_row: bool = struct.field(pytree_node=False, default=False)
 
 
-def abstract(mode: NormMode, d_in: int) -> Normalizer:
-    """The shapes of a normaliser, as `jax.ShapeDtypeStruct`s."""
+def abstract(mode: NormMode, d_in: int, sites: tuple[int, ...] = ()) -> Normalizer:
+    """The shapes of a normaliser of rows of some sites, as `jax.ShapeDtypeStruct`s."""
     vector: Any = jax.ShapeDtypeStruct((d_in,), jnp.float32)
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    scalar: Any = vector if len(sites) > 1 else jax.ShapeDtypeStruct((), jnp.float32)
     square: Any = jax.ShapeDtypeStruct((d_in, d_in), jnp.float32) if mode is NormMode.whiten else None
     return Normalizer(mean=vector, scale=scalar, matrix=square, inverse=square, per_row=mode is NormMode.layer_norm)
 
@@ -94,11 +95,12 @@ def estimate(
     center: bool = False,
     preferred: NormMode = NormMode.sqrt_d,
     whiten_eps: float = 0.01,
+    sites: tuple[int, ...] = (),
 ) -> Normalizer:
     """Estimate the normaliser on a sample of rows.
 
     mean = E[x] if center else 0;  scale = sqrt(d_in) / E||x - mean|| (sqrt_d), 1 / sqrt(E||x - mean||^2)
-    (unit), or 1 (none).
+    (unit), or 1 (none); with several sites for each by itself.
 
     Args:
         rows: [n, d_in], any float dtype; may be sharded.
@@ -106,10 +108,16 @@ def estimate(
         center: subtract the mean.
         preferred: sqrt_d or unit, what rows have after layer_norm and whiten.
         whiten_eps: shrinkage of the covariance in whiten.
+        sites: widths of the parts of a row; with several, mode is none, sqrt_d or unit.
 
     Raises:
         UserError: the rows are all equal (or zero), or not finite, so that no scale exists.
     """
+    if len(sites) > 1:
+        edges = [sum(sites[:i]) for i in range(len(sites) + 1)]
+        found = [estimate(rows[:, a:b], mode, center=center) for a, b in zip(edges, edges[1:], strict=False)]
+        scales = [jnp.broadcast_to(part.scale, part.mean.shape) for part in found]
+        return Normalizer(mean=jnp.concatenate([part.mean for part in found]), scale=jnp.concatenate(scales))
     rows, per_row = jnp.asarray(rows), mode is NormMode.layer_norm
     matrices: tuple[Any, Any] = (None, None)
     if mode is NormMode.whiten:
@@ -178,7 +186,7 @@ def apply(normalizer: Normalizer, x: Float[Array, "... d_in"]) -> Float[Array, "
     x = jnp.asarray(x, jnp.float32)
     if normalizer.per_row:
         x = normalized(x)[0]
-    y = (x - jnp.broadcast_to(normalizer.mean, x.shape)) * normalizer.scale
+    y = (x - jnp.broadcast_to(normalizer.mean, x.shape)) * jnp.broadcast_to(normalizer.scale, x.shape)
     return y if normalizer.matrix is None else y @ normalizer.matrix
 
 
@@ -195,7 +203,7 @@ def invert(
     y = jnp.asarray(y, jnp.float32)
     if normalizer.inverse is not None:
         y = y @ normalizer.inverse
-    y = y / normalizer.scale + jnp.broadcast_to(normalizer.mean, y.shape)
+    y = y / jnp.broadcast_to(normalizer.scale, y.shape) + jnp.broadcast_to(normalizer.mean, y.shape)
     if not normalizer.per_row:
         return y
     if x is None:

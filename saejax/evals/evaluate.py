@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from saejax import sharding
 from saejax.errors import UserError
-from saejax.evals import metric, reconstruction, recovery, shrinkage, sparsity
+from saejax.evals import metric, reconstruction, recovery, shrinkage, site_error, sparsity
 from saejax.evals.result import EvalResult, write_json
 from saejax.sae import base
 
@@ -50,9 +50,9 @@ class Evaluator:
       metrics: What is measured.
       mesh: Where, or None for the default device.
       init: () -> states of all metrics.
-      update: (params, mean, scale, states, x, weight) -> states; compiled once for each batch size. `params` work on
-        (x - mean) * scale, `x` [b, d_in] is in the data's own scale, `weight` [b] is 1 for rows and 0 for padding;
-        `states` are donated.
+      update: (params, mean, scale, states, rows, weight) -> states; compiled once for each batch size. `params` work on
+        (rows - mean) * scale, `rows` [b, d_row] are in the data's own scale, `weight` [b] is 1 for rows and 0 for
+        padding; `states` are donated.
     """
 
     sparsifier: base.Sparsifier
@@ -64,19 +64,19 @@ class Evaluator:
     def evaluate(
         self,
         params: base.SAEParams,
-        batches: Iterable[Float[np.ndarray, "_ d_in"]],
+        batches: Iterable[Float[np.ndarray, "_ d_row"]],
         *,
-        mean: Float[Array, "d_in"] | np.ndarray | None = None,
-        scale: Float[Array, ""] | np.floating | None = None,
+        mean: Float[Array, "d_row"] | np.ndarray | None = None,
+        scale: Float[Array, "..."] | np.floating | None = None,
         batch_rows: int | None = None,
     ) -> EvalResult:
         """Measures one set of parameters on finite data.
 
         Args:
-          params: Parameters of an SAE that works on (x - mean) * scale.
-          batches: Rows in the data's own scale, in blocks of any size and any float dtype.
+          params: Parameters of an SAE that works on (rows - mean) * scale.
+          batches: Rows, of all sites, in the data's own scale, in blocks of any size and any float dtype.
           mean: Subtracted from rows; None for 0.
-          scale: Multiplies what remains; None for 1.
+          scale: Multiplies what remains, a number or [d_row]; None for 1.
           batch_rows: Rows per compiled call, rounded up to a multiple of the mesh axis `data`; None for the size of the
             first block.
 
@@ -88,7 +88,7 @@ class Evaluator:
         """
         if self.mesh is not None:
             params = jax.device_put(params, sharding.tree_shardings(self.mesh, params))
-        mean = np.zeros(self.sparsifier.d_in, np.float32) if mean is None else mean
+        mean = np.zeros(self.sparsifier.d_row, np.float32) if mean is None else mean
         scale = np.float32(1.0) if scale is None else scale
         states, pending, merged, rows, size = None, None, None, 0, 0
         for index, (x, weight) in enumerate(self._padded(batches, batch_rows)):
@@ -103,17 +103,18 @@ class Evaluator:
         return self._result(merged, {"rows": rows, "batch_rows": size})
 
     def _padded(self, blocks: Iterable[np.ndarray], batch_rows: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Cuts blocks of any size into float32 batches [batch_rows, d_in] with their weights; order is kept."""
+        """Cuts blocks of any size into float32 batches [batch_rows, d_row] with their weights; order is kept."""
         n_data = 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
-        d_in, filled, x = self.sparsifier.d_in, 0, np.zeros((0, self.sparsifier.d_in), np.float32)
+        width, filled, x = self.sparsifier.d_row, 0, np.zeros((0, self.sparsifier.d_row), np.float32)
+        name = "d_in" if width == self.sparsifier.d_in else "d_row"
         for block in blocks:
             block = np.asarray(block)
-            if block.ndim < 1 or block.shape[-1] != d_in:
-                raise UserError(f"activations must be [rows, d_in={d_in}] for this SAE, got {list(block.shape)}")
-            block = block.reshape(-1, d_in)
+            if block.ndim < 1 or block.shape[-1] != width:
+                raise UserError(f"activations must be [rows, {name}={width}] for this SAE, got {list(block.shape)}")
+            block = block.reshape(-1, width)
             if not len(x):
                 size = -(-(batch_rows or len(block)) // n_data) * n_data
-                x = np.zeros((size, d_in), np.float32)
+                x = np.zeros((size, width), np.float32)
             while len(block):
                 taken = block[: len(x) - filled]
                 x[filled : filled + len(taken)] = taken
@@ -150,8 +151,8 @@ class Evaluator:
         return EvalResult.of(values, definitions, data)
 
 
-def default_metrics() -> tuple[metric.Metric, ...]:
-    """Every metric of rows, with its usual settings."""
+def default_metrics(sparsifier: base.Sparsifier | None = None) -> tuple[metric.Metric, ...]:
+    """Every metric of rows, with its usual settings; for an SAE that writes several sites also the fvu of each."""
     return (
         reconstruction.Reconstruction(),
         reconstruction.FvuBatchLegacy(),
@@ -161,12 +162,18 @@ def default_metrics() -> tuple[metric.Metric, ...]:
         shrinkage.Norms(),
         shrinkage.NormSlope(),
         shrinkage.Gain(),
+        *_per_site(sparsifier),
     )
 
 
-def light_metrics() -> tuple[metric.Metric, ...]:
-    """What a training run measures every so many steps: mse, fvu, cosine, l0, dead and dense shares."""
-    return reconstruction.Reconstruction(), sparsity.Firing(windows=())
+def light_metrics(sparsifier: base.Sparsifier | None = None) -> tuple[metric.Metric, ...]:
+    """What a training run measures every so many steps: mse, fvu (of each site), cosine, l0, dead and dense shares."""
+    return reconstruction.Reconstruction(), sparsity.Firing(windows=()), *_per_site(sparsifier)
+
+
+def _per_site(sparsifier: base.Sparsifier | None) -> tuple[metric.Metric, ...]:
+    several = sparsifier is not None and len(sparsifier.writes) > 1
+    return (site_error.SiteError(widths=sparsifier.writes),) if several else ()
 
 
 @functools.lru_cache(maxsize=16)
@@ -189,25 +196,29 @@ def make_evaluator(
     if mesh is not None:
         sharding.check_divides(mesh, n_lanes=mesh.shape[sharding.DATA], d_sae=sparsifier.d_sae)
 
-    def observe(params, mean, scale, x, weight) -> metric.EvalBatch:
-        encoding = sparsifier.encode(params, (x - mean[None, :]) * scale)
+    def observe(params, mean, scale, rows, weight) -> metric.EvalBatch:
+        x, _ = sparsifier.split((rows - mean[None, :]) * _as_row(scale))
+        (_, mean), (_, target) = sparsifier.split(mean), sparsifier.split(rows)
+        scale = scale if jnp.ndim(scale) == 0 else sparsifier.split(scale)[1]
+        encoding = sparsifier.encode(params, x)
+        recon = sparsifier.add_skip(params, sparsifier.decode(params, encoding), x)
         return metric.EvalBatch(
-            x=x,
-            recon=sparsifier.decode(params, encoding) / scale + mean[None, :],
+            x=target,
+            recon=recon / _as_row(scale) + mean[None, :],
             encoding=encoding,
             weight=weight,
-            W_dec=params.W_dec / scale,
+            W_dec=params.W_dec / _as_row(scale),
             b_dec=params.b_dec / scale + mean,
         )
 
     def init() -> Any:
-        row = jax.ShapeDtypeStruct((1, sparsifier.d_in), jnp.float32)
+        row = jax.ShapeDtypeStruct((1, sparsifier.d_row), jnp.float32)
         params = jax.eval_shape(sparsifier.init, jax.eval_shape(lambda: jax.random.key(0)))
-        batch = jax.eval_shape(observe, params, jnp.zeros(sparsifier.d_in), jnp.ones(()), row, jnp.ones(1))
+        batch = jax.eval_shape(observe, params, jnp.zeros(sparsifier.d_row), jnp.ones(()), row, jnp.ones(1))
         return tuple(m.init(batch) for m in metrics)
 
-    def update(params, mean, scale, states, x, weight):
-        batch = observe(params, mean, scale, x, weight)
+    def update(params, mean, scale, states, rows, weight):
+        batch = observe(params, mean, scale, rows, weight)
         return tuple(m.update(state, batch) for m, state in zip(metrics, states, strict=True))
 
     placed = None if mesh is None else NamedSharding(mesh, P())
@@ -222,7 +233,7 @@ def make_evaluator(
 
 def evaluate_rows(
     sae: Any,
-    batches: Iterable[Float[np.ndarray, "_ d_in"]],
+    batches: Iterable[Float[np.ndarray, "_ d_row"]],
     metrics: tuple[metric.Metric, ...] | None = None,
     *,
     mesh: Mesh | None = None,
@@ -243,7 +254,7 @@ def evaluate_rows(
     Raises:
       UserError: no rows, or rows of another width.
     """
-    metrics = default_metrics() if metrics is None else tuple(metrics)
+    metrics = default_metrics(sae.config) if metrics is None else tuple(metrics)
     return make_evaluator(sae.config, metrics, mesh).evaluate(sae.params, batches, batch_rows=batch_rows)
 
 
@@ -260,8 +271,9 @@ def evaluate(
 
     Args:
       sae: With `config` and `params`, in the data's own scale.
-      activations: An array [..., d_in]; or a source, of which the held-out rows are used and, where it knows its true
-        features, the recovery of the dictionary is measured too; or an iterable of arrays [..., d_in].
+      activations: An array [..., d_row]; or a source, of which the held-out rows are used and, where it knows its true
+        features, the recovery of the dictionary is measured too; or an iterable of arrays [..., d_row].
+        d_row is d_in but for transcoders, whose rows hold what is read and then what is to be written.
       batch_rows: Rows per compiled call.
       max_rows: Rows to use at most; None for all of them.
       metrics: None for `default_metrics()`.
@@ -286,9 +298,10 @@ def evaluate(
     return result
 
 
-def recovered(sae: Any, features: Float[np.ndarray, "n_features d_in"]) -> EvalResult:
+def recovered(sae: Any, features: Float[np.ndarray, "n_features d_row"]) -> EvalResult:
     """Returns how well the decoder of an SAE recovers known features, as a result to join with others."""
-    values = recovery.dictionary_recovery(np.asarray(sae.params.W_dec), np.asarray(features))
+    _, written = sae.config.split(np.asarray(features))
+    values = recovery.dictionary_recovery(np.asarray(sae.params.W_dec), written)
     return EvalResult.of(values, recovery.DEFINITIONS)
 
 
@@ -302,6 +315,11 @@ def _first_rows(blocks: Iterable[Any], max_rows: int | None) -> Iterator[np.ndar
         left -= len(block)
         if left <= 0:
             return
+
+
+def _as_row(scale: Any) -> Any:
+    """A scale to multiply rows with: a number as it is, one number per column as a row."""
+    return scale if jnp.ndim(scale) == 0 else scale[None, :]
 
 
 def _on(mesh: Mesh | None) -> Any:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from saejax.errors import UserError
 from saejax.evals import metric
 from saejax.evals.result import EvalResult
+from saejax.sae.sites import Family
 
 Tokens = Int[np.ndarray, "b s"]
 Keep = Callable[
@@ -70,8 +71,11 @@ def evaluate_language_model(
       The keys of DEFINITIONS; `data` says how many predictions and what share of tokens was kept.
 
     Raises:
-      UserError: there is nothing to predict.
+      UserError: there is nothing to predict, or the SAE writes other sites than the hook.
     """
+    family = getattr(getattr(sae, "sparsifier", None), "family", Family.sae)
+    if family is not Family.sae:
+        raise UserError(f"sae.family={family.name} cannot be spliced into one hook: evaluate with language_model=false")
     mask: Keep = _not_first if keep is None else keep
     if mean is None:
         batches = list(batches)

@@ -28,12 +28,12 @@ class EvalBatch:
     """One batch seen by every metric, all in the data's own scale.
 
     Attributes:
-      x: Activations, [b, d_in] float32.
-      recon: Their reconstructions, [b, d_in] float32.
+      x: Activations that are to be written, [b, d_out] float32: of an SAE those that it reads.
+      recon: Their reconstructions, [b, d_out] float32.
       encoding: The latents behind them.
       weight: 1 for a real row, 0 for padding, [b] float32.
-      W_dec: What one unit of each latent adds to `recon`, [d_sae, d_in] float32.
-      b_dec: The reconstruction where no latent fires, [d_in] float32.
+      W_dec: What one unit of each latent adds to `recon`, [d_sae, d_out] float32.
+      b_dec: The reconstruction where no latent fires, [d_out] float32 (of a transcoder with skip: at x = 0).
     """
 
     shared: ClassVar[tuple[str, ...]] = ("W_dec", "b_dec")

@@ -14,6 +14,7 @@ from saejax.errors import UserError
 from saejax.report import decoder, search, snippets
 from saejax.report.corpus import Corpus
 from saejax.sae.model import SAE
+from saejax.sae.sites import Family
 
 _CANDIDATES = 8
 """Rows kept per snippet shown, for the best ones often lie side by side."""
@@ -141,6 +142,8 @@ def choose(rate: Float[np.ndarray, "d_sae"], n: int, seed: int) -> Int[np.ndarra
 
 def _check(sae: SAE, corpus: Corpus | None, rate: np.ndarray | None, unembedding: Array | None) -> None:
     d_in, d_sae = sae.sparsifier.d_in, sae.sparsifier.d_sae
+    if sae.sparsifier.family is not Family.sae:
+        raise UserError(f"report: latents are shown of family=sae, this is family={sae.sparsifier.family.name}")
     if corpus is None and rate is None:
         raise UserError("report: latents need rows or firing rates; `saejax evaluate run=...` measures the rates")
     if rate is not None and rate.shape != (d_sae,):

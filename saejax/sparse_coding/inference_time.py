@@ -90,6 +90,10 @@ def solve(
     params = sae.params
     if isinstance(sae.config, per_row.LayerNormed):
         raise UserError("sae normalises every row by itself (normalize.mode=layer_norm), which a solver does not know")
+    if not sae.config.mirrors:
+        raise UserError(
+            f"sae.family={sae.config.family.name} does not write what it reads: a solver needs the family sae"
+        )
     if x.ndim != 2 or x.shape[1] != sae.config.d_in or x.size == 0:
         raise UserError(f"x must have d_in={sae.config.d_in} columns and at least one row, got shape {x.shape}")
     norms = jnp.linalg.norm(params.W_dec, axis=1)

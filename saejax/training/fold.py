@@ -11,8 +11,15 @@ def check(sparsifier: base.Sparsifier, mode: normalize.NormMode) -> None:
     """Refuse a normalisation that could not be folded at the end.
 
     Raises:
-      UserError: a whitening, and an architecture that needs its encoder to be the decoder's transpose.
+      UserError: a whitening, and an architecture that needs its encoder to be the decoder's transpose; a whitening or
+        a normalisation of every row, and rows of several sites.
     """
+    whole = mode in (normalize.NormMode.whiten, normalize.NormMode.layer_norm)
+    if whole and len(sparsifier.sites) > 1:
+        raise UserError(
+            f"normalize.mode={mode.name} is for rows of one site, these have {len(sparsifier.sites)}: take none, "
+            "sqrt_d or unit"
+        )
     if mode is normalize.NormMode.whiten and isinstance(sparsifier, matching_pursuit.MatchingPursuit):
         raise UserError(
             "normalize.mode=whiten cannot be folded into sae=matching_pursuit, whose encoder is its decoder: "

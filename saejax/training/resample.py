@@ -5,7 +5,8 @@ to the square of its loss. Its decoder row becomes the direction of that row (fr
 decoder rows; its encoder column the same direction, with 0.2 times the mean norm of alive columns; its bias 0; what
 its architecture adds (thresholds, gate scales) as at the start; everything that the optimiser stores for it 0. A batch
 of b rows serves at most b latents; others wait for the next time. Behind a hidden layer the column follows the hidden
-row. A tied encoder stays the decoder's transpose.
+row. A tied encoder stays the decoder's transpose. A transcoder takes decoder rows from the targets and encoder columns
+from what it reads, about the mean of the batch; a cross-layer one only from the sites that the latent has.
 
 Source:
   Bricken et al., Towards monosemanticity, 2023, appendix "Neuron resampling". There rows come from 819,200 inputs,
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from saejax import sharding
-from saejax.sae import base, encoders
+from saejax.sae import base, encoders, sites
 from saejax.training import liveness, optim
 from saejax.training.state import TrainState
 
@@ -33,8 +34,8 @@ ENCODER_SHARE = 0.2
 def apply(
     sparsifier: base.Sparsifier,
     state: TrainState,
-    x: Float[Array, "b d_in"],
-    recon: Float[Array, "b d_in"],
+    rows: Float[Array, "b d_row"],
+    recon: Float[Array, "b d_out"],
     dead: Bool[Array, " d_sae"],
     key: Key[Array, ""],
 ) -> tuple[TrainState, Float[Array, ""]]:
@@ -43,17 +44,18 @@ def apply(
     Args:
       sparsifier: architecture.
       state: after the optimiser step.
-      x: normalised rows of the step.
-      recon: their reconstruction.
+      rows: normalised rows of the step.
+      recon: reconstruction of their targets.
       dead: latents to resample.
       key: for the draw of rows.
 
     Returns:
       (state, number of latents resampled).
     """
-    losses = jnp.sum((x - recon) ** 2, axis=1)
-    chosen, rows = _draw(losses, dead, key)
-    new = _started(sparsifier, state.params, x, rows, alive=~dead)
+    x, target = sparsifier.split(rows)
+    losses = jnp.sum((target - recon) ** 2, axis=1)
+    chosen, taken = _draw(losses, dead, key)
+    new = _started(sparsifier, state.params, x, target, taken, alive=~dead)
 
     def renewed(tree: Any) -> Any:
         return on_latents(chosen, tree, new)
@@ -104,21 +106,34 @@ def _draw(
 
 
 def _started(
-    sparsifier: base.Sparsifier, params: base.SAEParams, x: Array, rows: Array, *, alive: Bool[Array, " d_sae"]
+    sparsifier: base.Sparsifier,
+    params: base.SAEParams,
+    x: Array,
+    target: Array,
+    rows: Array,
+    *,
+    alive: Bool[Array, " d_sae"],
 ) -> base.SAEParams:
     """Parameters in which every latent is newly made from its row."""
-    read = centred = x - params.b_dec[None, :]
+    centred = target - params.b_dec[None, :]
+    read = centred if sparsifier.mirrors else x - jnp.mean(x, axis=0, keepdims=True)
     if sparsifier.encoder is encoders.EncoderKind.mlp:
         read, _ = encoders.inputs(sparsifier, params, x, lambda pre_acts: pre_acts)
     alive = alive | ~jnp.any(alive)
     n_alive = jnp.sum(alive)
     column = jnp.sum(jnp.where(alive, jnp.linalg.norm(params.W_enc, axis=0), 0)) / n_alive
     row = jnp.sum(jnp.where(alive, jnp.linalg.norm(params.W_dec, axis=1), 0)) / n_alive
+    if sparsifier.family is sites.Family.clt:
+        group = jnp.arange(sparsifier.d_sae) // (sparsifier.d_sae // sparsifier.n_groups)
+        columns = _directions(read.reshape(len(x), sparsifier.n_groups, -1)[rows, group])
+        written = _directions(jnp.where(sites.mask(sparsifier), centred[rows], 0))
+    else:
+        columns, written = _directions(read)[rows], _directions(centred)[rows]
     new = dataclasses.replace(
         params,
-        W_enc=ENCODER_SHARE * column * _directions(read)[rows].T,
+        W_enc=ENCODER_SHARE * column * columns.T,
         b_enc=jnp.zeros_like(params.b_enc),
-        W_dec=row * _directions(centred)[rows],
+        W_dec=row * written,
         extra=params.extra | sparsifier.extra(),
     )
     return sparsifier.constrain(new)

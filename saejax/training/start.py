@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from saejax.activations import normalize
 from saejax.errors import UserError
@@ -31,8 +31,8 @@ def check(sparsifier: base.Sparsifier, config: TrainConfig) -> None:
         raise UserError(f"train.b_enc_init must be zero for sae={sparsifier.name} ({why}), got firing_rate")
 
 
-def decoder_bias(start: DecoderBias, rows: Float[Array, "n d_in"]) -> Float[Array, " d_in"]:
-    """b_dec at step 0, from normalised rows."""
+def decoder_bias(start: DecoderBias, rows: Float[Array, "n d_out"]) -> Float[Array, " d_out"]:
+    """b_dec at step 0, from normalised targets."""
     if start is DecoderBias.zero:
         return jnp.zeros(rows.shape[-1], jnp.float32)
     if start is DecoderBias.mean:
@@ -51,7 +51,7 @@ def encoder_bias(
     Args:
       sparsifier: architecture.
       params: at the start, `b_dec` included; their `b_enc` is not read.
-      rows: normalised.
+      rows: normalised, of what is read.
       rate: share of the rows, in (0, 1); at least one row.
 
     Source:
@@ -59,15 +59,19 @@ def encoder_bias(
     """
     once = dataclasses.replace(sparsifier, encoder_steps=1)
     read, _ = encoders.inputs(once, params, rows, lambda pre_acts: pre_acts)
-    n, d_sae = len(rows), sparsifier.d_sae
+    n, d_sae, n_groups = len(rows), sparsifier.d_sae, sparsifier.n_groups
     firing = min(max(round(rate * n), 1), n - 1)
     most = max(1, _BLOCK_FLOATS // n)
-    block = next(size for size in range(min(most, d_sae), 0, -1) if d_sae % size == 0)
+    group = d_sae // n_groups
+    block = next(size for size in range(min(most, group), 0, -1) if group % size == 0)
+    by_site = jnp.moveaxis(read.reshape(n, n_groups, -1), 1, 0)
 
-    def quantile(columns: Float[Array, "block h"]) -> Float[Array, " block"]:
-        ordered = jnp.sort(read @ columns.T, axis=0)
+    def quantile(part: tuple[Float[Array, "block h"], Int[Array, ""]]) -> Float[Array, " block"]:
+        columns, own = part
+        ordered = jnp.sort(by_site[own] @ columns.T, axis=0)
         return (ordered[n - firing] + ordered[n - firing - 1]) / 2
 
-    quantiles = jax.lax.map(quantile, params.W_enc.T.reshape(d_sae // block, block, -1)).reshape(d_sae)
+    blocks = params.W_enc.T.reshape(d_sae // block, block, -1)
+    quantiles = jax.lax.map(quantile, (blocks, jnp.arange(len(blocks)) * block // group)).reshape(d_sae)
     theta = params.extra.get("threshold", jnp.zeros(()))
     return jnp.broadcast_to(theta, (d_sae,)) - quantiles

@@ -55,7 +55,7 @@ def create(
     tx: optax.GradientTransformation,
     config: TrainConfig,
     normalizing: normalize.NormalizeConfig,
-    first_rows: Float[Array, "lanes batches rows d_in"],
+    first_rows: Float[Array, "lanes batches rows d_row"],
     *,
     seed: int,
     mesh: Mesh,
@@ -87,12 +87,13 @@ def create(
             center=normalizing.center,
             preferred=normalize.NormMode[sparsifier.preferred_norm],
             whiten_eps=normalizing.whiten_eps,
+            sites=sparsifier.sites,
         )
-        bias = start.decoder_bias(config.b_dec_init, normalize.apply(normalizer, rows))
+        bias = start.decoder_bias(config.b_dec_init, sparsifier.split(normalize.apply(normalizer, rows))[1])
         return build(first_rows, normalizer, bias, jax.random.key(seed))
 
 
-def sample(first_rows: Float[Array, "lanes batches rows d_in"], n_rows: int, batch: int) -> Float[Array, "n d_in"]:
+def sample(first_rows: Float[Array, "lanes batches rows d_row"], n_rows: int, batch: int) -> Float[Array, "n d_row"]:
     """The first rows of a filling: whole batches, so that the lane axis stays evenly sharded."""
     return first_rows[:, : -(-n_rows // batch)].reshape(-1, first_rows.shape[-1])
 
@@ -113,14 +114,14 @@ def abstract(
       tx: optimiser.
       config: whether an average is kept.
       normalizing: how rows are centred and scaled.
-      first_rows: anything with the shape [n_lanes, n_batches, block_rows, d_in] and dtype of the buffer.
+      first_rows: anything with the shape [n_lanes, n_batches, block_rows, d_row] and dtype of the buffer.
       mesh: where the state shall live.
 
     Returns:
       A `TrainState` of `jax.ShapeDtypeStruct`.
     """
-    vector: Any = jax.ShapeDtypeStruct((sparsifier.d_in,), jnp.float32)
-    normalizer = normalize.abstract(normalizing.mode, sparsifier.d_in)
+    vector: Any = jax.ShapeDtypeStruct((sparsifier.d_out,), jnp.float32)
+    normalizer = normalize.abstract(normalizing.mode, sparsifier.d_row, sparsifier.sites)
     rows = jax.ShapeDtypeStruct(first_rows.shape, first_rows.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx, config), rows, normalizer, vector, key)
@@ -132,16 +133,16 @@ def _build(
     sparsifier: base.Sparsifier,
     tx: optax.GradientTransformation,
     config: TrainConfig,
-    rows: Float[Array, "lanes batches rows d_in"],
+    rows: Float[Array, "lanes batches rows d_row"],
     normalizer: normalize.Normalizer,
-    bias: Float[Array, " d_in"],
+    bias: Float[Array, " d_out"],
     key: jax.Array,
 ) -> TrainState:
     key_params, key_draws = jax.random.split(key)
     params: Any = dataclasses.replace(sparsifier.init(key_params), b_dec=bias)
     if config.b_enc_init is EncoderBias.firing_rate:
         calibrating = normalize.apply(normalizer, sample(rows, start.ROWS, config.batch))
-        b_enc = start.encoder_bias(sparsifier, params, calibrating, config.rate(sparsifier.d_sae))
+        b_enc = start.encoder_bias(sparsifier, params, sparsifier.split(calibrating)[0], config.rate(sparsifier.d_sae))
         params = dataclasses.replace(params, b_enc=b_enc)
     opt_state = tx.init(params)
     return TrainState(

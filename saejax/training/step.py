@@ -39,12 +39,12 @@ def make(
       resample_every_steps: steps between two resamplings of dead latents; None never does.
 
     Returns:
-      step(state, fresh) -> (state, metrics), pure and not yet jitted; fresh is [n_lanes, block_rows, d_in] in the
+      step(state, fresh) -> (state, metrics), pure and not yet jitted; fresh is [n_lanes, block_rows, d_row] in the
       dtype of the source. Metrics are float32 scalars: loss, each loss term, fvu, l0, dead_share, grad_norm (after
       projection, before clipping), param_norm (after the step), lr and, where latents are resampled, their number.
     """
 
-    def step(state: TrainState, fresh: Float[Array, "lanes rows d_in"]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, fresh: Float[Array, "lanes rows d_row"]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         new_buffer, drawn = buffer.swap(state.buffer, fresh, key)
         x = normalize.apply(state.normalizer, drawn.reshape(-1, drawn.shape[-1]))
@@ -64,7 +64,7 @@ def make(
         metrics = {
             "loss": loss,
             **aux.terms,
-            "fvu": _fvu(x, aux.recon),
+            "fvu": _fvu(sparsifier.split(x)[1], aux.recon),
             "l0": jnp.mean(aux.encoding.l0()),
             "dead_share": jnp.mean(dead, dtype=jnp.float32),
             "grad_norm": optax.global_norm(grads),
@@ -103,6 +103,6 @@ def _apply(tx: optax.GradientTransformation, grads: Any, state: TrainState) -> t
     return optax.apply_updates(params, updates), opt_state
 
 
-def _fvu(x: Float[Array, "b d_in"], recon: Float[Array, "b d_in"]) -> Float[Array, ""]:
+def _fvu(x: Float[Array, "b d_out"], recon: Float[Array, "b d_out"]) -> Float[Array, ""]:
     """Fraction of variance unexplained within this batch: sum ||x - recon||^2 / sum ||x - batch mean||^2."""
     return jnp.sum((x - recon) ** 2) / jnp.sum((x - jnp.mean(x, axis=0, keepdims=True)) ** 2)

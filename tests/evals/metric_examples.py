@@ -20,6 +20,7 @@ from saejax.evals import (
     normaliser,
     reconstruction,
     shrinkage,
+    site_error,
     sparsity,
     true_codes,
 )
@@ -121,6 +122,7 @@ EXAMPLES |= {
     reconstruction.Reconstruction: reconstructions(reconstruction.Reconstruction()),
     reconstruction.FvuBatchLegacy: reconstructions(reconstruction.FvuBatchLegacy()),
     reconstruction.EvLegacy: reconstructions(reconstruction.EvLegacy()),
+    site_error.SiteError: reconstructions(site_error.SiteError(widths=(2, 3))),
     sparsity.Firing: reconstructions(sparsity.Firing(windows=(10,))),
     shrinkage.Norms: reconstructions(shrinkage.Norms()),
     sparsity.Activity: reconstructions(sparsity.Activity()),

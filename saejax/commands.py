@@ -256,9 +256,16 @@ def report(cfg: ReportConfig) -> str:
 
 
 def _heldout_store(trained: config.Config) -> store.Reader | None:
-    """The held-out activations of a run that was trained on a store."""
+    """The held-out activations of a run that was trained on a store of one hook; a line where it has several."""
     source = trained.source
-    return source.reader("heldout") if isinstance(source, store_source.Store) else None
+    heldout = source.reader("heldout") if isinstance(source, store_source.Store) else None
+    if heldout is not None and len(heldout.hooks) > 1:
+        hooks = " and ".join(heldout.hooks)
+        logger.warning(
+            "without text and language model, which need a store of one hook: %s has %s", heldout.path, hooks
+        )
+        return None
+    return heldout
 
 
 def _spliced(

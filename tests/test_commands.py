@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import types
 
 import jax
 import pytest
 
 from saejax import commands, sharding
-from saejax.activations import language_model, store
+from saejax.activations import language_model, store, store_source
 from saejax.errors import UserError
 from saejax.sae import l1, model
 
@@ -81,6 +82,16 @@ def test_another_model_under_the_same_name_is_refused(moved, tmp_path):
         UserError, match=f"model.safetensors had sha256 {before}, has (?!{before}).*language_model=false"
     ):
         commands._backend(moved)
+
+
+def test_a_store_of_several_hooks_has_no_splice_and_a_line_says_so(moved, tmp_path, caplog):
+    trained = types.SimpleNamespace(source=store_source.Store(path=str(tmp_path)))
+    assert commands._heldout_store(trained) is not None and not caplog.records
+    manifest = moved.manifest | {"sites": [{"hook": "a", "d_in": 12}, {"hook": "b", "d_in": 12}]}
+    (moved.path / "manifest.json").write_text(json.dumps(manifest))
+    assert commands._heldout_store(trained) is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith(f"need a store of one hook: {moved.path} has a and b")
 
 
 def test_renamed_files_are_the_same_model():

@@ -76,6 +76,10 @@ def keep_mask(
             raise ValueError("the sink rule has a factor but its median was not measured")
         median = sink.median_norm
         medians, at_hooks = (median, norms) if isinstance(median, tuple) else ((median,), (norms,))
+        if norms.ndim - positions.ndim != isinstance(median, tuple):
+            raise UserError(
+                f"the sink rule is of {len(medians)} hooks, the norms are {norms.shape}: one array for each"
+            )
         for one, at_hook in zip(medians, at_hooks, strict=True):
             keep = keep & ~(at_hook > sink.factor * one)
     return keep

@@ -7,11 +7,13 @@ record beside them holds the format's version and a checksum of every array, com
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import shutil
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 _STATE = "state"
 _LOADER = "loader"
 _RECORD = "record"
+
+TRIES, PAUSE_SECONDS = 3, 10.0
+"""Tries to write the last checkpoint of a run, and the time between them, in which a user may make room."""
 
 FORMAT_VERSION = 2
 """Of what a checkpoint holds; 1 had no record, so nothing in it could be compared."""
@@ -85,6 +90,7 @@ class Checkpoints:
         self._run_dir = run_dir
         self._keep = policies.AnyPreservationPolicy(keep)
         self._pending: Any = None
+        self._error = ""
         self._open()
 
     def _open(self) -> None:
@@ -103,41 +109,63 @@ class Checkpoints:
     def save(self, step: int, state: Any, loader: dict[str, Any], fvu: float | None) -> None:
         """Start to save; returns while the bytes are still being written, and the state may be donated at once.
 
+        A save that fails, say on a full disk, is told loudly at the next one and stops nothing: earlier checkpoints
+        stay, and every save is a new try. Whoever must have the last one calls `ensure`.
+
         Args:
           step: optimiser steps taken.
           state: the `TrainState`.
           loader: position of the loader, JSON.
           fvu: held-out fvu of this very step, None where it was not evaluated.
-
-        Raises:
-          UserError: the save before this one failed, say for want of disk space.
         """
         self.wait()
         if self.latest_step == step:
             return
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step,
-            {_STATE: state, _LOADER: loader, _RECORD: _record(state, loader)},
-            force=True,
-            metrics=None if fvu is None else {"fvu": fvu},
+        items = {_STATE: state, _LOADER: loader, _RECORD: _record(state, loader)}
+        metrics: Any = None if fvu is None else {"fvu": fvu}
+        try:
+            self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
+        except Exception as error:  # what a file system refuses comes in many kinds
+            self._failed(error)
+
+    def ensure(self, step: int, state: Any, loader: dict[str, Any], fvu: float | None) -> None:
+        """Save, wait until everything is on disk, and try again where that fails.
+
+        Raises:
+          UserError: after `TRIES` tries, `PAUSE_SECONDS` apart, it is not.
+        """
+        for remaining in reversed(range(TRIES)):
+            self.save(step, state, loader, fvu)
+            self.wait()
+            if self.latest_step == step:
+                return
+            if remaining:
+                time.sleep(PAUSE_SECONDS)
+        raise UserError(
+            f"checkpoint of step {step} could not be written under {self._checkpointer.directory}: {self._error}; "
+            f"the last complete one is step {self.latest_step}"
         )
 
     def wait(self) -> None:
-        """Wait until everything is on disk.
-
-        Raises:
-          UserError: it could not be written.
-        """
+        """Wait for the save that is under way; where it failed, say so and be ready for the next."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         try:
             pending.result()
-        except OSError as error:
-            raise UserError(
-                f"checkpoint could not be written under {self._checkpointer.directory}: {error}; "
-                f"the last complete one is step {self.latest_step}"
-            ) from error
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._error = _first_line(error)
+        logger.error(
+            "CHECKPOINT NOT WRITTEN under %s: %s. Training goes on and the next save tries again; the last complete "
+            "checkpoint is step %s",
+            *(self._checkpointer.directory, self._error, self.latest_step),
+        )
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        self._open()  # a new one forgets the error and removes what the failed save left behind
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Read a checkpoint onto the shardings of `abstract_state`.
@@ -188,10 +216,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save and release Orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._checkpointer.close()
+        self.wait()
+        self._checkpointer.close()
 
 
 def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) -> tuple[int, dict[str, Any]]:

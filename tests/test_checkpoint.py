@@ -1,6 +1,7 @@
 """What is kept, what is refused, and how arrays come back without the training code."""
 
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -75,19 +76,38 @@ def test_arrays_for_analysis_and_clear_refusals(tmp_path):
         checkpoint.load_arrays(tmp_path, ("normalizer",))
 
 
-def test_a_disk_that_cannot_be_written_is_one_clear_line(tmp_path, monkeypatch):
-    saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
-    saver.save(1, state_on(sharding.make_mesh()), {"position": 0}, None)
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_a_full_disk_stops_no_run_and_costs_no_checkpoint(small_disk, monkeypatch, caplog):
+    """Saves fail loudly while the disk is full, and work again as soon as there is room."""
+    monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.0)
+    state = state_on(sharding.make_mesh()) | {"noise": jax.random.bits(jax.random.key(5), (200_000,))}
+    saver = checkpoint.Checkpoints(small_disk, checkpoint.CheckpointConfig(keep_last=2))
+    saver.ensure(1, state, {"position": 1}, None)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 300_000))
+    saver.save(2, state, {"position": 2}, None)
     saver.wait()
-
-    class Full:
-        def result(self):
-            raise OSError(28, "No space left on device")
-
-    saver._pending = Full()
-    with pytest.raises(UserError, match="No space left on device; the last complete one is step 1"):
-        saver.wait()
+    assert checkpoint.steps(small_disk) == [1] and "CHECKPOINT NOT WRITTEN" in caplog.text
+    with pytest.raises(UserError, match="checkpoint of step 3 could not be written .* last complete one is step 1"):
+        saver.ensure(3, state, {"position": 3}, None)
+    ballast.unlink()
+    saver.ensure(4, state, {"position": 4}, None)
+    after, loader = saver.restore(abstract(state))
     saver.close()
+    assert loader == {"position": 4} and digest.of(after) == digest.of(state)
+    assert checkpoint.steps(small_disk) == [1, 4]
+    assert sorted(p.name for p in (small_disk / "checkpoints").iterdir() if "tmp" in p.name) == []
 
 
 def damage(path, rng):

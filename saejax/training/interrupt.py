@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM asked politely: the loop sees them between two steps and saves before it leaves."""
+"""Ctrl-C, SIGTERM and SIGUSR1 asked politely: the loop sees them between two steps and saves before it leaves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
@@ -25,7 +28,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Interrupt]:
-    """Catch SIGINT and SIGTERM inside the block; a second one of either kind acts at once.
+    """Catch SIGINT, SIGTERM and SIGUSR1 (which schedulers send ahead of a time limit); a second one acts at once.
 
     Yields:
       An `Interrupt` that turns true on the first signal. Outside the main thread, where Python allows no handler,
@@ -35,7 +38,7 @@ def watch() -> Iterator[Interrupt]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
 
     def note(signum: int, frame: FrameType | None) -> None:
         interrupt.signum = signum

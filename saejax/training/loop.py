@@ -69,8 +69,8 @@ def fit(
       See `Outcome`. Everything is saved by then.
 
     Raises:
-      UserError: the loss or the parameters are no longer finite, or a checkpoint cannot be written. A state that is
-        not finite is never saved.
+      UserError: the loss or the parameters are no longer finite, or the last checkpoint cannot be written. A state
+        that is not finite is never saved.
     """
     first, last = int(state.step), config.n_steps
     progress = Progress(first, last, config.batch, show=jax.process_index() == 0)
@@ -79,6 +79,7 @@ def fit(
     number, position = first, rows.get_state()
     previous: jax.Array | None = None
     metrics: dict[str, jax.Array] = {}
+    fvu: float | None = None
     try:
         with interrupt.watch() as stop:
             fresh = put(next(rows)) if first < last else None
@@ -111,8 +112,8 @@ def fit(
             if number < last:  # stopped, perhaps before its first step: then what was drawn and estimated is saved
                 if metrics:
                     _check_finite(number, metrics)
-                checkpoints.save(number, state, position, None)
-            checkpoints.wait()
+                fvu = None
+            checkpoints.ensure(number, state, position, fvu)
     except FloatingPointError as error:
         raise UserError(f"{error}; the last checkpoint is of step {checkpoints.latest_step}") from error
     finally:
@@ -163,8 +164,7 @@ def _saved_on_failure(checkpoints: Checkpoints, number: int, state: TrainState, 
     try:
         yield
     except BaseException:
-        checkpoints.save(number, state, position, None)
-        checkpoints.wait()
+        checkpoints.ensure(number, state, position, None)
         raise
 
 

@@ -172,8 +172,9 @@ def light_metrics(sparsifier: base.Sparsifier | None = None) -> tuple[metric.Met
 
 
 def _per_site(sparsifier: base.Sparsifier | None) -> tuple[metric.Metric, ...]:
-    several = sparsifier is not None and len(sparsifier.writes) > 1
-    return (site_error.SiteError(widths=sparsifier.writes),) if several else ()
+    if sparsifier is None or len(sparsifier.writes) < 2:
+        return ()
+    return (site_error.SiteError(widths=sparsifier.writes),)
 
 
 @functools.lru_cache(maxsize=16)

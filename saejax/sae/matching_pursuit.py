@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.kernels import matmul, sparse_decode, sparse_encode, top_k
-from saejax.sae import base
+from saejax.sae import base, sites
 from saejax.sae.encoders import EncoderKind
 
 
@@ -47,6 +47,10 @@ class MatchingPursuit(base.Sparsifier):
         super().__post_init__()
         tied = self.encoder is EncoderKind.tied
         base.check(tied, "encoder", "must be tied: the decoder is its dictionary", self.encoder)
+        one = self.family is sites.Family.sae
+        base.check(
+            one, "family", "must be sae: the scales of several sites would change its dictionary", self.family.name
+        )
         base.check(self.unit_decoder, "unit_decoder", "must be true for matching pursuit", self.unit_decoder)
         base.check(self.subtract_b_dec, "subtract_b_dec", "must be true for matching pursuit", self.subtract_b_dec)
         base.check(1 <= self.k <= self.d_sae, "k", f"must be in [1, d_sae={self.d_sae}]", self.k)

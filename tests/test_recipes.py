@@ -122,18 +122,16 @@ def test_penalties_over_all_of_training_reach_their_weight_at_its_end():
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_one_word_makes_a_recipe_small(name):
-    cfg = composed(f"experiment={name}", "size=small")
-    assert (cfg.train.n_tokens, cfg.train.batch, cfg.buffer.rows) == (2**20, 1024, 2**14)
-    assert cfg.train.dead_window_tokens == 2**15
-    assert composed(f"experiment={name}", "size=small", "train.batch=256").train.batch == 256
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_a_recipe_takes_any_source(name, small_store):
-    cfg = composed(f"experiment={name}", "source=store", f"source.path={small_store}")
+def test_a_recipe_takes_any_source_and_one_word_makes_it_small(name, small_store):
+    cfg = composed(f"experiment={name}", "size=small", "source=store", f"source.path={small_store}")
     assert cfg.sae.d_in == cfg.source.d_in == 24
     assert "saebench" in name or cfg.sae.d_sae % 24 == 0
+    assert (cfg.train.n_tokens, cfg.train.batch, cfg.buffer.rows) == (2**20, 1024, 2**14)
+    assert cfg.train.dead_window_tokens == 2**15
+
+
+def test_what_is_said_goes_before_the_size():
+    assert composed("experiment=gao_topk", "size=small", "train.batch=256").train.batch == 256
 
 
 def test_the_suite_is_a_sweep():
@@ -143,11 +141,21 @@ def test_the_suite_is_a_sweep():
     assert composed("experiment=saebench/jumprelu", "sae.target_l0=20").sae.l0_coef == 1 / 40
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("gao_topk", "anthropic_jumprelu_2025") else pytest.param(n, marks=pytest.mark.slow) for n in TABLE],
+)
 def test_a_recipe_trains(name, tmp_path):
     cfg = composed(
-        *(f"experiment={name}", "sae.d_sae=96", "train.n_tokens=192", "train.batch=64", "buffer.rows=512"),
-        *("train.eval_rows=64", "train.log_every_steps=1", "train.dead_after_tokens=64", "source.n_tokens=1024"),
+        *(
+            f"experiment={name}",
+            "mesh=single",
+            "sae.d_sae=96",
+            "train.n_tokens=192",
+            "train.batch=64",
+            "buffer.rows=512",
+        ),
+        *("train.eval_rows=64", "train.log_every_steps=1", "train.dead_after_tokens=64", "source.heldout_rows=256"),
     )
     assert run.train(cfg, tmp_path).step == 3
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -19,7 +19,8 @@ def params(sparsifier):
 
 
 @pytest.fixture
-def x():
-    """Rows with E||x||^2 = D_IN, not centred."""
+def x(request):
+    """Rows with E||x||^2 = d_row, not centred; as wide as the architecture needs where the test has one."""
+    width = request.getfixturevalue("sparsifier").d_row if "sparsifier" in request.fixturenames else D_IN
     rng = np.random.default_rng(2)
-    return jax.numpy.asarray(rng.standard_normal((B, D_IN)) + 0.2, "float32")
+    return jax.numpy.asarray(rng.standard_normal((B, width)) + 0.2, "float32")

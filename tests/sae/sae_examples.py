@@ -41,13 +41,32 @@ VARIANTS = {
 }  # fmt: skip
 """Other encoders, penalties and options."""
 
+K_AUX = {"k_aux": 8}
+SITES = {
+    "topk transcoder": sae.TopK(
+        **K_AUX, d_in=16, d_sae=D_SAE, k=K, family=sae.Family.transcoder, sites=(16, 12), skip=True
+    ),
+    "batch_topk crosscoder": sae.BatchTopK(
+        **K_AUX, d_in=24, d_sae=D_SAE, k=K, family=sae.Family.crosscoder, sites=(6, 10, 8)
+    ),
+    "l1 crosscoder": sae.L1(
+        **K_AUX, d_in=20, d_sae=D_SAE, l1_coef=0.3, l1_warmup_steps=10, family=sae.Family.crosscoder, sites=(12, 8)
+    ),
+    "jumprelu clt": sae.JumpReLU(
+        **K_AUX, d_in=24, d_sae=72, l0_coef=0.05, l0_warmup_steps=10, bandwidth=0.3, threshold_init=0.3,
+        family=sae.Family.clt, sites=(8, 8, 8, 6, 8, 10),
+    ),
+}  # fmt: skip
+"""Rows of several sites: every way to read and write them."""
+VARIANTS |= SITES
+
 
 def moved(start):
     """Initial parameters with everything that starts at a constant moved off it."""
     rng = np.random.default_rng(1)
     biases = {
-        "b_enc": jax.numpy.asarray(0.1 * rng.standard_normal(D_SAE), "float32"),
-        "b_dec": jax.numpy.asarray(0.1 * rng.standard_normal(D_IN), "float32"),
+        "b_enc": jax.numpy.asarray(0.1 * rng.standard_normal(start.b_enc.shape), "float32"),
+        "b_dec": jax.numpy.asarray(0.1 * rng.standard_normal(start.b_dec.shape), "float32"),
     }
     extra = dict(start.extra)
     for name in sorted(extra.keys() - {"W_hidden"}):

@@ -11,18 +11,31 @@ from sae_examples import EXAMPLES, VARIANTS
 from saejax import sae
 from saejax.errors import UserError
 
-ALIVE = jnp.zeros(64, bool)
 STEP = jnp.zeros((), jnp.int32)
 # Sums of up to 64 products of O(1) numbers in float32, in either order.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
+def alive(config):
+    """No latent is dead."""
+    return jnp.zeros(config.d_sae, bool)
+
+
+def columns(config, params):
+    """The encoder with every latent's column over all that is read, zeros where it does not read."""
+    if config.family is not sae.Family.clt:
+        return params.W_enc
+    size = config.d_sae // config.n_groups
+    blocks = [params.W_enc[:, g * size : (g + 1) * size] for g in range(config.n_groups)]
+    return jax.scipy.linalg.block_diag(*blocks)
+
+
 def naive_pre_acts(config, params, x, activate):
     """What the encoder gives, written out."""
-    centred = x - params.b_dec[None, :] if config.subtract_b_dec else x
+    centred = x - params.b_dec[None, :] if config.subtract_b_dec and config.mirrors else x
     if config.encoder is sae.EncoderKind.mlp:
         centred = jax.nn.relu(centred @ params.extra["W_hidden"] + params.extra["b_hidden"][None, :])
-    pre_acts = centred @ params.W_enc + params.b_enc[None, :]
+    pre_acts = centred @ columns(config, params) + params.b_enc[None, :]
     if config.encoder is sae.EncoderKind.lista:
         for _ in range(config.encoder_steps - 1):
             z = activate(pre_acts)
@@ -73,8 +86,11 @@ def naive_latents(config, params, pre_acts, k):
     return acts
 
 
-def naive_loss(config, params, x, *, step):
+def naive_loss(config, params, rows, *, step):
     """The loss as the papers write it: dense latents, no kernels, autodiff."""
+    x, target = (rows, rows) if config.mirrors else (rows[:, : config.d_in], rows[:, config.d_in :])
+    if config.skip:
+        target = target - x @ params.extra["W_skip"]
     k = getattr(config, "k", None)
     if getattr(config, "k_start", None):
         k = round(config.k_start + (config.k - config.k_start) * step / config.k_anneal_steps)
@@ -87,13 +103,16 @@ def naive_loss(config, params, x, *, step):
         return pre_acts, activate(pre_acts)
 
     def error(latents, p=params):
-        return jnp.mean(jnp.sum((x - latents @ p.W_dec - p.b_dec[None, :]) ** 2, axis=1))
+        return jnp.mean(jnp.sum((target - latents @ p.W_dec - p.b_dec[None, :]) ** 2, axis=1))
 
     def mean(a):
         return jnp.mean(jnp.sum(a, axis=1))
 
     pre_acts, latents = latents_of(params, k)
     norms, warm = jnp.linalg.norm(params.W_dec, axis=1)[None, :], min(step / 10, 1.0)
+    if config.family is sae.Family.crosscoder:
+        parts = jnp.split(params.W_dec, np.cumsum(config.sites)[:-1], axis=1)
+        norms = sum(jnp.linalg.norm(part, axis=1) for part in parts)[None, :]
     match config:
         case sae.TopK(multi_topk_alpha=alpha) if alpha:
             return error(latents) + alpha * error(latents_of(params, 4 * k)[1])
@@ -130,14 +149,16 @@ def test_every_architecture_has_an_example():
 
 def test_init_shapes_and_norms(sparsifier, x):
     p = sparsifier.init(jax.random.key(0))
-    d, n = sparsifier.d_in, sparsifier.d_sae
+    d, n, out = sparsifier.d_in // sparsifier.n_groups, sparsifier.d_sae, sparsifier.d_out
     read = 40 if sparsifier.encoder is sae.EncoderKind.mlp else d
     shapes = {f: getattr(p, f).shape for f in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    assert shapes == {"W_enc": (read, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
+    assert shapes == {"W_enc": (read, n), "b_enc": (n,), "W_dec": (n, out), "b_dec": (out,)}
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(p))
-    if sparsifier.encoder in (sae.EncoderKind.linear, sae.EncoderKind.tied):
+    if not sparsifier.mirrors:
+        np.testing.assert_allclose(jnp.linalg.norm(p.W_enc, axis=0), sparsifier.decoder_init_norm, rtol=1e-5)
+    elif sparsifier.encoder in (sae.EncoderKind.linear, sae.EncoderKind.tied):
         np.testing.assert_array_equal(p.W_enc, p.W_dec.T)
-    if sparsifier.encoder is not sae.EncoderKind.lista:  # a hidden layer starts as the same linear map
+    if sparsifier.mirrors and sparsifier.encoder is not sae.EncoderKind.lista:  # a hidden layer starts linear
         np.testing.assert_allclose(sparsifier.pre_activations(p, x), x @ p.W_dec.T, **CLOSE)
     np.testing.assert_allclose(jnp.linalg.norm(p.W_dec, axis=1), sparsifier.decoder_init_norm, rtol=1e-5)
 
@@ -155,7 +176,7 @@ def test_independent_encoder_has_its_own_directions(kind):
 
 
 def test_encode_and_decode(sparsifier, params, x):
-    encoding = sparsifier.encode(params, x)
+    encoding = sparsifier.encode(params, sparsifier.split(x)[0])
     latents = encoding.dense()
     assert latents.shape == (x.shape[0], sparsifier.d_sae)
     assert (float(latents.min()) < 0) == sparsifier.signed
@@ -171,7 +192,9 @@ def test_encode_and_decode(sparsifier, params, x):
 
 
 def test_permuting_latents_permutes_the_code_and_nothing_else(sparsifier, params, x):
-    order = np.random.default_rng(0).permutation(sparsifier.d_sae)
+    size = sparsifier.d_sae // sparsifier.n_groups  # within the groups of a cross-layer transcoder
+    order = np.concatenate([g * size + np.random.default_rng(g).permutation(size) for g in range(sparsifier.n_groups)])
+    x, _ = sparsifier.split(x)
     extra = {name: a[order] if a.shape == order.shape else a for name, a in params.extra.items()}
     shuffled = params.replace(
         W_enc=params.W_enc[:, order], b_enc=params.b_enc[order], W_dec=params.W_dec[order], extra=extra
@@ -185,7 +208,7 @@ def test_loss_and_gradients_equal_the_naive_dense_form(sparsifier, params, x):
     """Gradients of the parameters and of the data."""
 
     def mine(params, x, step):
-        return sparsifier.loss(params, x, dead=ALIVE, step=step)
+        return sparsifier.loss(params, x, dead=alive(sparsifier), step=step)
 
     def naive(params, x):
         return naive_loss(sparsifier, params, x, step=4)
@@ -194,35 +217,41 @@ def test_loss_and_gradients_equal_the_naive_dense_form(sparsifier, params, x):
     expected, expected_grads = jax.jit(jax.value_and_grad(naive, argnums=(0, 1)))(params, x)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), grads, expected_grads)
-    np.testing.assert_allclose(aux.terms["mse"], jnp.mean(jnp.sum((x - aux.recon) ** 2, axis=1)), rtol=1e-5)
+    target = sparsifier.split(x)[1]
+    np.testing.assert_allclose(aux.terms["mse"], jnp.mean(jnp.sum((target - aux.recon) ** 2, axis=1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["topk", "l1", "l1 mlp", "gated"])
 def test_bfloat16_products_stay_near_float32(name, x):
     single = (EXAMPLES | VARIANTS)[name]
     half, params = dataclasses.replace(single, matmul_dtype=sae.MatmulDtype.bfloat16), single.init(jax.random.key(0))
-    low, aux = half.loss(params, x, dead=ALIVE, step=STEP)
-    high, _ = single.loss(params, x, dead=ALIVE, step=STEP)
+    low, aux = half.loss(params, x, dead=alive(half), step=STEP)
+    high, _ = single.loss(params, x, dead=alive(half), step=STEP)
     assert aux.recon.dtype == jnp.float32
     assert 0 < abs(float(low - high)) / float(high) < 0.02  # operands carry 8 bits: 2^-8 each
 
 
 def test_folding_moves_the_normalisation_into_the_parameters(sparsifier, params, x):
-    scale = 0.25
-    mean = jnp.linspace(-1.0, 2.0, sparsifier.d_in)
-    normalised = (x - mean[None, :]) * scale
+    # One number, or one for each site; then the latents stay as in training.
+    scale, unit = np.float32(0.25), 0.25
+    if sparsifier.sites:
+        scale, unit = np.repeat(0.25 * 2.0 ** np.arange(len(sparsifier.sites)), sparsifier.sites).astype("float32"), 1
+    mean = jnp.linspace(-1.0, 2.0, sparsifier.d_row)
+    (read, _), (x, _) = sparsifier.split((x - mean[None, :]) * scale.reshape(1, -1)), sparsifier.split(x)
     folded = sparsifier.fold(params, mean=mean, scale=jnp.asarray(scale))
-    inside, outside = sparsifier.encode(params, normalised), sparsifier.encode(folded, x)
-    np.testing.assert_allclose(outside.dense() * scale, inside.dense(), rtol=1e-4, atol=1e-4)
-    inside, outside = sparsifier.decode(params, inside), sparsifier.decode(folded, outside)
-    np.testing.assert_allclose(outside, inside / scale + mean[None, :], rtol=1e-4, atol=1e-4)
+    inside, outside = sparsifier.encode(params, read), sparsifier.encode(folded, x)
+    np.testing.assert_allclose(outside.dense() * unit, inside.dense(), rtol=1e-4, atol=1e-4)
+    inside = sparsifier.add_skip(params, sparsifier.decode(params, inside), read)
+    outside = sparsifier.add_skip(folded, sparsifier.decode(folded, outside), x)
+    undone = inside / sparsifier.split(scale * np.ones(sparsifier.d_row, "float32"))[1][None, :]
+    np.testing.assert_allclose(outside, undone + sparsifier.split(mean)[1][None, :], rtol=1e-4, atol=1e-4)
     # The inverse normalisation undoes it.
     back = sparsifier.fold(folded, mean=-mean * scale, scale=jnp.asarray(1 / scale))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), back, params)
 
 
 def test_project_keeps_the_constraint_to_first_order(sparsifier, params, x):
-    grads = jax.jit(jax.grad(lambda p: sparsifier.loss(p, x, dead=ALIVE, step=STEP)[0]))(params)
+    grads = jax.jit(jax.grad(lambda p: sparsifier.loss(p, x, dead=alive(sparsifier), step=STEP)[0]))(params)
     once = sparsifier.project(params, grads)
     free = jax.tree.map(lambda p, g: p - 1e-3 * g, params, once)
     held = sparsifier.constrain(free)
@@ -256,6 +285,45 @@ def test_project_keeps_the_constraint_to_first_order(sparsifier, params, x):
             "sae.encoder_hidden must be null or at least 32 (2 d_in) for encoder_init=transpose, got 31",
         ),
         ("topk", {"encoder": "deep"}, "sae.encoder must be one of linear, tied, mlp, lista, got deep"),
+        ("topk", {"sites": (8, 8)}, "sae.family must be transcoder, crosscoder or clt for rows of 2 sites, got sae"),
+        ("topk", {"sites": (8,)}, "sae.d_in must be 8, the width that is read of (8,), got 16"),
+        ("topk", {"family": "moe"}, "sae.family must be one of sae, transcoder, crosscoder, clt, got moe"),
+        (
+            "topk",
+            {"family": sae.Family.transcoder, "sites": (16, 4, 4)},
+            "sae.sites must be an even number of widths for family=transcoder, got (16, 4, 4)",
+        ),
+        (
+            "topk",
+            {"family": sae.Family.crosscoder},
+            "sae.sites must be two widths or more for family=crosscoder, got ()",
+        ),
+        (
+            "topk",
+            {"family": sae.Family.clt, "sites": (8, 8, 8, 8), "d_sae": 63},
+            "sae.d_sae must be a multiple of the 2 layers for family=clt, got 63",
+        ),
+        (
+            "topk",
+            {"family": sae.Family.clt, "sites": (10, 6, 8, 8)},
+            "sae.sites must read sites of one width for family=clt, got (10, 6)",
+        ),
+        ("topk", {"skip": True}, "sae.skip must be false but for family=transcoder, got True"),
+        (
+            "topk",
+            {"family": sae.Family.transcoder, "sites": (16, 16), "encoder": sae.EncoderKind.tied},
+            "sae.encoder must be linear or mlp for family=transcoder, got tied",
+        ),
+        (
+            "matryoshka",
+            {"family": sae.Family.clt, "sites": (8, 8, 8, 8)},
+            "sae.family must not be clt: its first latents read the first layer alone, got clt",
+        ),
+        (
+            "matching_pursuit",
+            {"family": sae.Family.crosscoder, "sites": (8, 8)},
+            "sae.family must be sae: the scales of several sites would change its dictionary, got crosscoder",
+        ),
         ("l1", {"matmul_dtype": "fp8"}, "sae.matmul_dtype must be one of float32, bfloat16, got fp8"),
     ],
 )

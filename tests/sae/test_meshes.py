@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from sae_examples import SITES
 
 from saejax import sae, sharding
 
@@ -29,7 +30,7 @@ NEWER = {
     "abs_topk": sae.AbsTopK(**SIZES, k=4),
     "p_anneal": sae.PAnneal(**SIZES, anneal_steps=10),
     "matching_pursuit": sae.MatchingPursuit(**SIZES, k=4),
-}
+} | SITES
 """One step on fewer meshes: what they share with the others is tried above. (A pursuit amplifies rounding.)"""
 TX = optax.adam(3e-3)
 
@@ -89,15 +90,21 @@ COSTLY = ("gated lista", "matching_pursuit")
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in COSTLY else n for n in NEWER])
 def test_same_gradients_and_codes_of_the_newer(name):
-    config, dead = NEWER[name], jnp.arange(D_SAE) < 10
-    rows = np.random.default_rng(0).standard_normal((B, D_IN)).astype(np.float32)
+    config = NEWER[name]
+    dead = jnp.arange(config.d_sae) < 10
+    rows = np.random.default_rng(0).standard_normal((B, config.d_row)).astype(np.float32)
     start = config.init(jax.random.key(0))
 
     def one_step(params, x):
         grad = jax.grad(lambda p: config.loss(p, x, dead=dead, step=jnp.asarray(3)), has_aux=True)
         grads, aux = grad(params)
         params = config.track(config.constrain(params), aux, jnp.asarray(3))
-        return config.project(params, grads), aux.encoding.dense(), params.extra, config.encode(params, x).dense()
+        return (
+            config.project(params, grads),
+            aux.encoding.dense(),
+            params.extra,
+            config.encode(params, config.split(x)[0]).dense(),
+        )
 
     expected = jax.jit(one_step)(start, rows)
     for shape in [(4, 2), (1, 8)]:

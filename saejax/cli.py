@@ -233,8 +233,8 @@ def _log_to_stderr() -> None:
 
 
 def _quiet_libraries() -> None:
-    """Orbax and JAX log a page per checkpoint at INFO."""
-    for name in ("absl", "jax", "orbax"):
+    """Orbax and JAX log a page per checkpoint at INFO, HTTP clients every call."""
+    for name in ("absl", "jax", "orbax", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -43,7 +43,7 @@ def upload(folder: str | os.PathLike, repository: str, *, private: bool = False)
       UserError: as `check`, or the hub refuses or cannot be reached; the folder is as it was.
     """
     check(repository)
-    library, folder = _library(), pathlib.Path(folder)
+    library, errors, folder = _library(), importlib.import_module("huggingface_hub.errors"), pathlib.Path(folder)
     api = library.HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
@@ -53,7 +53,7 @@ def upload(folder: str | os.PathLike, repository: str, *, private: bool = False)
             ignore_patterns=IGNORED,
             commit_message="SAE, written by saejax",
         )
-    except (OSError, ValueError, library.errors.HTTPError) as error:
+    except (OSError, ValueError, errors.HTTPError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"hub={repository}: nothing was published, {folder} stays as it is ({reason})") from None
     return str(address)

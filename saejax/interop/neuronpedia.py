@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from saejax.errors import UserError
-from saejax.interop import saelens, strict
+from saejax.interop import saelens, saelens_config, strict
 from saejax.sae.model import SAE
 
 name = "neuronpedia"
@@ -78,7 +78,7 @@ def names(sae: SAE, settings: NeuronpediaConfig | None = None) -> Names:
     Raises:
       UserError: model or hook are not known, or a name cannot be used.
     """
-    settings, known = settings or NeuronpediaConfig(), saelens.converted(sae)[0]["metadata"]
+    settings, known = settings or NeuronpediaConfig(), saelens_config.written(sae, "", False, {})["metadata"]
     model = settings.model or re.split(r"[/\\:]", str(known.get("model_name") or ""))[-1]
     if not model:
         raise UserError("format=neuronpedia: this SAE does not know its model; say neuronpedia.model=NAME")

@@ -38,12 +38,12 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> SAE:
     """
     from pathlib import Path
 
-    if (Path(path) / "config.yaml").is_file():
+    from saejax import interop
+
+    if (Path(path) / "config.yaml").is_file() and not interop.circuit_tracer.detect(Path(path)):
         from saejax import run
 
         return run.load(Path(path), step)
-    from saejax import interop
-
     return interop.load(path)
 
 

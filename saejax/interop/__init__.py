@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
 from saejax.interop import (
+    circuit_tracer,
     dictionary_learning,
     gemma_scope,
     goodfire,
@@ -56,6 +57,7 @@ _MODULES: tuple[Any, ...] = (
     openai,
     goodfire,
     qwen_scope,
+    circuit_tracer,
 )
 
 FORMATS: dict[str, Format] = {module.name: module for module in _MODULES}
@@ -80,10 +82,10 @@ def export(sae: SAE, path: str | os.PathLike, format: str = "saelens") -> pathli
     if format not in writers:
         only_read = " (it is only read)" if format in FORMATS else ""
         raise UserError(f"format={format}: must be one of {', '.join(writers)}{only_read}")
-    if isinstance(sae.sparsifier, per_row.LayerNormed):
+    if isinstance(sae.sparsifier, per_row.LayerNormed) and format != saelens.name:
         raise UserError(
-            f"format={format}: this SAE normalises every row by itself (normalize.mode=layer_norm), which no exported "
-            "format says; train with unit, sqrt_d or whiten to export"
+            f"format={format}: this SAE normalises every row by itself (normalize.mode=layer_norm), which the format "
+            "does not say; train with unit, sqrt_d or whiten to export"
         )
     return writers[format](sae, path)
 

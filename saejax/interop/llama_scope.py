@@ -52,7 +52,7 @@ def detect(path: pathlib.Path) -> bool:
 
 
 def load(path: str | os.PathLike) -> SAE:
-    """Reads one directory, of activation `jumprelu`, `relu` or `topk`.
+    """Reads one directory, of activation `jumprelu`, `relu` or `topk`; a transcoder where its two hooks differ.
 
     Latents carry the data's unit and decoder rows have norm 1 (unless `sparsity_include_decoder_norm` is false).
 
@@ -99,12 +99,12 @@ def _scales(where: pathlib.Path, config: dict[str, Any]) -> tuple[float, float]:
 def _architecture(
     where: pathlib.Path, config: dict[str, Any], act: str, params: base.SAEParams
 ) -> tuple[base.Sparsifier, base.SAEParams]:
+    transcodes = config.get("hook_point_out") not in (None, config["hook_point_in"])
+    fields = strict.transcoder(params) if transcodes else {"subtract_b_dec": False}
     if act == "relu":
-        return strict.build(where, "l1", params, subtract_b_dec=False), params
+        return strict.build(where, "l1", params, **fields), params
     if act == "topk":
-        return strict.build(
-            where, "topk", params, subtract_b_dec=False, k=strict.integer(where, config, "top_k")
-        ), params
+        return strict.build(where, "topk", params, k=strict.integer(where, config, "top_k"), **fields), params
     threshold = max(strict.number(where, config, "jump_relu_threshold"), 0.0)
     params = dataclasses.replace(params, extra={"threshold": jnp.full(len(params.b_enc), threshold, jnp.float32)})
-    return strict.build(where, "jumprelu", params, subtract_b_dec=False), params
+    return strict.build(where, "jumprelu", params, **fields), params

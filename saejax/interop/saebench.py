@@ -92,6 +92,8 @@ def adapter(
     """
     if not HAS_TORCH:
         raise UserError("torch is missing, needed for SAEBench; install it with: pip install 'saejax[torch]'")
+    if not sae.sparsifier.mirrors:
+        raise UserError(f"sae.family={sae.sparsifier.family.name}: saebench evaluates what reconstructs its input")
     config, weights = saelens.converted(sae)
     known = config["metadata"]
     model_name, hook_name = model_name or known.get("model_name"), hook_name or known.get("hook_name")

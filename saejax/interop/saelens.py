@@ -1,9 +1,9 @@
 """The SAELens format, version 6 and later: a directory with cfg.json and sae_weights.safetensors.
 
-What is written is always in the data's own scale (`normalize_activations` is none) and, where that changes no
-selection, in the form that dashboards expect: decoder rows of norm 1, which changes latents by a factor and
-reconstructions not at all. What is read, an inference file or a training checkpoint, is refused unless every key
-and every shape is understood and every number is finite.
+What is written is in the data's own scale (`normalize_activations` is none, unless single rows are normalised) and,
+where that changes no selection, in the form that dashboards expect: decoder rows of norm 1, which changes latents by
+a factor and reconstructions not at all. What is read, an inference file or a training checkpoint, is refused unless
+every key and every shape is understood and every number is finite.
 
 Sources:
   SAELens 6.54 (Bloom, Tigges, Duong, Chanin), `SAE.save_model` and `SAE.load_from_disk`, for the keys.
@@ -22,8 +22,10 @@ import safetensors.numpy
 from saejax.errors import UserError
 from saejax.interop import saelens_config, saelens_fold, strict
 from saejax.interop.saelens_config import Parsed
-from saejax.sae import base
+from saejax.kernels.row_norm import RowNorm
+from saejax.sae import base, per_row
 from saejax.sae.model import SAE
+from saejax.sae.sites import Family
 
 name = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -40,6 +42,8 @@ _TO: dict[str, str] = {
     "matching_pursuit": "matching_pursuit",
 }
 """SAELens' architecture for each of ours, at inference; a matryoshka that selects by top-k becomes topk."""
+_TO_TRANSCODER = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+_FAMILIES = (Family.sae, Family.transcoder)
 
 
 def detect(path: pathlib.Path) -> bool:
@@ -63,6 +67,8 @@ def load(path: str | os.PathLike) -> SAE:
     if config.architecture == "matching_pursuit" and not config.subtract:
         params = dataclasses.replace(params, b_dec=jnp.zeros_like(params.b_dec))  # SAELens does not use it
     sparsifier = _sparsifier(config, params)
+    if config.normalize in saelens_fold.PER_ROW:
+        sparsifier = per_row.LayerNormed.of(sparsifier, saelens_fold.PER_ROW[config.normalize])
     described = {key: value for key, value in config.own.items() if key not in ("k",)}
     origin = {"path": str(path), "architecture": config.architecture, "saelens_config": described}
     return SAE(sparsifier, params, config.metadata | origin)
@@ -72,7 +78,8 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     """Writes an SAE so that SAELens 6 and later loads it with `SAE.load_from_disk(path)`.
 
     Args:
-      sae: Of any architecture of ours with a linear or tied encoder; BatchTopK and Matryoshka become `jumprelu`.
+      sae: Of any architecture of ours with a linear or tied encoder; BatchTopK and Matryoshka become `jumprelu`. Of
+        transcoders, those of one hook to one hook whose latents are chosen one by one.
       path: Directory; made where missing.
 
     Returns:
@@ -81,7 +88,12 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     Raises:
       UserError: SAELens has no architecture that computes the same.
     """
+    normalize = "none"
+    if isinstance(sae.sparsifier, per_row.LayerNormed):
+        normalize = _per_row(sae.sparsifier.kind)
+        sae = dataclasses.replace(sae, sparsifier=sae.sparsifier.inner)
     config, weights = converted(sae)
+    config["normalize_activations"] = normalize
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(weights, path / WEIGHTS)
@@ -96,10 +108,12 @@ def converted(sae: SAE) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       UserError: SAELens has no architecture that computes the same.
     """
     sparsifier = sae.sparsifier
-    strict.check_linear(sparsifier, name, _TO)
+    strict.check_linear(sparsifier, name, _TO, _FAMILIES)
     architecture = _TO[sparsifier.name]
     if sparsifier.name == "matryoshka" and sparsifier.k_sparse:
         architecture = "topk"
+    if not sparsifier.mirrors:
+        return _transcoder(sae, architecture)
     params, subtract, own = sae.params, sparsifier.subtract_b_dec, {}
     if architecture == "jumprelu":
         params = strict.with_thresholds(sparsifier, params)
@@ -119,17 +133,49 @@ def converted(sae: SAE) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return saelens_config.written(sae, architecture, subtract, own), _weights(architecture, params)
 
 
+def _per_row(kind: RowNorm) -> str:
+    """SAELens' name of a normalisation of single rows."""
+    names = {ours: theirs for theirs, ours in saelens_fold.PER_ROW.items()}
+    if kind not in names:
+        raise UserError(
+            "format=saelens: this SAE normalises every row by itself (normalize.mode=layer_norm), by its variance "
+            "where SAELens takes the unbiased deviation or the norm; train with unit, sqrt_d or whiten to export"
+        )
+    return names[kind]
+
+
+def _transcoder(sae: SAE, architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Config and weights of a transcoder; W_skip is [d_out, d_in] there."""
+    sparsifier, params = sae.sparsifier, sae.params
+    if architecture not in _TO_TRANSCODER:
+        raise UserError(
+            f"sae.type={sparsifier.name}: as transcoders the saelens format takes what selects latents one by one "
+            "(l1, p_anneal, jumprelu, batch_topk)"
+        )
+    if architecture == "jumprelu":
+        params = strict.with_thresholds(sparsifier, params)
+    params = saelens_fold.decoder_norms(params)
+    weights = _weights(architecture, params)
+    kind = _TO_TRANSCODER[architecture]
+    if sparsifier.skip:
+        weights["W_skip"] = np.ascontiguousarray(weights["W_skip"].T)
+        kind = kind.replace("transcoder", "skip_transcoder")
+    return saelens_config.written(sae, kind, False, {"d_out": sparsifier.d_out}), weights
+
+
 def _shapes(config: Parsed) -> dict[str, tuple[int, ...]]:
-    d, n = config.d_in, config.d_sae
-    shapes: dict[str, tuple[int, ...]] = {"W_dec": (n, d), "b_dec": (d,)}
+    d, n, out = config.d_in, config.d_sae, config.d_out
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (n, out), "b_dec": (out,)}
     if config.architecture == "matching_pursuit":
         return shapes
     shapes["W_enc"] = (d, n)
     if config.architecture == "gated":
         return shapes | {"b_gate": (n,), "b_mag": (n,), "r_mag": (n,)}
     shapes["b_enc"] = (n,)
-    if config.architecture == "jumprelu":
+    if config.architecture.startswith("jumprelu"):
         shapes["threshold"] = (n,)
+    if "skip" in config.architecture:
+        shapes["W_skip"] = (out, d)
     if "batchtopk" in config.architecture:
         shapes["topk_threshold"] = ()
     return shapes
@@ -152,6 +198,8 @@ def _params(weights: dict[str, np.ndarray]) -> base.SAEParams:
     if "W_enc" not in weights:
         tied = {"W_enc": weights["W_dec"].T, "b_enc": np.zeros(len(weights["W_dec"]), np.float32)}
         return strict.params(**tied, **weights)
+    if "W_skip" in weights:
+        weights["W_skip"] = weights["W_skip"].T
     if "b_gate" in weights:
         gate = weights.pop("b_gate")
         return strict.params(b_enc=gate, **weights)
@@ -168,6 +216,9 @@ def _sparsifier(config: Parsed, params: base.SAEParams) -> base.Sparsifier:
     """Returns our architecture for SAELens'."""
     fields: dict[str, Any] = {"subtract_b_dec": config.subtract}
     own = config.architecture
+    if own in saelens_config.TRANSCODERS:
+        kind = "jumprelu" if own.startswith("jumprelu") else "l1"
+        return strict.build(config.where, kind, params, **strict.transcoder(params))
     ours = {"standard": "l1", "abstopk": "abs_topk", "batchtopk": "batch_topk", "matryoshka_batchtopk": "matryoshka"}
     if config.k is not None:
         whole = config.k == int(config.k)

@@ -12,6 +12,7 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.sae.model import SAE
+from saejax.sae.sites import Family
 
 VERSION = "6.54.12"
 """What we say we are compatible with; readers take anything below 6.0.0 for the older flat config."""
@@ -25,6 +26,8 @@ _TOPK = {"k", "rescale_acts_by_decoder_norm"}
 _TRAINING_TOPK = {"use_sparse_activations", "aux_loss_coefficient", "decoder_init_norm"}
 _MP = {"residual_threshold", "max_iterations", "stop_on_duplicate_support"}
 
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+
 OWN: dict[str, set[str]] = {
     "standard": set(),
     "gated": set(),
@@ -34,8 +37,9 @@ OWN: dict[str, set[str]] = {
     "matching_pursuit": _MP,
     "batchtopk": _TOPK,
     "matryoshka_batchtopk": _TOPK | {"matryoshka_widths"},
+    **{name: {"d_out"} for name in TRANSCODERS},
 }
-"""Keys that an architecture adds; the last two exist as training checkpoints only."""
+"""Keys that an architecture adds; batchtopk and matryoshka_batchtopk exist as training checkpoints only."""
 
 _TRAINING: dict[str, set[str]] = {
     "standard": {"decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps"},
@@ -50,16 +54,11 @@ _TRAINING: dict[str, set[str]] = {
     "matching_pursuit": {"decoder_init_norm"},
     "batchtopk": _TRAINING_TOPK | {"topk_threshold_lr"},
     "matryoshka_batchtopk": _TRAINING_TOPK | {"topk_threshold_lr", "use_matryoshka_aux_loss"},
+    **{name: set() for name in TRANSCODERS},
 }  # fmt: skip
 """Keys that only training checkpoints have; what they say of training is kept in the provenance."""
 
-_ELSEWHERE = {
-    "transcoder": "a transcoder",
-    "skip_transcoder": "a transcoder",
-    "jumprelu_transcoder": "a transcoder",
-    "jumprelu_skip_transcoder": "a transcoder",
-    "temporal": "a temporal SAE, which attends over positions",
-}
+_ELSEWHERE = {"temporal": "a temporal SAE, which attends over positions"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +71,8 @@ class Parsed:
     """SAELens' name."""
     d_in: int
     """Width of the activations."""
+    d_out: int
+    """Width of what is written; d_in but for transcoders."""
     d_sae: int
     """Number of latents."""
     k: float | None
@@ -100,15 +101,17 @@ def read(where: pathlib.Path) -> Parsed:
     strict.same_keys(where, set(config), _SHARED | own, optional=_NOT_USED | training)
     strict.choice(where, config, "reshape_activations", ("none", "hook_z"), "none")
     known = ("none", "expected_average_only_in", "covariance_whitening", "constant_norm_rescale", "layer_norm")
+    transcodes = architecture in TRANSCODERS
     return Parsed(
         where=where,
         architecture=architecture,
         d_in=strict.integer(where, config, "d_in"),
+        d_out=strict.integer(where, config, "d_out" if transcodes else "d_in"),
         d_sae=strict.integer(where, config, "d_sae"),
         k=_k(where, config, architecture) if "k" in own else None,
-        subtract=strict.choice(where, config, "apply_b_dec_to_input", (True, False), None),
+        subtract=strict.choice(where, config, "apply_b_dec_to_input", (False,) if transcodes else (True, False), None),
         rescale=strict.choice(where, config, "rescale_acts_by_decoder_norm", (True, False), False),
-        normalize=strict.choice(where, config, "normalize_activations", known, None),
+        normalize=strict.choice(where, config, "normalize_activations", known[:1] if transcodes else known, None),
         own={key: value for key, value in config.items() if key in own | training},
         metadata=config["metadata"],
     )
@@ -158,9 +161,13 @@ def _metadata(sae: SAE) -> dict[str, Any]:
     source = source if isinstance(source, dict) else {}
     model = provenance.get("model") or source.get("model") or {}
     model = {"name": model} if isinstance(model, str) else model
+    hook, out = provenance.get("hook") or source.get("hook") or provenance.get("hook_name"), None
+    if sae.sparsifier.family is Family.transcoder:
+        hook, _, out = (hook or "").partition(",")
     found = {
         "model_name": model.get("name") or provenance.get("model_name"),
-        "hook_name": provenance.get("hook") or source.get("hook") or provenance.get("hook_name"),
+        "hook_name": hook or None,
+        "hook_name_out": out or provenance.get("hook_name_out"),
         "context_size": source.get("context_length") or provenance.get("context_size"),
         "dataset_path": provenance.get("dataset_path"),
         "prepend_bos": provenance.get("prepend_bos"),

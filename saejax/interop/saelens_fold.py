@@ -15,8 +15,11 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.interop.saelens_config import Parsed
+from saejax.kernels.row_norm import RowNorm
 from saejax.sae import base
 
+PER_ROW = {"layer_norm": RowNorm.deviation, "constant_norm_rescale": RowNorm.length}
+"""Normalisations that depend on the row and have no place in weights: the architecture does them (`sae.per_row`)."""
 SCALER, WHITENING = "activation_scaler.json", "activation_whitening.safetensors"
 
 
@@ -24,13 +27,8 @@ def data_scale(folder: pathlib.Path, config: Parsed, params: base.SAEParams) -> 
     """Returns the parameters for x itself: decoder norms first (where the config has them), then normalisation."""
     if config.rescale:
         params = decoder_norms(params, in_units=True)
-    if config.normalize == "none":
+    if config.normalize in ("none", *PER_ROW):
         return params
-    if config.normalize in ("layer_norm", "constant_norm_rescale"):
-        raise UserError(
-            f"{config.where}: normalize_activations={config.normalize} depends on the row and has no place in weights; "
-            "read are none and, of training checkpoints, expected_average_only_in and covariance_whitening"
-        )
     scaler = folder / SCALER
     if not scaler.is_file():
         raise UserError(

@@ -16,6 +16,7 @@ import safetensors.numpy
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.sae.model import SAE
+from saejax.sae.sites import Family
 
 name = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -33,10 +34,13 @@ def detect(path: pathlib.Path) -> bool:
 
 
 def load(path: str | os.PathLike) -> SAE:
-    """Reads one hook's directory with an autoencoder of activation `topk`.
+    """Reads one hook's directory of activation `topk`: an autoencoder or, with or without a skip, a transcoder.
+
+    sparsify's encoder subtracts b_dec wherever `transcode` is not set, which older skip transcoders do not; there the
+    encoder's bias takes it up.
 
     Raises:
-      UserError: it is a transcoder, has a skip connection or groups, or a key, shape or number is wrong.
+      UserError: it has groups, or a key, shape or number is wrong.
     """
     path = pathlib.Path(path)
     where = path / CONFIG
@@ -45,26 +49,31 @@ def load(path: str | os.PathLike) -> SAE:
     d_in, k = strict.integer(where, config, "d_in"), strict.integer(where, config, "k")
     for key, allowed, default in (
         ("activation", ("topk",), "topk"),
-        ("skip_connection", (False,), False),
-        ("transcode", (False,), False),
         ("signed", (False,), False),
     ):
         strict.choice(where, config, key, allowed, default)
+    skip = strict.choice(where, config, "skip_connection", (True, False), False)
+    transcode = strict.choice(where, config, "transcode", (True, False), False)
     n = _d_sae(where, config, d_in)
     weights = strict.read_safetensors(path / WEIGHTS)
     shapes = {"encoder.weight": (n, d_in), "encoder.bias": (n,), "W_dec": (n, d_in), "b_dec": (d_in,)}
-    w = strict.arrays(path / WEIGHTS, weights, shapes)
-    params = strict.params(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"])
+    w = strict.arrays(path / WEIGHTS, weights, shapes | ({"W_skip": (d_in, d_in)} if skip else {}))
+    extra = {"W_skip": w["W_skip"].T} if skip else {}
+    params = strict.params(w["encoder.weight"].T, w["encoder.bias"], w["W_dec"], w["b_dec"], **extra)
+    fields: dict[str, Any] = strict.transcoder(params) if skip or transcode else {}
+    if fields and not transcode:
+        params = strict.shifted(params, -1.0)
     multi = strict.choice(where, config, "multi_topk", (True, False), False)
-    sparsifier = strict.build(where, "topk", params, k=k, **({"multi_topk_alpha": 1 / 8} if multi else {}))
+    sparsifier = strict.build(where, "topk", params, k=k, multi_topk_alpha=1 / 8 if multi else 0.0, **fields)
     return SAE(sparsifier, params, {"path": str(path), "hook_name": path.name, "sparsify_config": config})
 
 
 def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
-    """Writes a TopK SAE so that `sparsify.SparseCoder.load_from_disk(path)` reads it.
+    """Writes a TopK SAE or transcoder so that `sparsify.SparseCoder.load_from_disk(path)` reads it.
 
     Args:
-      sae: A TopK with a linear or tied encoder. Without a pre-encoder bias the encoder's bias takes it up.
+      sae: A TopK with a linear or tied encoder. Without a pre-encoder bias the encoder's bias takes it up. A transcoder
+        must read and write as many numbers.
       path: Directory; made where missing. In a run of sparsify it is named after the hook.
 
     Returns:
@@ -74,18 +83,23 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
       UserError: the architecture has no place in the format.
     """
     sparsifier = sae.sparsifier
-    strict.check_linear(sparsifier, name, ("topk",))
-    params = sae.params if sparsifier.subtract_b_dec else strict.shifted(sae.params, 1.0)
+    strict.check_linear(sparsifier, name, ("topk",), (Family.sae, Family.transcoder))
+    if sparsifier.d_out != sparsifier.d_in:
+        raise UserError(f"sae.sites={sparsifier.sites}: the sparsify format takes as much to read as to write")
+    plain = sparsifier.subtract_b_dec or not sparsifier.mirrors
+    params = sae.params if plain else strict.shifted(sae.params, 1.0)
     weights = {
         "encoder.weight": jnp.asarray(params.W_enc).T,
         "encoder.bias": params.b_enc,
         "W_dec": params.W_dec,
         "b_dec": params.b_dec,
     }
+    if sparsifier.skip:
+        weights["W_skip"] = params.extra["W_skip"].T
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    plain = {key: np.array(value, np.float32, order="C") for key, value in weights.items()}
-    safetensors.numpy.save_file(plain, path / WEIGHTS)
+    arrays = {key: np.array(value, np.float32, order="C") for key, value in weights.items()}
+    safetensors.numpy.save_file(arrays, path / WEIGHTS)
     config: dict[str, Any] = {
         "activation": "topk",
         "expansion_factor": max(1, sparsifier.d_sae // sparsifier.d_in),
@@ -93,8 +107,8 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
         "num_latents": sparsifier.d_sae,
         "k": strict.own_k(sparsifier),
         "multi_topk": bool(getattr(sparsifier, "multi_topk_alpha", 0.0)),
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": sparsifier.skip,
+        "transcode": not sparsifier.mirrors,
         "d_in": sparsifier.d_in,
     }
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

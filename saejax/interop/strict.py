@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from saejax.errors import UserError
 from saejax.sae import EncoderKind, base
+from saejax.sae.sites import Family
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -136,6 +137,12 @@ def build(where: pathlib.Path, name: str, params: base.SAEParams, **fields: Any)
         raise UserError(f"{where}: {error}") from None
 
 
+def transcoder(params: base.SAEParams) -> dict[str, Any]:
+    """Returns the fields of a transcoder from one hook to another, as its weights (W_skip among `extra`) say them."""
+    sites = (params.W_enc.shape[0], params.W_dec.shape[1])
+    return {"family": Family.transcoder, "sites": sites, "skip": "W_skip" in params.extra, "subtract_b_dec": False}
+
+
 def unit_rows(W_dec: Any) -> bool:
     """Returns whether all decoder rows have norm 1."""
     return bool(np.all(np.abs(np.linalg.norm(np.asarray(W_dec, np.float64), axis=1) - 1) < 1e-5))
@@ -146,10 +153,18 @@ def own_k(sparsifier: base.Sparsifier) -> int:
     return int(getattr(sparsifier, "k"))  # noqa: B009
 
 
-def check_linear(sparsifier: base.Sparsifier, format: str, known: Iterable[str]) -> None:
-    """Refuses to export what a format has no architecture or no encoder for."""
+def check_linear(
+    sparsifier: base.Sparsifier, format: str, known: Iterable[str], families: Collection[Family] = (Family.sae,)
+) -> None:
+    """Refuses to export what a format has no family, no architecture or no encoder for."""
+    if sparsifier.family not in families:
+        names = ", ".join(family.name for family in families)
+        raise UserError(f"sae.family={sparsifier.family.name}: the {format} format takes {names}")
+    if sparsifier.family is Family.transcoder and len(sparsifier.sites) > 2:
+        raise UserError(f"sae.sites={sparsifier.sites}: the {format} format takes transcoders of one hook to one hook")
     if sparsifier.name not in known:
-        raise UserError(f"sae.type={sparsifier.name}: the {format} format takes {', '.join(known)}")
+        of_family = "" if sparsifier.family is Family.sae else f" for family={sparsifier.family.name}"
+        raise UserError(f"sae.type={sparsifier.name}: the {format} format takes {', '.join(known)}{of_family}")
     if sparsifier.encoder not in (EncoderKind.linear, EncoderKind.tied):
         raise UserError(f"sae.encoder={sparsifier.encoder.name}: the {format} format takes linear and tied")
 

@@ -179,6 +179,25 @@ def test_a_scale_of_training_is_folded(rows, tmp_path):
         assert_same(saelens.load(path), latents / unit, recon / 0.4, rows)
 
 
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("number", [0, 3, 5, 6])
+def test_rows_normalised_one_by_one(number, normalize, rows, tmp_path):
+    architecture, own = FILES[number]
+    weights, config = write(tmp_path, architecture, normalize=normalize, **own)
+    mean, std = rows.mean(axis=1, keepdims=True), rows.std(axis=1, ddof=1, keepdims=True)
+    size = np.linalg.norm(rows, axis=1, keepdims=True) / D_IN**0.5
+    x = (rows - mean) / (std + 1e-5) if normalize == "layer_norm" else rows / size
+    latents, recon = plain_saelens(weights, config, x)
+    recon = recon * std + mean if normalize == "layer_norm" else recon * size
+    sae = interop.load(tmp_path)
+    assert_same(sae, latents, recon, rows)
+    interop.export(sae, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "cfg.json").read_text())["normalize_activations"] == normalize
+    np.testing.assert_allclose(interop.load(tmp_path / "out")(rows), recon, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="format=sparsify: this SAE normalises every row by itself"):
+        interop.export(sae, tmp_path, "sparsify")
+
+
 @pytest.mark.parametrize("subtract", [True, False])
 @pytest.mark.parametrize("number", [0, 3, 5, 6, 7])
 def test_whitening_of_training_is_folded(number, subtract, rows, tmp_path):
@@ -205,9 +224,8 @@ def test_whitening_of_training_is_folded(number, subtract, rows, tmp_path):
         ({"k": 21}, "sae.k"),
         ({"k": 4.0}, "k must be an integer"),
         ({"d_sae": 19}, "b_dec|W_dec must have shape"),
-        ({"architecture": "transcoder"}, "architecture must be one of standard, .*, got transcoder, a transcoder"),
+        ({"architecture": "temporal"}, "architecture must be one of standard, .*, got temporal, a temporal SAE"),
         ({"architecture": "jumprelu"}, "unknown k, rescale_acts_by_decoder_norm"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations=layer_norm depends on the row"),
         ({"normalize_activations": "l2"}, "normalize_activations must be"),
         ({"apply_b_dec_to_input": 1}, "apply_b_dec_to_input must be true or false, got 1"),
         ({"metadata": {}}, "sae_lens_version"),

@@ -68,8 +68,8 @@ def test_export_then_load_computes_the_same(subtract, trained, rows, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"transcode": True}, "transcode must be false, got True"),
-        ({"skip_connection": True}, "skip_connection must be false, got True"),
+        ({"transcode": "yes"}, "transcode must be true or false, got 'yes'"),
+        ({"skip_connection": 1}, "skip_connection must be true or false, got 1"),
         ({"activation": "groupmax"}, "activation must be \"topk\", got 'groupmax'"),
         ({"k": 21}, "sae.k must be in"),
         ({"k": None}, "missing k"),

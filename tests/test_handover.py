@@ -79,11 +79,16 @@ def test_an_imported_sae_is_measured_on_activations_that_are_named(unfinished, s
     assert "not measured: activations=ROWS" in capsys.readouterr().out
     assert cli.main(["evaluate", f"run={tmp_path / 'out'}"]) == 2
     assert "activations=ROWS" in capsys.readouterr().err
-    source = config.from_run(unfinished).source
-    wanted = saejax.evaluate(saejax.load(unfinished), source)["fvu"]
-    np.save(tmp_path / "rows.npy", np.concatenate(list(source.heldout(256))).astype(np.float32))
-    for rows in (small_store, tmp_path / "rows.npy"):
-        assert cli.main(["evaluate", f"run={tmp_path / 'out'}", f"activations={rows}"]) == 0
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["fvu"]]
-        assert float(line.split()[1]) == pytest.approx(wanted, rel=1e-4)
+    source, ours = config.from_run(unfinished).source, saejax.load(unfinished)
+    x = np.concatenate(list(source.heldout(256))).astype(np.float32)
+    wanted = ((x - np.asarray(ours(x))) ** 2).sum() / ((x - x.mean(axis=0)) ** 2).sum()
+    assert cli.main(["evaluate", f"run={tmp_path / 'out'}", f"activations={small_store}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["fvu"]]
+    assert float(line.split()[1]) == pytest.approx(wanted, rel=1e-4)
+    np.save(tmp_path / "rows.npy", x)
+    assert (
+        cli.main(["export", f"run={tmp_path / 'out'}", f"path={tmp_path / 'b'}", f"activations={tmp_path}/rows.npy"])
+        == 0
+    )
+    assert f"fvu {wanted:.4g}" in capsys.readouterr().out
     assert not (tmp_path / "out" / "eval.json").exists()

@@ -43,6 +43,8 @@ def test_every_part_composes(part, array, small_store):
     text = (CONF / f"{part}.yaml").read_text()
     if "source: store" in text or part == "source/store":
         overrides += [f"source.path={small_store}"]
+    if part == "source/joined":  # a store beside itself: rows of two sites
+        overrides += [f"source.paths=[{small_store},{small_store}]", "sae.family=crosscoder"]
     if part == "source/arrays":
         overrides += [f"source.path={array}"]
     if part == "text/files":

@@ -212,7 +212,8 @@ def _figures(run_dir: Path, step: int) -> tuple[dict[str, float], str]:
 
 def _of_run(path: Path) -> bool:
     """Whether `run=` means a run of ours; a path that is not there does, for the message."""
-    return (path / "config.yaml").is_file() or not path.exists()
+    ours = (path / "config.yaml").is_file() and not interop.circuit_tracer.detect(path)
+    return ours or not path.exists()
 
 
 def _sae(path: str, step: int | None) -> model.SAE:

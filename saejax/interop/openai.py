@@ -25,6 +25,8 @@ export = None
 _SIGNATURE = {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"}
 _STATISTICS = {"stats_last_nonzero", "latents_activation_frequency", "latents_mean_square"}
 """Counts of training, which inference does not use."""
+_ACTIVATION = {"activation", "activation_state_dict", "activation.k", "activation.postact_fn"}
+"""What says which activation it is; the last two repeat the second where the module itself was saved."""
 _SETTINGS = {"activation_state_dict.k", "activation_state_dict.postact_fn"}
 
 
@@ -43,9 +45,12 @@ def load(path: str | os.PathLike) -> SAE:
     found = torch_file.read(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors, got {type(found).__name__}")
-    strict.same_keys(path, set(found), _SIGNATURE, optional=_STATISTICS | {"activation", "activation_state_dict"})
+    strict.same_keys(path, set(found), _SIGNATURE, optional=_STATISTICS | _ACTIVATION)
     kind = strict.choice(path, found, "activation", ("TopK", "ReLU"), "ReLU")
     settings: Any = found.get("activation_state_dict", {})
+    again = {key.partition(".")[2]: value for key, value in found.items() if key.startswith("activation.")}
+    if again not in ({}, settings):
+        raise UserError(f"{path}: activation.* must say what activation_state_dict says, {settings}, got {again}")
     weights = {key: value for key, value in found.items() if key in _SIGNATURE}
     wrong = [key for key, value in weights.items() if not isinstance(value, np.ndarray)]
     if wrong:

@@ -123,6 +123,7 @@ def test_configs_that_are_not_understood_are_refused(example, file, changes, mes
         ({"activation_state_dict": {"k": 4}}, "missing activation_state_dict.postact_fn"),
         ({"activation_state_dict": {"k": 21, "postact_fn": "ReLU"}}, "sae.k must be in"),
         ({"decoder.bias": 1}, "unknown decoder.bias"),
+        ({"activation.k": 5, "activation.postact_fn": "ReLU"}, "must say what activation_state_dict says"),
         ({"pre_bias": 1}, "pre_bias must be a tensor, got int"),
         ({"latent_bias": None}, "latent_bias must be a tensor"),
     ],
@@ -131,6 +132,11 @@ def test_openai_files_that_are_not_understood_are_refused(changes, message, tmp_
     path, _ = published.openai(tmp_path, **changes)
     with pytest.raises(UserError, match=message):
         interop.load(path)
+
+
+def test_openai_files_that_name_the_activation_twice_are_read(rows, tmp_path):
+    path, formula = published.openai(tmp_path, **{"activation.k": published.K, "activation.postact_fn": "ReLU"})
+    np.testing.assert_allclose(interop.load(path)(rows), formula(rows)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_norms_that_were_never_measured_are_refused(tmp_path):

@@ -180,3 +180,47 @@ def test_groups_of_sparsify_are_refused(tmp_path):
     sparsify.SparseCoder(D_IN, config).save_to_disk(tmp_path)
     with pytest.raises(UserError, match="activation must be"):
         interop.load(tmp_path)
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+def test_saelens_normalises_rows_as_we_do(architecture, normalize, rows, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    saelens_training(architecture, normalize_activations=normalize).save_inference_model(tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    with torch.no_grad():
+        latents = theirs.encode(torch.from_numpy(rows))
+        agree(interop.load(tmp_path), latents, theirs.decode(latents), rows)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
+)
+def test_transcoders_of_saelens_both_ways(architecture, rows, tmp_path):
+    registry = pytest.importorskip("sae_lens.registry")
+    sae_lens = pytest.importorskip("sae_lens")
+    kind, config = registry.get_sae_class(architecture)
+    theirs = randomised(kind(config(d_in=D_IN, d_out=5, d_sae=D_SAE, apply_b_dec_to_input=False)))
+    theirs.save_model(tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs")
+    back = sae_lens.SAE.load_from_disk(interop.export(ours, tmp_path / "ours"))
+    x = torch.from_numpy(rows)
+    with torch.no_grad():
+        agree(ours, theirs.encode(x), theirs(x), rows)
+        agree(interop.load(tmp_path / "ours"), back.encode(x), theirs(x), rows)
+
+
+@pytest.mark.parametrize(("skip", "transcode"), [(True, True), (False, True), (True, False)])
+def test_transcoders_of_sparsify_both_ways(skip, transcode, rows, tmp_path):
+    sparsify = pytest.importorskip("sparsify.sparse_coder")
+    settings = pytest.importorskip("sparsify.config")
+    config = settings.SparseCoderConfig(k=K, num_latents=D_SAE, skip_connection=skip, transcode=transcode)
+    theirs, x = randomised(sparsify.SparseCoder(D_IN, config)), torch.from_numpy(rows)
+    theirs.save_to_disk(tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs")
+    back = sparsify.SparseCoder.load_from_disk(interop.export(ours, tmp_path / "ours", "sparsify"))
+    for module, sae in ((theirs, ours), (back, interop.load(tmp_path / "ours"))):
+        with torch.no_grad():
+            values, indices, _ = module.encode(x)
+            latents = torch.zeros(len(x), D_SAE).scatter_(1, indices, values)
+            agree(sae, latents, theirs(x).sae_out, rows)

@@ -4,6 +4,7 @@ A trainer of a package is given our parameters leaf by leaf (LEAVES says which o
 gradients come back under our names.
 """
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -31,6 +32,13 @@ LEAVES = {
     "b_mag": ("b_mag", "mag_bias"),
 }
 """Names of each of our leaves in the packages; an `.weight` of a linear layer is transposed."""
+
+
+def needs(*packages):
+    """A mark: skip the test, before it computes anything, where a package is missing."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
+
 
 Terms = dict[str, tuple[float, dict[str, np.ndarray]]]
 """Value and gradients of every term, by name."""

@@ -20,6 +20,7 @@ from peer_losses import (
     dictionary_learning,
     filled,
     mask,
+    needs,
     ours,
     residual_variance,
     saelens,
@@ -42,6 +43,7 @@ subtracting = pytest.mark.parametrize("subtract", [True, False])
 dying = pytest.mark.parametrize("n_dead", [3, 6])
 
 
+@needs("sae_lens", "dictionary_learning")
 def test_coefficients_warm_up_alike():
     """SAELens, dictionary_learning and we: step / warm-up steps before each step, then 1."""
     scheduling = pytest.importorskip("sae_lens.training.optim")
@@ -54,6 +56,7 @@ def test_coefficients_warm_up_alike():
         theirs.step()
 
 
+@needs("sae_lens")
 @subtracting
 def test_saelens_standard(subtract):
     config = sae.L1(**SIZES, l1_coef=0.3, l1_warmup_steps=WARMUP, subtract_b_dec=subtract, aux_alpha=0)
@@ -74,6 +77,7 @@ TOP_K = {
 }
 
 
+@needs("sae_lens")
 @dying
 @pytest.mark.parametrize("subtract, rescale", [(True, True), (False, False)])
 @pytest.mark.parametrize("architecture", TOP_K)
@@ -99,6 +103,7 @@ def test_saelens_top_k_family(architecture, subtract, rescale, n_dead):
         agree(mine["loss"], theirs["loss"], without=without)
 
 
+@needs("sae_lens")
 @subtracting
 @pytest.mark.parametrize("ste_to_input", [True, False])
 @pytest.mark.parametrize("penalty", ["step", "tanh"])
@@ -119,6 +124,7 @@ def test_saelens_jumprelu(penalty, ste_to_input, subtract):
     agree(mine["loss"], theirs["loss"])
 
 
+@needs("sae_lens")
 def test_saelens_quadratic_penalty_of_one_row():
     """On a single row: of several, theirs averages the squares, ours squares the average."""
     config = sae.JumpReLU(
@@ -132,6 +138,7 @@ def test_saelens_quadratic_penalty_of_one_row():
     agree(mine["loss"], theirs["loss"])
 
 
+@needs("sae_lens")
 @subtracting
 def test_saelens_gated(subtract):
     """But for gradients into the decoder of its two extra terms."""
@@ -146,6 +153,7 @@ def test_saelens_gated(subtract):
     agree(mine["loss"], theirs["loss"], without={"W_dec", "b_dec"})
 
 
+@needs("sae_lens")
 def test_saelens_matching_pursuit():
     """The gradient of the one matrix that there is: `project` adds our two."""
     config, params = sae.MatchingPursuit(**SIZES, k=K, aux_alpha=0), weights()
@@ -157,6 +165,7 @@ def test_saelens_matching_pursuit():
     agree(mine, theirs["mse_loss"])
 
 
+@needs("dictionary_learning")
 def test_dictionary_learning_standard():
     config = sae.L1(
         **SIZES, l1_coef=0.3, l1_warmup_steps=WARMUP, penalty=sae.Penalty.plain, unit_decoder=True,
@@ -170,6 +179,7 @@ def test_dictionary_learning_standard():
     agree(mine["loss"], theirs["loss"])
 
 
+@needs("dictionary_learning")
 def test_dictionary_learning_april_update():
     config = sae.L1(**SIZES, l1_coef=0.3, l1_warmup_steps=WARMUP, subtract_b_dec=True, aux_alpha=0)
     params = weights(unit=False)
@@ -181,6 +191,7 @@ def test_dictionary_learning_april_update():
     agree(mine["loss"], theirs["loss"])
 
 
+@needs("dictionary_learning")
 @pytest.mark.parametrize("name", ["TopKTrainer", "BatchTopKTrainer"])
 def test_dictionary_learning_top_k(name):
     """With centred rows of E||x||^2 = 1 and at least k_aux dead latents the whole losses are one."""
@@ -193,6 +204,7 @@ def test_dictionary_learning_top_k(name):
     agree(mine["loss"], theirs["loss"], without={"b_dec"})  # AuxK moves theirs
 
 
+@needs("dictionary_learning")
 def test_dictionary_learning_gated():
     """But for b_dec, which its auxiliary term moves through the encoder."""
     config = sae.Gated(**SIZES, l1_coef=0.3, l1_warmup_steps=WARMUP, aux_alpha=0)
@@ -205,6 +217,7 @@ def test_dictionary_learning_gated():
     agree(mine["loss"], theirs["loss"], without={"b_dec"})
 
 
+@needs("dictionary_learning")
 def test_dictionary_learning_jumprelu():
     """2 / L0* (L0 - L0*)^2 is its (L0 / L0* - 1)^2 times 2 L0*; but for the penalty's gradient, see the differences."""
     target = 5.0
@@ -222,6 +235,7 @@ def test_dictionary_learning_jumprelu():
     agree(mine["mse"], bare["loss"])
 
 
+@needs("dictionary_learning")
 def test_dictionary_learning_matryoshka():
     """The mean over prefixes, divided there by their number once more."""
     config, params = sae.Matryoshka(**SIZES, k=K, prefixes=PREFIXES), weights(6, threshold=0.0)
@@ -234,6 +248,7 @@ def test_dictionary_learning_matryoshka():
     agree(mine["prefix_mse"], bare["loss"], factor=len(PREFIXES))
 
 
+@needs("dictionary_learning")
 @pytest.mark.parametrize("p", [1.0, 0.7, 0.4])
 def test_dictionary_learning_p_anneal(p):
     """Lp^p with the coefficient that its queue would hold after this one batch: L1 / Lp^p.
@@ -254,6 +269,7 @@ def test_dictionary_learning_p_anneal(p):
     agree(mine["lp"], terms_of({"lp": made.scaled_lp_loss}, made.ae)["lp"], factor=1 / coefficient)
 
 
+@needs("sparsify")
 def test_sparsify():
     """Its unit is the variance of the batch, here 1. Of AuxK and Multi-TopK only values: they do not train there."""
     sparsify, settings = pytest.importorskip("sparsify.sparse_coder"), pytest.importorskip("sparsify.config")

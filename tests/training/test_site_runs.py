@@ -124,7 +124,9 @@ def test_blocks_that_a_cross_layer_transcoder_lacks_stay_zero_through_steps_and_
     now, compiled, record = created(cfg, sharding.make_mesh())
     never = now.params.b_enc.at[jnp.array([0, 20, 40])].set(-1e3)
     placed = jax.device_put(never, now.params.b_enc.sharding)
-    now, resampled = now.replace(params=now.params.replace(b_enc=placed)), 0
+    # In the iterates of schedule_free as well: its first step starts from those.
+    iterates = optim.map_iterates(now.opt_state, lambda params: params.replace(b_enc=jnp.copy(placed)))
+    now, resampled = now.replace(params=now.params.replace(b_enc=placed), opt_state=iterates), 0
     exists = np.asarray(sites.mask(cfg.sae))
     before = np.asarray(now.params.W_dec)
     for _ in range(4):

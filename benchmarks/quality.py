@@ -5,8 +5,9 @@ its trainer writes (`saejax.interop`) and measured by one evaluator on the same 
 is the trainers' own training steps: initialisation, loss, AuxK, clipping, constraint and optimiser.
 
 What makes it fair:
-* The rows are centred and scaled once, by the demo's recipe (E||x||^2 = 1); SAELens gets its own convention on top,
-  E||x|| = sqrt(d_in), by its own scaler. So all of them profit from centring, which only ours does by itself.
+* The rows are centred and scaled once, to E||x||^2 = 1 as dictionary_learning does; on top come SAELens' convention,
+  E||x|| = sqrt(d_in), by its own scaler, and that of our recipe. So all profit from centring, which only ours does by
+  itself.
 * Two rows of the table per trainer. `own`: the learning rate and schedule that the trainer comes with (ours: the
   recipe of the demo; SAELens: 3e-4, constant; dictionary_learning: 2e-4 sqrt(2^14 / d_sae), warm-up, no decay).
   `best of grid`: the learning rate of GRID with the lowest held-out fvu on the first seed, then all seeds with it;
@@ -120,10 +121,8 @@ def saejax_trains(task: Task, folder: pathlib.Path) -> SAE:
     filling = cfg.buffer.n_batches(cfg.train.batch)
     first = np.stack([batch for batch, _ in zip(task.batches(), range(filling), strict=False)])
     settings = dataclasses.replace(cfg.train, n_lanes=1)
-    as_is = normalize.NormalizeConfig(mode=normalize.NormMode.none)
-    now = state.create(
-        cfg.sae, tx, settings, as_is, jnp.asarray(first)[None], seed=task.seed, mesh=sharding.make_mesh(1, 1)
-    )
+    filled, mesh = jnp.asarray(first)[None], sharding.make_mesh(1, 1)
+    now = state.create(cfg.sae, tx, settings, cfg.normalize, filled, seed=task.seed, mesh=mesh)
     now = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), now)
     # A buffer of one batch gives every step the batch that the step before put there.
     now = dataclasses.replace(now, buffer=dataclasses.replace(now.buffer, rows=now.buffer.rows[:, :1]))
@@ -234,7 +233,8 @@ def data(plan: str, store: pathlib.Path, line: str) -> tuple[config.Config, np.n
         jnp.asarray(raw), normalize.NormMode.unit, center=cfg.normalize.center, preferred=normalize.NormMode.unit
     )
     heldout = np.concatenate([np.asarray(block, np.float32) for block in cfg.source.heldout(4096)])
-    return cfg, *(np.asarray(normalize.apply(normalizer, jnp.asarray(part))) for part in (raw, heldout))
+    rows, heldout = (np.asarray(normalize.apply(normalizer, jnp.asarray(part))) for part in (raw, heldout))
+    return cfg, rows, heldout
 
 
 def measured(sae: SAE, task: Task) -> dict[str, float]:

@@ -153,7 +153,7 @@ def families(source: Synthetic, codes: np.ndarray, found: np.ndarray, match: np.
     return over(absorption.ParentAbsorption(), batch)
 
 
-def speed(line: str, repeats: int = 3, n_tokens: int = 256_000) -> dict[str, float]:
+def speed(line: str, repeats: int = 3, n_tokens: int = 128_000) -> dict[str, float]:
     """Seconds per million rows of the benchmark SB-iid, by the clock and of all cores together; medians.
 
     Compilation and making the rows are left out.
@@ -202,7 +202,7 @@ def run(path: pathlib.Path, wanted: list[tuple[str, str, int]]) -> None:
 
 
 def table(cells: dict[tuple[str, str, int], dict[str, Any]], benchmark: str, seeds: list[int]) -> str:
-    """One benchmark as Markdown: a row for every architecture, the mean of the seeds and half their range."""
+    """One benchmark as Markdown: a row for every architecture, the mean of its seeds and half their range."""
     of_families = ("absorption", "missed_alone")
     shown = {head: entry for head, entry in COLUMNS.items() if benchmark == "hier" or entry[0] not in of_families}
     heads = ["architecture", *shown, "CPU s per 1M rows"]
@@ -212,7 +212,8 @@ def table(cells: dict[tuple[str, str, int], dict[str, Any]], benchmark: str, see
         if own:
             fast = cells.get(("speed", lines_of("iid")[name], 0), {}).get("cpu_seconds_per_million_rows")
             figures = [_entry([cell[key] for cell in own], digits) for key, digits in shown.values()]
-            rows.append([name, *figures, "" if fast is None else f"{fast:.1f}"])
+            label = name if len(own) == len(seeds) else f"{name} (1 seed)"
+            rows.append([label, *figures, "" if fast is None else f"{fast:.1f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -11,7 +11,7 @@ LANES, BATCHES, ROWS, D_IN = 8, 4, 16, 64
 
 
 class Steps:
-    """State, compiled step and an endless stream of records on one mesh; `overrides` as on the command line."""
+    """State, step (`made` is not jitted) and a stream of records on one mesh; `overrides` as on the command line."""
 
     def __init__(self, architecture, *overrides, mesh=(1, 1), n_steps=50):
         self.cfg = cfg = runs.compose(architecture, n_steps, *overrides)
@@ -22,7 +22,7 @@ class Steps:
         self.born = state.create(
             cfg.sae, self.tx, cfg.train, cfg.normalize, self.record(BATCHES), seed=0, mesh=self.mesh
         )
-        made = step.make(
+        self.made = step.make(
             cfg.sae,
             self.tx,
             dead_window_tokens=cfg.train.dead_window_tokens,
@@ -31,7 +31,7 @@ class Steps:
             resample_every_steps=cfg.train.resample_every_steps,
         )
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.born)
-        self.step = jax.jit(made, out_shardings=(shardings, None))
+        self.step = jax.jit(self.made, out_shardings=(shardings, None))
 
     def record(self, *lead):
         """Sparse sums of fixed features, [lanes, *lead, rows, d_in]."""

@@ -16,6 +16,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
+
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
 from saejax.interop import (
@@ -30,6 +32,7 @@ from saejax.interop import (
     qwen_scope,
     saelens,
     sparsify,
+    strict,
 )
 from saejax.sae import per_row
 from saejax.sae.model import SAE
@@ -123,7 +126,11 @@ def load(path: str | os.PathLike, format: str | None = None) -> SAE:
     if format is not None and format not in FORMATS:
         raise UserError(f"format={format}: must be one of {', '.join(FORMATS)}")
     format = recognise(path) if format is None else format
-    sae = FORMATS[format].load(path)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # of scales and norms; what is not finite is refused
+            sae = FORMATS[format].load(path)
+    except UserError as error:  # which may quote what is in the file
+        raise UserError(strict.one_line(error)) from None
     config = sae.sparsifier
     logger.info("%s: read as %s, %s with d_in=%d, d_sae=%d", path, format, config.name, config.d_in, config.d_sae)
     return SAE(config, sae.params, sae.provenance | {"format": format})

@@ -17,7 +17,6 @@ import re
 from typing import Any
 
 import numpy as np
-import yaml
 
 from saejax.errors import UserError
 from saejax.interop import strict
@@ -55,13 +54,7 @@ def load(path: str | os.PathLike) -> SAE:
 
 def _config(where: pathlib.Path) -> dict[str, Any]:
     """What config.yaml says of all layers; {} where there is none."""
-    try:
-        found = yaml.safe_load(where.read_text(encoding="utf-8")) if where.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{where}: no valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: must hold a mapping, got {type(found).__name__}")
-    return found
+    return strict.read_yaml(where) if where.is_file() else {}
 
 
 def _single(file: pathlib.Path, config: dict[str, Any]) -> tuple[base.Sparsifier, base.SAEParams]:

@@ -79,7 +79,7 @@ def load(path: str | os.PathLike) -> SAE:
         )
     where, trainer = _trainer(file)
     kind = trainer.get("dict_class")
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise UserError(f"{where}: trainer.dict_class must be one of {', '.join(KEYS)}, got {kind}")
     w = _checked(file, kind, torch_file.read_state_dict(file))
     _agree(where, trainer, kind, w)

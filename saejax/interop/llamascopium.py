@@ -78,7 +78,7 @@ def load(path: str | os.PathLike) -> SAE:
 
 
 def _sae(where: pathlib.Path, file: pathlib.Path, config: dict[str, Any]) -> _Read:
-    hooks = [config["hook_point_in"], config["hook_point_out"]]
+    hooks = [strict.text(where, config, key) for key in ("hook_point_in", "hook_point_out")]
     weights, scales = _read(where, file, config, hooks)
     d, n = _sizes(where, config)
     shapes = {"W_E": (d, n), "b_E": (n,), "W_D": (n, d)}

@@ -109,14 +109,16 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: the folder lists no SAE or several, or the SAE is wrong.
     """
     path = pathlib.Path(path)
+    releases = strict.read_yaml(path / STANZA)
     try:
-        releases = yaml.safe_load((path / STANZA).read_text(encoding="utf-8"))
-        folders = [entry["path"] for release in releases.values() for entry in release["saes"]]
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        folders = [pathlib.PurePosixPath(entry["path"]) for release in releases.values() for entry in release["saes"]]
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path / STANZA}: no list of releases ({type(error).__name__})") from None
     if len(folders) != 1:
         raise UserError(f"{path / STANZA}: lists {len(folders)} SAEs; load one of its folders by itself")
-    return saelens.load(path / str(folders[0]))
+    if folders[0].is_absolute() or ".." in folders[0].parts:
+        raise UserError(f"{path / STANZA}: path must be a folder in this one, got {folders[0]}")
+    return saelens.load(path / folders[0])
 
 
 def export(

@@ -7,6 +7,7 @@ Sources:
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 from saejax.errors import UserError
@@ -94,8 +95,8 @@ def read(where: pathlib.Path) -> Parsed:
     config = strict.read_json(where)
     _check_version(where, config)
     architecture = config.get("architecture")
-    if architecture not in OWN:
-        reason = f", {_ELSEWHERE[architecture]}" if architecture in _ELSEWHERE else ""
+    if not isinstance(architecture, str) or architecture not in OWN:
+        reason = f", {_ELSEWHERE[architecture]}" if architecture == "temporal" else ""
         raise UserError(f"{where}: architecture must be one of {', '.join(OWN)}, got {architecture}{reason}")
     own, training = OWN[architecture], _TRAINING[architecture]
     strict.same_keys(where, set(config), _SHARED | own, optional=_NOT_USED | training)
@@ -144,7 +145,8 @@ def _check_version(where: pathlib.Path, config: dict[str, Any]) -> None:
             f"ones{f' ({min(old)})' if old else ''} means depends on the version: load it with SAELens 6 and save it"
         )
     version = str(metadata.get("sae_lens_version"))
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
+    major = re.match(r"[0-9]{1,9}(?![^.])", version)
+    if major is None or int(major[0]) < 6:
         raise UserError(f"{where}: metadata.sae_lens_version must be at least 6.0.0, got {version}")
 
 

@@ -5,7 +5,10 @@ Every function raises a UserError of one line that names the file and the key.
 
 import dataclasses
 import json
+import math
 import pathlib
+import tokenize
+import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -13,13 +16,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+import yaml
 from safetensors import SafetensorError
 
 from saejax.errors import UserError
+from saejax.interop import torch_file
 from saejax.sae import EncoderKind, base
 from saejax.sae.sites import Family
 
 Shapes = Mapping[str, tuple[int, ...]]
+_MOST_EXPANSION, _ANY_EXPANSION = 100, 2**24
+"""What a compressed archive may grow by: that many times its size, and that many bytes in any case."""
+_LONGEST, _DEEPEST = 1000, 50
+"""Characters of a message that quotes a file, and levels of a YAML file."""
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -28,8 +37,41 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid JSON ({error})") from None
+    return _mapping(path, found)
+
+
+def read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file that says no more than JSON can: no tags, no aliases."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)  # noqa: S506
+        found = json.loads(json.dumps(found, default=str))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: no valid YAML ({one_line(error)})") from None
+    return _mapping(path, found)
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """Refuses aliases, with which a few lines stand for billions, and what takes forever to nest."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Returns the next node, which must not be an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _mapping(path: pathlib.Path, found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a mapping, got {type(found).__name__}")
     return found
@@ -46,16 +88,32 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns every array of an .npz file, none of which may be a pickle."""
+    """Returns every array of an .npz file, none of which may be a pickle or larger than what the file holds."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("no zip archive")
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path}: no .npz file of plain arrays ({error})") from None
+        with zipfile.ZipFile(path) as archive:
+            expanded = sum(info.file_size for info in archive.infolist())
+            if expanded > _MOST_EXPANSION * path.stat().st_size + _ANY_EXPANSION:
+                raise ValueError(f"it would expand to {expanded} bytes")
+            return {info.filename.removesuffix(".npy"): _read_npy(archive, info) for info in archive.infolist()}
+    except (*torch_file.DAMAGE, SyntaxError, tokenize.TokenError) as error:
+        raise UserError(f"{path}: no .npz file of plain arrays ({one_line(error)})") from None
+
+
+def _read_npy(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """One array, after its header is found to say as much as there is."""
+    with archive.open(info) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_column, dtype = versions[np.lib.format.read_magic(file)](file)
+        if dtype.kind not in "fiub":
+            raise ValueError(f"{info.filename} holds {dtype}, and no pickle is read")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+            raise ValueError(f"{info.filename} does not hold an array of shape {shape}")
+        return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if by_column else "C")
 
 
 def same_keys(where: pathlib.Path, found: set[str], wanted: set[str], optional: Collection[str] = ()) -> None:
@@ -111,24 +169,41 @@ def choice(where: pathlib.Path, config: Mapping[str, Any], key: str, allowed: tu
     return value
 
 
+def text(where: pathlib.Path, config: Mapping[str, Any], key: str) -> str:
+    """Returns the string `config[key]`."""
+    value = config.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key} must be a string, got {value!r}")
+    return value
+
+
 def integer(where: pathlib.Path, config: Mapping[str, Any], key: str) -> int:
     """Returns the integer `config[key]`."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{where}: {key} must be an integer, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**53:
+        raise UserError(f"{where}: {key} must be an integer, below 2^53, got {value!r}")
     return value
 
 
 def number(where: pathlib.Path, config: Mapping[str, Any], key: str) -> float:
     """Returns the finite number `config[key]`."""
     value = config.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not np.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
         raise UserError(f"{where}: {key} must be a finite number, got {value!r}")
     return float(value)
 
 
 def build(where: pathlib.Path, name: str, params: base.SAEParams, **fields: Any) -> base.Sparsifier:
-    """Returns the architecture `name` of loaded parameters: their sizes, a unit decoder where theirs is one."""
+    """Returns the architecture `name` of loaded parameters: their sizes, a unit decoder where theirs is one.
+
+    Numbers that are finite in the file may not be once scales and norms are folded; they are refused here.
+    """
+    folded = {"W_enc": params.W_enc, "b_enc": params.b_enc, "W_dec": params.W_dec, "b_dec": params.b_dec}
+    for key, array in (folded | params.extra).items():
+        if not np.isfinite(np.asarray(array)).all():
+            raise UserError(
+                f"{where}: {key} must be finite in float32 in the scale of the data, {_bad(np.asarray(array))}"
+            )
     d_in, d_sae = params.W_enc.shape
     shared = {"d_in": d_in, "d_sae": d_sae, "unit_decoder": unit_rows(params.W_dec), "decoder_init_norm": 1.0}
     try:
@@ -189,6 +264,12 @@ def shifted(params: base.SAEParams, sign: float) -> base.SAEParams:
     """Moves b_dec on the input into b_enc: (x - b_dec) W + b = x W + (b - b_dec W) for -1, and back for +1."""
     shift = jnp.matmul(params.b_dec, params.W_enc, precision="highest")
     return dataclasses.replace(params, b_enc=params.b_enc + sign * shift)
+
+
+def one_line(found: object) -> str:
+    """Returns the text of a message that quotes a file: printable, one line, cut short."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(str(found).splitlines()))
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
 def _bad(array: np.ndarray) -> str:

@@ -1,22 +1,25 @@
 """Reads the tensors of a PyTorch `.pt` or `.pth` file without PyTorch and without running anything in it; writes one.
 
 Such a file is a zip archive: a pickle that describes containers and tensors, and one raw file per storage. A
-pickle may name any function to be called while it is read; here it may name those of ALLOWED, which build ordered
-dictionaries and tensors, and nothing else. The legacy format (a bare pickle, before PyTorch 1.6) and tar archives
-are refused.
+pickle may name any function to be called while it is read; here it may name those of ALLOWED, and gets stand-ins that
+build dictionaries and tensors and that nothing can be done to. What is read takes a small multiple of the file's
+size: nothing may be compressed, no instruction of the pickle may reserve memory, and a tensor is a view of its storage.
+The legacy format (a bare pickle, before PyTorch 1.6) and tar archives are refused.
 
 Sources:
   PyTorch 2.13, `torch/serialization.py` (archive layout) and `torch/_utils.py` (`_rebuild_tensor_v2`).
 """
 
-import collections
+import io
 import math
 import os
 import pathlib
 import pickle
+import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -38,9 +41,9 @@ STORAGES: dict[str, np.dtype] = {
 }
 """Element type of every storage class that is understood."""
 
-_DAMAGE = (
-    zipfile.BadZipFile, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError,
-    OverflowError, MemoryError, NotImplementedError, RuntimeError,
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, EOFError, OSError, LookupError, ValueError,
+    TypeError, AttributeError, OverflowError, MemoryError, NotImplementedError, RuntimeError,
 )  # fmt: skip
 """What reading a broken or hostile archive may raise."""
 
@@ -76,19 +79,19 @@ def read(path: str | os.PathLike) -> Any:
             return _Unpickler(path, archive).load()
     except UserError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {_one_line(error)})") from None
 
 
 def keys(path: str | os.PathLike) -> frozenset[str]:
     """Returns the names in a file that holds a dictionary, without reading its tensors; none of any other file."""
     path = pathlib.Path(path)
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return frozenset()
     try:
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            return frozenset()
         with zipfile.ZipFile(path) as archive:
             found = _Names(path, archive).load()
-    except (UserError, OSError, *_DAMAGE):
+    except (UserError, *DAMAGE):
         return frozenset()
     return frozenset(key for key in found if isinstance(key, str)) if isinstance(found, dict) else frozenset()
 
@@ -154,6 +157,28 @@ class _Storage(NamedTuple):
     elements: np.ndarray
 
 
+class _Ordered(dict):
+    """Stands for an OrderedDict; the attributes that a module's state dict has (its versions) are dropped."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Takes nothing."""
+
+
+class _Stand(NamedTuple):
+    """Stands for something of ALLOWED: to be called, or the type of a storage; it has no attributes to set."""
+
+    make: Callable[..., Any] | None = None
+    dtype: np.dtype | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Returns what the function that this stands for makes."""
+        if self.make is None:
+            raise ValueError("the type of a storage is no function")
+        return self.make(*arguments)
+
+
 class _Unpickler(pickle.Unpickler):
     """Reads `data.pkl` of one archive; every name it meets goes through `find_class`."""
 
@@ -167,7 +192,7 @@ class _Unpickler(pickle.Unpickler):
         if order in archive.namelist() and self._bytes(order) != b"little":
             raise UserError(f"{path}: byte order must be little")
         self._storages: dict[str, _Storage] = {}
-        super().__init__(archive.open(pickles[0]))
+        super().__init__(io.BytesIO(_plain(self._bytes(pickles[0]))))
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns what stands for an allowed name; refuses all others."""
@@ -178,18 +203,20 @@ class _Unpickler(pickle.Unpickler):
                 "never code. Save the state_dict alone, or use safetensors"
             )
         if name in STORAGES:
-            return STORAGES[name]
-        return {
-            "OrderedDict": collections.OrderedDict,
+            return _Stand(dtype=STORAGES[name])
+        makers = {
+            "OrderedDict": _Ordered,
             "Size": tuple,
             "_rebuild_tensor_v2": _tensor,
             "_rebuild_parameter": _parameter,
-        }[name]
+        }
+        return _Stand(make=makers[name])
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Returns the storage that a tensor refers to."""
-        kind, dtype, key, _, n_elements = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
+        kind, type_of, key, _, n_elements = pid
+        dtype = type_of.dtype if isinstance(type_of, _Stand) else None
+        if kind != "storage" or dtype is None or not isinstance(key, str):
             raise ValueError(f"a reference of kind {kind!r}")
         if key not in self._storages:
             raw = self._bytes(f"{self._root}/data/{key}")
@@ -214,11 +241,19 @@ class _Names(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Returns what stands for an allowed name; refuses all others."""
         found = super().find_class(module, name)
-        return _nothing if name.startswith("_rebuild") else found
+        return _Stand(make=_nothing) if name.startswith("_rebuild") else found
 
     def persistent_load(self, pid: Any) -> Any:
         """Returns nothing in the place of a storage."""
         return None
+
+
+def _plain(program: bytes) -> bytes:
+    """Returns a pickle, after none of its instructions is found to reserve more memory than it can fill."""
+    for instruction, argument, _ in pickletools.genops(program):
+        if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(program):
+            raise ValueError(f"it numbers {argument} things in {len(program)} bytes")
+    return program
 
 
 def _nothing(*_: Any) -> None:
@@ -226,7 +261,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    """What `torch._utils._rebuild_tensor_v2` does, within the storage's bounds, copied out of it."""
+    """What `torch._utils._rebuild_tensor_v2` does, within the storage's bounds: a view of it that cannot be written."""
     elements = storage.elements
     plain = all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
     n_elements = math.prod(size) if plain else -1
@@ -234,7 +269,7 @@ def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any)
     if not 0 <= n_elements <= elements.size or last >= elements.size:
         raise ValueError(f"a tensor of shape {size}, stride {stride} lies outside its {elements.size} elements")
     strides = [s * elements.itemsize for s in stride]
-    return np.lib.stride_tricks.as_strided(elements[offset:], size, strides).copy()
+    return np.lib.stride_tricks.as_strided(elements[offset:], size, strides, writeable=False)
 
 
 def _parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:

@@ -95,7 +95,9 @@ def test_names_that_cannot_be_used(settings, message, trained):
 def test_a_broken_list_of_releases_is_one_line(text, trained, tmp_path):
     neuronpedia.export(trained("topk"), tmp_path)
     (tmp_path / "pretrained_saes.yaml").write_text(text)
-    with pytest.raises(UserError, match="pretrained_saes.yaml: (no list of releases|lists 0 SAEs)"):
+    with pytest.raises(
+        UserError, match="pretrained_saes.yaml: (no list of releases|lists 0 SAEs|no valid YAML|must hold a mapping)"
+    ):
         neuronpedia.load(tmp_path)
 
 

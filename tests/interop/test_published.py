@@ -154,7 +154,7 @@ def test_scaling_factors_and_pickles_in_npz_are_refused(tmp_path):
     with pytest.raises(UserError, match="scaling_factor must be 1"):
         interop.load(path)
     change_weights("", path, lambda w: w | {"b_dec": np.array([print], dtype=object)})
-    with pytest.raises(UserError, match=r"no .npz file of plain arrays \(.*allow_pickle"):
+    with pytest.raises(UserError, match=r"no .npz file of plain arrays \(b_dec.npy holds object"):
         interop.load(path)
     (path / "params.npz").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(UserError, match=r"no .npz file of plain arrays \(no zip archive"):

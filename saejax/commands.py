@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from saejax.evals import language_model as splice
 from saejax.evals import result as results
 from saejax.interop import hub, neuronpedia
 from saejax.report import corpus, dashboards, latents, page, records, sweep
-from saejax.sae import model
+from saejax.sae import Family, model
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,10 @@ def export(cfg: ExportConfig) -> str:
     if cfg.hub is not None:
         hub.check(cfg.hub)  # first, for what follows may take long
     path = Path(cfg.path) if cfg.path else Path(cfg.run) / f"export_{cfg.format}"
+    if cfg.path is None and Path(cfg.run).is_file():
+        raise UserError(f"run={cfg.run}: is a file, and nothing is written into it; say path=DIRECTORY")
+    if path.resolve() in (Path(cfg.run).resolve(), Path(cfg.run).resolve().parent) and path.exists():
+        raise UserError(f"path={path}: is where the SAE is read from, and stays as it is; give another directory")
     sae = _sae(cfg.run, cfg.step)
     if cfg.format == neuronpedia.name:
         lines = _handed_over(cfg, sae, path)
@@ -232,9 +237,12 @@ def _rows(path: str) -> np.ndarray | store_source.Store:
     if Path(path).is_dir():
         return store_source.Store(path=path)
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        rows = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"activations={path}: must be a .npy file of rows ({error})") from None
+    if rows.ndim < 2 or rows.dtype.kind not in "fiu":
+        raise UserError(f"activations={path}: must be a .npy file of rows [n, d_in], got {rows.dtype} {rows.shape}")
+    return rows
 
 
 def report(cfg: ReportConfig) -> str:
@@ -259,7 +267,7 @@ def report(cfg: ReportConfig) -> str:
 
 
 def _heldout_store(trained: config.Config) -> store.Reader | None:
-    """The held-out activations of a run that was trained on a store of one hook; a line where it has several."""
+    """The held-out activations of an SAE that was trained on a store of one hook; a line where it is of several."""
     source = trained.source
     heldout = source.reader("heldout") if isinstance(source, store_source.Store) else None
     if heldout is not None and len(heldout.hooks) > 1:
@@ -267,6 +275,10 @@ def _heldout_store(trained: config.Config) -> store.Reader | None:
         logger.warning(
             "without text and language model, which need a store of one hook: %s has %s", heldout.path, hooks
         )
+        return None
+    if heldout is not None and trained.sae.family is not Family.sae:
+        name = trained.sae.family.name
+        logger.warning("without text and language model, which need family=sae: this run is of family=%s", name)
         return None
     return heldout
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.interop import saelens_fold, strict, torch_file
+from saejax.interop import folder, saelens_fold, strict, torch_file
 from saejax.sae import base
 from saejax.sae.model import SAE
 
@@ -121,10 +121,10 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     if "k" in state:
         trainer["k"] = int(state["k"])
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    torch_file.write_state_dict(path / WEIGHTS, state)
     config = {"trainer": trainer, "buffer": {}, "training_library": "saejax"}
-    (path / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    with folder.filled(path, (CONFIG, WEIGHTS)) as part:
+        torch_file.write_state_dict(part / WEIGHTS, state)
+        (part / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 

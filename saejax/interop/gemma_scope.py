@@ -14,6 +14,7 @@ Sources:
 
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ NPZ, TENSORS, LAYER, CONFIG = "params.npz", "params.safetensors", "params_layer_
 
 _DESCRIBED = {"hf_hook_point_in", "hf_hook_point_out", "model_name", "type", "affine_connection", "width", "l0"}
 _SKIP = "affine_skip_connection"
+_TRANSCODERS = re.compile("gemma-scope.*transcoders")
+"""Name of a release of transcoders; other folders on the way may be called anything."""
 
 
 def detect(path: pathlib.Path) -> bool:
@@ -42,7 +45,8 @@ def detect(path: pathlib.Path) -> bool:
 def load(path: str | os.PathLike) -> SAE:
     """Reads one autoencoder, transcoder, cross-layer transcoder or crosscoder.
 
-    What has no config.json (all of the first release) is a transcoder where its path says so.
+    What has no config.json (all of the first release) is a transcoder where the name of the release in
+    its path says so (gemma-scope-2b-pt-transcoders).
 
     Raises:
       UserError: a key is missing or unknown, a wrong shape, a NaN, or a skip of a cross-layer transcoder.
@@ -82,7 +86,7 @@ def _single(file: pathlib.Path, config: dict[str, Any]) -> tuple[base.Sparsifier
         raise UserError(f"{file}: type={kind} is read from a directory of {LAYER.format('<i>')}")
     if config.get("affine_connection", _SKIP in w) != (_SKIP in w):
         raise UserError(f"{file.parent / CONFIG}: affine_connection must say whether {file.name} has {_SKIP}")
-    by_name = kind is None and any("transcoder" in part for part in file.absolute().parts)
+    by_name = kind is None and any(_TRANSCODERS.search(part) for part in file.absolute().parts)
     transcodes = kind == "transcoder" or by_name or _SKIP in w
     params = _params(w)
     fields = strict.transcoder(params) if transcodes else {"subtract_b_dec": False}

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from saejax.errors import UserError
-from saejax.interop import saelens, saelens_config, strict
+from saejax.interop import folder, saelens, saelens_config, strict
 from saejax.sae.model import SAE
 
 name = "neuronpedia"
@@ -82,6 +82,8 @@ def names(sae: SAE, settings: NeuronpediaConfig | None = None) -> Names:
     model = settings.model or re.split(r"[/\\:]", str(known.get("model_name") or ""))[-1]
     if not model:
         raise UserError("format=neuronpedia: this SAE does not know its model; say neuronpedia.model=NAME")
+    if not re.fullmatch(r"[\w.-]+", model):
+        raise UserError(f"neuronpedia.model={strict.one_line(model)}: takes letters, digits, ., - and _")
     hook = settings.hook or str(known.get("hook_name") or "")
     found = re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", hook)
     if found is None:
@@ -144,20 +146,27 @@ def export(
       UserError: the format cannot hold the architecture, or a name is missing.
     """
     path, called, figures = pathlib.Path(path), names(sae, settings), dict(figures or {})
-    own = saelens.export(sae, path / called.hook)
-    config = strict.read_json(own / saelens.CONFIG)
-    config["metadata"] |= {
-        "model_name": called.model,
-        "hook_name": called.hook,
-        "neuronpedia_id": called.neuronpedia_id,
-    }
-    (own / saelens.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     entry: dict[str, Any] = {"id": called.hook, "path": called.hook, "neuronpedia": called.neuronpedia_id}
     entry |= {"l0": round(figures["l0"], 4)} if "l0" in figures else {}
     entry |= {"variance_explained": round(1 - figures["fvu"], 4)} if "fvu" in figures else {}
     release = {"conversion_func": None, "model": called.model, "repo_id": called.repository, "saes": [entry]}
-    (path / STANZA).write_text(yaml.safe_dump({called.release: release}, sort_keys=False), encoding="utf-8")
-    (path / CARD).write_text(_card(called, config, figures, origin), encoding="utf-8")
+    replaced = (
+        CARD,
+        STANZA,
+        f"{DASHBOARDS}/",
+        *(f"{called.hook}/{file}" for file in (saelens.CONFIG, saelens.WEIGHTS)),
+    )
+    with folder.filled(path, replaced) as part:
+        own = saelens.export(sae, part / called.hook)
+        config = strict.read_json(own / saelens.CONFIG)
+        config["metadata"] |= {
+            "model_name": called.model,
+            "hook_name": called.hook,
+            "neuronpedia_id": called.neuronpedia_id,
+        }
+        (own / saelens.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (part / STANZA).write_text(yaml.safe_dump({called.release: release}, sort_keys=False), encoding="utf-8")
+        (part / CARD).write_text(_card(called, config, figures, origin), encoding="utf-8")
     return path
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from saejax.errors import UserError
-from saejax.interop import saelens_config, saelens_fold, strict
+from saejax.interop import folder, saelens_config, saelens_fold, strict
 from saejax.interop.saelens_config import Parsed
 from saejax.kernels.row_norm import RowNorm
 from saejax.sae import base, per_row
@@ -95,9 +95,9 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     config, weights = converted(sae)
     config["normalize_activations"] = normalize
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(weights, path / WEIGHTS)
-    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with folder.filled(path, (CONFIG, WEIGHTS)) as part:
+        safetensors.numpy.save_file(weights, part / WEIGHTS)
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -163,7 +163,9 @@ def _metadata(sae: SAE) -> dict[str, Any]:
     source = source if isinstance(source, dict) else {}
     model = provenance.get("model") or source.get("model") or {}
     model = {"name": model} if isinstance(model, str) else model
+    model = model if isinstance(model, dict) else {}
     hook, out = provenance.get("hook") or source.get("hook") or provenance.get("hook_name"), None
+    hook = hook if isinstance(hook, str) else None
     if sae.sparsifier.family is Family.transcoder:
         hook, _, out = (hook or "").partition(",")
     found = {

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from saejax.errors import UserError
-from saejax.interop import strict
+from saejax.interop import folder, strict
 from saejax.sae.model import SAE
 from saejax.sae.sites import Family
 
@@ -97,9 +97,7 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     if sparsifier.skip:
         weights["W_skip"] = params.extra["W_skip"].T
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     arrays = {key: np.array(value, np.float32, order="C") for key, value in weights.items()}
-    safetensors.numpy.save_file(arrays, path / WEIGHTS)
     config: dict[str, Any] = {
         "activation": "topk",
         "expansion_factor": max(1, sparsifier.d_sae // sparsifier.d_in),
@@ -111,7 +109,9 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
         "transcode": not sparsifier.mirrors,
         "d_in": sparsifier.d_in,
     }
-    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with folder.filled(path, (CONFIG, WEIGHTS)) as part:
+        safetensors.numpy.save_file(arrays, part / WEIGHTS)
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -7,6 +7,10 @@ PARITY ?= 1
 WORKERS ?= 2
 # XLA sizes its thread pool by NPROC; many fake devices on few cores need it.
 export NPROC ?= 16
+# Most of a test's time is compilation: runs that tests start share what they compiled, and so does the next `make test`.
+test test-slow: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 BIN   := $(VENV)/bin
 PINS  := constraints.txt

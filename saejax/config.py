@@ -337,7 +337,8 @@ def check_resumable(before: Config, now: Config) -> None:
     }
     old, new = _flat(to_plain(before)), _flat(to_plain(now))
     for key in sorted(old.keys() | new.keys()):
-        bound = key in fixed or key.startswith(("source.", "normalize.")) and key != "source.path"
+        moved = key in ("source.path", "source.paths")  # what lies there is checked by the stream itself
+        bound = key in fixed or key.startswith(("source.", "normalize.")) and not moved
         if bound and old.get(key) != new.get(key):
             raise UserError(f"{key} cannot change on resume: the run has {old.get(key)}, got {new.get(key)}")
 

@@ -124,6 +124,10 @@ def test_from_the_command_line_and_back_from_a_run(source, tmp_path):
     assert before.source == source
     (tmp_path / "config.yaml").write_text(config.to_yaml(before))
     assert config.from_run(tmp_path).source == source
+    shutil.copytree(tmp_path / "b", tmp_path / "moved")
+    moved = config.from_run(tmp_path, [f"source.paths=[{source.paths[0]},{tmp_path}/moved]"])
+    assert moved.source != source
+    config.check_resumable(before, moved)
     with pytest.raises(UserError, match="source.paths = .*at least 2 stores"):
         Joined(paths=source.paths[:1])
     with pytest.raises(UserError, match="source.paths must be given"):

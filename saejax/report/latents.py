@@ -131,6 +131,11 @@ def collect(
     return Examples(latents, 0 if corpus is None else min(corpus.n_rows, settings.max_rows))
 
 
+def shows(sae: SAE) -> bool:
+    """Returns whether latents can be shown: of an SAE that reads and writes one site."""
+    return sae.sparsifier.family is Family.sae
+
+
 def choose(rate: Float[np.ndarray, "d_sae"], n: int, seed: int) -> Int[np.ndarray, "m"]:
     """Draws up to `n` living latents, one from each of `n` equal groups by firing rate, densest first."""
     rng = np.random.default_rng(seed)
@@ -142,7 +147,7 @@ def choose(rate: Float[np.ndarray, "d_sae"], n: int, seed: int) -> Int[np.ndarra
 
 def _check(sae: SAE, corpus: Corpus | None, rate: np.ndarray | None, unembedding: Array | None) -> None:
     d_in, d_sae = sae.sparsifier.d_in, sae.sparsifier.d_sae
-    if sae.sparsifier.family is not Family.sae:
+    if not shows(sae):
         raise UserError(f"report: latents are shown of family=sae, this is family={sae.sparsifier.family.name}")
     if corpus is None and rate is None:
         raise UserError("report: latents need rows or firing rates; `saejax evaluate run=...` measures the rates")

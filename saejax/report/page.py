@@ -58,7 +58,8 @@ def build(
     """
     found = records.read(run_dir)
     rates = _array(found, "firing_rate")
-    if examples is None and sae is not None and rates is not None and len(rates) == sae.sparsifier.d_sae:
+    shown = sae is None or latents.shows(sae)
+    if examples is None and sae is not None and shown and rates is not None and len(rates) == sae.sparsifier.d_sae:
         examples = latents.collect(sae, firing_rate=rates)
     main, others = curves.panels(found.rows)
     axis = curves.x_name(found.rows)
@@ -76,6 +77,7 @@ def build(
         gain=_gain(found),
         cosine=_cosine(sae),
         examples=examples,
+        not_shown=None if sae is None or shown else sae.sparsifier.family.name,
         config=records.flatten(found.config) if found.config else {},
         record=records.flatten(found.record) if found.record else {},
         evaluated_on=records.flatten(found.evaluation.get("data", {})),

@@ -4,13 +4,15 @@ import html.parser
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
-from conftest import D_IN, WORDS, decode, write_run
+from conftest import D_IN, D_SAE, WORDS, decode, write_run
 
 from saejax import report
 from saejax.errors import UserError
 from saejax.report import corpus, curves, plot
+from saejax.sae import SAE, Family, TopK
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 
@@ -97,6 +99,14 @@ def test_missing_parts_say_which_command_fills_them(missing, tmp_path, sae):
     text, page = render(run_dir, sae=None if missing == "sae" else sae)
     command = {"eval.json": "saejax evaluate run=", "sae": "saejax report run="}.get(missing, "saejax train resume=")
     assert f"{command}{run_dir}" in "".join(page.texts)
+
+
+def test_a_family_without_single_latents_has_a_page_that_says_so(tmp_path):
+    halves = TopK(d_in=D_IN // 2, d_sae=D_SAE, k=3, family=Family.transcoder, sites=(D_IN // 2,) * 2)
+    run_dir = write_run(tmp_path / "run")
+    text, page = render(run_dir, sae=SAE(halves, halves.init(jax.random.key(0))))
+    assert "this run is of family=transcoder" in "".join(page.texts)
+    assert '<article class="latent"' not in text and "saejax evaluate" not in text
 
 
 def test_broken_files_are_named_not_fatal(tmp_path):

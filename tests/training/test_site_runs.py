@@ -102,13 +102,13 @@ def test_losses_and_parameters_do_not_depend_on_the_mesh_and_one_compilation_ser
         mesh = sharding.make_mesh(*shape)
         with jax.set_mesh(mesh):
             now, compiled, record = created(cfg, mesh)
-            losses = []
+            born, losses = jax.device_get(now.params), []
             for _ in range(5):
                 now, metrics = compiled(now, record())
                 losses.append(float(metrics["loss"]))
         assert compiled._cache_size() <= 2  # a second entry where only outputs are committed to their devices
         found.append((losses, jax.device_get(now.params)))
-    assert found[0][0][-1] < found[0][0][0]
+        assert np.abs(found[-1][1].W_enc - born.W_enc).max() > 1e-3  # ten times what may differ below
     for losses, params in found[1:]:
         np.testing.assert_allclose(losses, found[0][0], rtol=1e-5)
         # Adam divides by the root of a running square: rounding of near-zero gradients is seen at the scale of lr.

@@ -10,7 +10,7 @@ import pytest
 from saejax import commands, sharding
 from saejax.activations import language_model, store, store_source
 from saejax.errors import UserError
-from saejax.sae import l1, model
+from saejax.sae import Family, l1, model
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +84,22 @@ def test_another_model_under_the_same_name_is_refused(moved, tmp_path):
         commands._backend(moved)
 
 
-def test_a_store_of_several_hooks_has_no_splice_and_a_line_says_so(moved, tmp_path, caplog):
-    trained = types.SimpleNamespace(source=store_source.Store(path=str(tmp_path)))
+def test_a_store_of_several_hooks_has_no_splice_and_a_line_says_so(sae, moved, tmp_path, caplog):
+    trained = types.SimpleNamespace(source=store_source.Store(path=str(tmp_path)), sae=sae.config)
     assert commands._heldout_store(trained) is not None and not caplog.records
     manifest = moved.manifest | {"sites": [{"hook": "a", "d_in": 12}, {"hook": "b", "d_in": 12}]}
     (moved.path / "manifest.json").write_text(json.dumps(manifest))
     assert commands._heldout_store(trained) is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith(f"need a store of one hook: {moved.path} has a and b")
+
+
+def test_a_family_that_cannot_be_spliced_has_no_splice_and_a_line_says_so(moved, tmp_path, caplog):
+    halves = l1.L1(d_in=12, d_sae=64, family=Family.transcoder, sites=(12, 12))
+    trained = types.SimpleNamespace(source=store_source.Store(path=str(tmp_path)), sae=halves)
+    assert commands._heldout_store(trained) is None
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("need family=sae: this run is of family=transcoder")
 
 
 def test_renamed_files_are_the_same_model():

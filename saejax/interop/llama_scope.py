@@ -106,5 +106,7 @@ def _architecture(
     if act == "topk":
         return strict.build(where, "topk", params, k=strict.integer(where, config, "top_k"), **fields), params
     threshold = max(strict.number(where, config, "jump_relu_threshold"), 0.0)
-    params = dataclasses.replace(params, extra={"threshold": jnp.full(len(params.b_enc), threshold, jnp.float32)})
+    params = dataclasses.replace(
+        params, extra={"threshold": jnp.asarray(np.full(len(params.b_enc), threshold, np.float32))}
+    )
     return strict.build(where, "jumprelu", params, **fields), params

@@ -17,7 +17,6 @@ Sources:
   pass has them: its own `standardize_parameters_of_dataset_norm` leaves the thresholds of an SAE in their old unit.
 """
 
-import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -90,9 +89,8 @@ def _sae(where: pathlib.Path, file: pathlib.Path, config: dict[str, Any]) -> _Re
     if _gated(where, config):
         params = saelens_fold.decoder_norms(params, in_units=True)
     s_in, s_out = scales[hooks[0]], scales[hooks[1]]
-    params = dataclasses.replace(
-        params, W_enc=params.W_enc * s_in, W_dec=params.W_dec / s_out, b_dec=params.b_dec / s_out
-    )
+    scaled = np.asarray(params.W_enc) * s_in, params.b_enc, np.asarray(params.W_dec) / s_out
+    params = strict.params(*scaled, np.asarray(params.b_dec) / s_out, **params.extra)
     fields: dict[str, Any] = {"k": strict.integer(where, config, "top_k")} if act == "topk" else {}
     transcodes = hooks[0] != hooks[1]
     fields |= strict.transcoder(params) if transcodes else {"subtract_b_dec": False}
@@ -152,8 +150,8 @@ def _clt(where: pathlib.Path, file: pathlib.Path, config: dict[str, Any]) -> _Re
         params = saelens_fold.decoder_norms(params, in_units=True)
     s_in = np.repeat(np.array([scales[hook] for hook in hooks_in], np.float32), n)[None, :]
     s_out = np.repeat(np.array([scales[hook] for hook in hooks_out], np.float32), d)
-    scaled = {"W_enc": params.W_enc * s_in, "W_dec": params.W_dec / s_out[None, :], "b_dec": params.b_dec / s_out}
-    params = dataclasses.replace(params, **scaled)
+    scaled = np.asarray(params.W_enc) * s_in, params.b_enc, np.asarray(params.W_dec) / s_out[None, :]
+    params = strict.params(*scaled, np.asarray(params.b_dec) / s_out, **params.extra)
     fields: dict[str, Any] = {"family": Family.clt, "sites": (d,) * (2 * len(layers)), "d_in": d * len(layers)}
     fields |= {"k": strict.integer(where, config, "top_k")} if act == "topk" else {}
     return strict.build(where, act, params, subtract_b_dec=False, **fields), params, hooks_in + hooks_out

@@ -6,10 +6,8 @@ Sources:
   SAELens 6.54, `SAE.fold_activation_norm_scaling_factor`, `fold_activation_whitening`, `fold_W_dec_norm`.
 """
 
-import dataclasses
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 
 from saejax.errors import UserError
@@ -55,21 +53,16 @@ def decoder_norms(params: base.SAEParams, in_units: bool = False) -> base.SAEPar
       params: Parameters.
       in_units: Whether thresholds already are in units of latents times norms.
     """
-    norms = jnp.linalg.norm(params.W_dec, axis=1)
-    some = jnp.where(norms > 0, norms, 1.0)
+    W_enc, b_enc, W_dec = (np.asarray(a, np.float32) for a in (params.W_enc, params.b_enc, params.W_dec))
+    norms = np.linalg.norm(W_dec, axis=1)
+    some = np.where(norms > 0, norms, np.float32(1))
     of_latents = {
-        name: value * some if name in ("b_mag", "threshold") and not in_units else value
+        name: np.asarray(value) * some if name in ("b_mag", "threshold") and not in_units else value
         for name, value in params.extra.items()
     }
     # With a norm of 0 the pre-activations of SAELens are 0 too.
     by = norms if in_units else some
-    return dataclasses.replace(
-        params,
-        W_enc=params.W_enc * by[None, :],
-        b_enc=params.b_enc * by,
-        W_dec=params.W_dec / some[:, None],
-        extra=of_latents,
-    )
+    return strict.params(W_enc * by[None, :], b_enc * by, W_dec / some[:, None], params.b_dec, **of_latents)
 
 
 def _scaled(params: base.SAEParams, scale: float, rescaled: bool) -> base.SAEParams:
@@ -78,12 +71,11 @@ def _scaled(params: base.SAEParams, scale: float, rescaled: bool) -> base.SAEPar
     They do where SAELens multiplies by decoder norms, which its fold divides by the scale, and in matching pursuit,
     whose dictionary stays.
     """
+    W_enc, b_enc, W_dec, b_dec = (np.asarray(a) for a in (params.W_enc, params.b_enc, params.W_dec, params.b_dec))
     if rescaled:
-        extra = {name: value / scale for name, value in params.extra.items()}
-        return dataclasses.replace(params, b_enc=params.b_enc / scale, b_dec=params.b_dec / scale, extra=extra)
-    return dataclasses.replace(
-        params, W_enc=params.W_enc * scale, W_dec=params.W_dec / scale, b_dec=params.b_dec / scale
-    )
+        extra = {name: np.asarray(value) / scale for name, value in params.extra.items()}
+        return strict.params(W_enc, b_enc / scale, W_dec, b_dec / scale, **extra)
+    return strict.params(W_enc * scale, b_enc, W_dec / scale, b_dec / scale, **params.extra)
 
 
 def _whitened(params: base.SAEParams, whitening: dict[str, np.ndarray], subtract: bool) -> base.SAEParams:

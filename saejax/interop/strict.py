@@ -188,7 +188,7 @@ def integer(where: pathlib.Path, config: Mapping[str, Any], key: str) -> int:
 def number(where: pathlib.Path, config: Mapping[str, Any], key: str) -> float:
     """Returns the finite number `config[key]`."""
     value = config.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e100:
         raise UserError(f"{where}: {key} must be a finite number, got {value!r}")
     return float(value)
 
@@ -262,8 +262,8 @@ def params(W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any, **extra: Any) -> base
 
 def shifted(params: base.SAEParams, sign: float) -> base.SAEParams:
     """Moves b_dec on the input into b_enc: (x - b_dec) W + b = x W + (b - b_dec W) for -1, and back for +1."""
-    shift = jnp.matmul(params.b_dec, params.W_enc, precision="highest")
-    return dataclasses.replace(params, b_enc=params.b_enc + sign * shift)
+    shift = np.asarray(params.b_dec, np.float32) @ np.asarray(params.W_enc, np.float32)
+    return dataclasses.replace(params, b_enc=jnp.asarray(np.asarray(params.b_enc) + np.float32(sign) * shift))
 
 
 def one_line(found: object) -> str:

@@ -1,21 +1,19 @@
 """Transcoders and their kin of other tools: recognised, computed as their source says, written, refused."""
 
-import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import transcoder_examples as published
-from published_examples import top, write_tensors
+from published_examples import draw, top, write_tensors
 
 import saejax
 from saejax import interop
 from saejax.errors import UserError
 from saejax.interop import saebench
-from saejax.sae import ARCHITECTURES, SAE, Family
+from saejax.sae import ARCHITECTURES, SAE, Family, SAEParams
 
 EXAMPLES = published.EXAMPLES
 D, OUT, N = published.D, published.OUT, published.N
@@ -49,17 +47,14 @@ def trained(name, skip, sites=(D, OUT)):
     fields = {"k": 4} if name in ("topk", "batch_topk") else {}
     common = {"family": Family.transcoder, "sites": sites, "skip": skip, "unit_decoder": False}
     config = ARCHITECTURES[name](d_in=sites[0], d_sae=N, **common, **fields)
-    params, keys = config.init(jax.random.key(0)), jax.random.split(jax.random.key(1), 4)
-    thresholds = {"jumprelu": jnp.linspace(0.1, 1, N), "batch_topk": jnp.asarray(0.7)}
+    shapes = {"W_enc": (sites[0], N), "b_enc": (N,), "W_dec": (N, sites[1]), "b_dec": (sites[1],), "W_skip": sites}
+    weights = draw(shapes, seed=1)
+    weights["W_dec"] *= np.linspace(0.2, 3, N, dtype=np.float32)[:, None]
+    thresholds = {"jumprelu": np.linspace(0.1, 1, N, dtype=np.float32), "batch_topk": np.float32(0.7)}
     extra = {"threshold": thresholds[name]} if name in thresholds else {}
-    extra |= {"W_skip": jax.random.normal(keys[0], (sites[0], sites[1]))} if skip else {}
-    params = dataclasses.replace(
-        params,
-        W_dec=params.W_dec * jnp.linspace(0.2, 3, N)[:, None],
-        b_enc=0.3 * jax.random.normal(keys[1], (N,)),
-        b_dec=jax.random.normal(keys[2], (sites[1],)),
-        extra=params.extra | extra,
-    )
+    extra |= {"W_skip": weights["W_skip"]} if skip else {}
+    plain = {key: jnp.asarray(weights[key]) for key in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    params = SAEParams(**plain, extra={key: jnp.asarray(value) for key, value in extra.items()})
     return SAE(config, params, {"hook": "blocks.1.ln2.hook_normalized,blocks.1.hook_mlp_out"})
 
 
@@ -121,12 +116,14 @@ def test_what_a_format_cannot_hold_is_not_written(format, sae, message, tmp_path
 
 
 def test_several_sites_are_not_written(tmp_path):
+    params = trained("l1", False, (12, 10)).params
     config = ARCHITECTURES["l1"](d_in=12, d_sae=N, family=Family.transcoder, sites=(6, 6, 5, 5))
     with pytest.raises(UserError, match="takes transcoders of one hook to one hook"):
-        interop.export(SAE(config, config.init(jax.random.key(0))), tmp_path)
+        interop.export(SAE(config, params), tmp_path)
+    params = trained("l1", False, (12, 12)).params
     config = ARCHITECTURES["l1"](d_in=12, d_sae=N, family=Family.crosscoder, sites=(6, 6))
     with pytest.raises(UserError, match="sae.family=crosscoder: the saelens format takes sae, transcoder"):
-        interop.export(SAE(config, config.init(jax.random.key(0))), tmp_path)
+        interop.export(SAE(config, params), tmp_path)
 
 
 def test_saebench_takes_no_transcoder():

@@ -46,7 +46,7 @@ def load(path: str | os.PathLike) -> SAE:
     """
     path = pathlib.Path(path)
     config = _config((path.parent if path.is_file() else path) / "config.yaml")
-    sparsifier, params = _single(path, config) if path.is_file() else _layers(path)
+    sparsifier, params = _single(path, config) if path.is_file() else _layers(path, config)
     named = {"hook_name": "feature_input_hook", "hook_name_out": "feature_output_hook", "model_name": "model_name"}
     origin = {ours: config[theirs] for ours, theirs in named.items() if config.get(theirs)}
     return SAE(sparsifier, params, {"path": str(path)} | origin)
@@ -86,7 +86,7 @@ def _act(file: pathlib.Path, threshold: np.ndarray | None) -> tuple[str, dict[st
     return "jumprelu", {"threshold": threshold}
 
 
-def _layers(folder: pathlib.Path) -> tuple[base.Sparsifier, base.SAEParams]:
+def _layers(folder: pathlib.Path, config: dict[str, Any]) -> tuple[base.Sparsifier, base.SAEParams]:
     n_layers = len(list(folder.glob(_ENCODER.format("*"))))
     parts = [_layer(folder, i, n_layers) for i in range(n_layers)]
     first = parts[0]
@@ -94,6 +94,8 @@ def _layers(folder: pathlib.Path) -> tuple[base.Sparsifier, base.SAEParams]:
         if set(w) != set(first) or w["W_enc"].shape != first["W_enc"].shape:
             raise UserError(f"{folder / _ENCODER.format(i)}: must have the keys and shapes of {_ENCODER.format(0)}")
     joined = {key: np.concatenate([w[key] for w in parts]) for key in first}
+    kinds = ("jump_relu" if "threshold" in joined else "relu", None)
+    strict.choice(folder / "config.yaml", config, "activation", kinds, None)
     act, threshold = _act(folder, joined.pop("threshold", None))
     params = strict.params(**joined | {"W_enc": joined["W_enc"].T}, **threshold)
     d = params.W_enc.shape[0]

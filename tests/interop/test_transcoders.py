@@ -230,3 +230,10 @@ def test_the_activation_in_config_yaml_counts(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match="config.yaml: no valid YAML"):
         interop.load(path)
+
+
+def test_the_activation_of_all_layers_counts(tmp_path):
+    path, _ = published.tracer_layers(tmp_path)
+    (path / "config.yaml").write_text("activation: topk\nk: 4\n")
+    with pytest.raises(UserError, match='config.yaml: activation must be "relu" or null, got .topk.'):
+        interop.load(path)

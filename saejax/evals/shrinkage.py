@@ -28,7 +28,7 @@ from saejax.sae import base
 
 @struct.dataclass
 class NormState:
-    """Sums over rows, scalars; `latent_part` is `recon - b_dec`, what the latents add.
+    """Sums over rows, scalars; `latent_part` is `recon - b_dec`, what the latents (and a skip) add.
 
     Attributes:
       recon_recon: Sum of |recon|^2.
@@ -89,8 +89,8 @@ class Norms(metric.Metric):
             "<x, recon>; 1 is unbiased, below 1 is too short.",
             "l2_ratio": "Mean over rows of |recon| / |x|, rows with x = 0 left out; below 1 even for an unbiased but "
             "imperfect reconstruction.",
-            "gain_shared": "The one factor on all latents that minimises the squared error: sum of "
-            "<x - b_dec, recon - b_dec> divided by the sum of |recon - b_dec|^2.",
+            "gain_shared": "The one factor on all latents (and on the linear map of a transcoder with skip) that "
+            "minimises the squared error: sum of <x - b_dec, recon - b_dec> divided by the sum of |recon - b_dec|^2.",
         }
 
 

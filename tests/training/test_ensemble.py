@@ -12,19 +12,27 @@ from small_steps import Steps, bits
 STEPS = 5
 # Seeds with their numbers of latents that begin dead and silent: none, fewer and more than k_aux = 32 (of 128).
 MEMBERS = {0: 0, 1: 5, 2: 70}
-# Products over a stack of matrices add up in another order: one rounding of the largest entry, 6e-8, in each of some
-# five sums per step (3e-7 is the most that was measured). Optimisers divide by what they have seen, so no less holds
-# for small entries.
-TOLERANCE = 5e-6
+# Products over a stack of matrices add up in another order: a rounding of the largest entry, 6e-8, in each of some five
+# sums in a row, at each step; less than 6e-7 was measured. Optimisers divide by what they have seen, so entries that
+# are small beside the largest are not held to more.
+TOLERANCE = 2e-6
 
 
 def member(born, sparsifier, seed, n_dead):
     """A state with parameters and draws of another seed."""
     params = sparsifier.init(jax.random.key(seed))
     silent = jnp.arange(sparsifier.d_sae) < n_dead
+    # Positive but never among the best or above a threshold: silent, and AuxK moves them; a ReLU needs less.
+    bias = 1e-3 if hasattr(sparsifier, "k") or "threshold" in params.extra else -9.0
+    params = dataclasses.replace(
+        params,
+        W_enc=jnp.where(silent[None, :], 1e-3 * params.W_enc, params.W_enc),
+        b_enc=jnp.where(silent, bias, params.b_enc),
+        b_dec=born.params.b_dec,
+    )
     return dataclasses.replace(
         born,
-        params=dataclasses.replace(params, b_enc=jnp.where(silent, -9.0, params.b_enc), b_dec=born.params.b_dec),
+        params=params,
         liveness=dataclasses.replace(born.liveness, tokens_since_fired=jnp.where(silent, 10_000, 0)),
         key=jax.random.key(100 + seed),
     )
@@ -55,5 +63,5 @@ def test_an_ensemble_equals_its_runs(architecture):
         for now, then in zip(history, alone, strict=True):
             for name, value in then.items():
                 np.testing.assert_allclose(now[name][n], value, rtol=TOLERANCE, err_msg=name)
-    if one.cfg.sae.lr_scales().get("b_enc") != 0:  # a pursuit reads b_enc in its first step only: they fire again
+    if one.cfg.sae.lr_scales().get("b_enc") != 0:  # the encoder of a pursuit is its decoder: they fire again
         np.testing.assert_array_equal(resampled, list(MEMBERS.values()))

@@ -65,6 +65,8 @@ def understood(name, arguments, store):
         return
     arguments = [re.sub(r"\$\w+|\{\w+\}", "0", argument) for argument in arguments]  # of a shell, of an f-string
     arguments = [f"source.path={store}" if a.startswith("source.path=") else a for a in arguments]
+    if any(a.startswith("sae.family=") and a != "sae.family=sae" for a in arguments):  # rows of two sites
+        arguments = [a for a in arguments if not a.startswith("source")] + ["source=synthetic", "source.sites=[24,24]"]
     if name == "train":
         arguments += [f"source.path={store}"] * ("source=store" in arguments)
         preflight.check([a.replace("source=arrays", "source=store") for a in arguments])

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -63,7 +63,7 @@ def _words(leaf: Array) -> Array:
 
 
 @jax.jit
-def _sums(array: Array) -> UInt32[Array, words]:
+def _sums(array: Array) -> UInt32[Array, " words"]:
     if array.dtype == jnp.bool_:
         words = array.astype(jnp.uint32)
     else:

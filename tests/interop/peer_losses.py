@@ -34,6 +34,12 @@ LEAVES = {
 """Names of each of our leaves in the packages; an `.weight` of a linear layer is transposed."""
 
 
+_RNG = np.random.default_rng(3)
+THRESHOLD = {"threshold": 0.2 + 0.4 * _RNG.random(D_SAE)}
+GATES = {"r_mag": 0.3 * _RNG.standard_normal(D_SAE), "b_mag": 0.1 * _RNG.standard_normal(D_SAE)}
+"""Further leaves of the architectures that have them."""
+
+
 def needs(*packages):
     """A mark: skip the test, before it computes anything, where a package is missing."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]

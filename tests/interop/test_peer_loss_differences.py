@@ -10,7 +10,9 @@ import pytest
 from peer_losses import (
     D_IN,
     D_SAE,
+    GATES,
     SIZES,
+    THRESHOLD,
     K,
     X,
     agree,
@@ -30,9 +32,6 @@ from peer_losses import (
 from saejax import sae
 
 pytestmark = pytest.mark.filterwarnings("default")
-RNG = np.random.default_rng(3)
-THRESHOLD = {"threshold": 0.2 + 0.4 * RNG.random(D_SAE)}
-GATES = {"r_mag": 0.3 * RNG.standard_normal(D_SAE), "b_mag": 0.1 * RNG.standard_normal(D_SAE)}
 TOPK, AUX = sae.TopK(**SIZES, k=K), "auxiliary_reconstruction_loss"
 
 

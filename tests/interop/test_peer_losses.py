@@ -10,8 +10,10 @@ import pytest
 from peer_losses import (
     D_IN,
     D_SAE,
+    GATES,
     SIZES,
     STEP,
+    THRESHOLD,
     WARM,
     WARMUP,
     K,
@@ -34,9 +36,6 @@ from saejax import sae
 from saejax.sae import base
 
 pytestmark = pytest.mark.filterwarnings("default")
-RNG = np.random.default_rng(3)
-THRESHOLD = {"threshold": 0.2 + 0.4 * RNG.random(D_SAE)}
-GATES = {"r_mag": 0.3 * RNG.standard_normal(D_SAE), "b_mag": 0.1 * RNG.standard_normal(D_SAE)}
 ALPHA, PREFIXES = 1 / 32, (4, 10, 24)
 subtracting = pytest.mark.parametrize("subtract", [True, False])
 # Fewer and more than k_aux = d_in / 2 = 4, which both packages fix.

@@ -268,11 +268,7 @@ def _one_line(error: Exception) -> str:
     if unknown and key:
         return f"unknown key {key[1]}; {unknown[2]} has {', '.join(_fields(unknown[2]))}"
     lines = [line.strip() for line in text.splitlines()]
-    lines = [
-        line
-        for line in lines
-        if line and not line.startswith(("object_type", "reference_type", "full_key", "Error merging"))
-    ]
+    lines = [line for line in lines if line and not line.startswith(_LAYOUT)]
     return (f"{key[1]}: " if key else "") + "; ".join(dict.fromkeys(lines))
 
 

@@ -136,6 +136,11 @@ def spread_scale(sparsifier: Sparsifier, scale: Float[Array, " d_in"]) -> Float[
     return jnp.repeat(by_site, sparsifier.d_sae // sparsifier.n_groups, axis=1)
 
 
+def groups(sparsifier: Sparsifier) -> Int[Array, " d_sae"]:
+    """Returns the group of each latent."""
+    return jnp.arange(sparsifier.d_sae) // (sparsifier.d_sae // sparsifier.n_groups)
+
+
 def mask(sparsifier: Sparsifier) -> Bool[Array, "d_sae d_out"]:
     """Returns which entries of W_dec a cross-layer transcoder has; computed, never stored.
 
@@ -144,7 +149,7 @@ def mask(sparsifier: Sparsifier) -> Bool[Array, "d_sae d_out"]:
       >>> mask(TopK(d_in=2, d_sae=2, k=1, family=Family.clt, sites=(1, 1, 2, 1))).astype(int).tolist()
       [[1, 1, 1], [0, 0, 1]]
     """
-    group = jnp.arange(sparsifier.d_sae) // (sparsifier.d_sae // sparsifier.n_groups)
+    group = groups(sparsifier)
     column, layer, edge = jnp.arange(sparsifier.d_out), jnp.zeros(sparsifier.d_out, jnp.int32), 0
     for width in sparsifier.writes[:-1]:
         edge += width

@@ -124,8 +124,8 @@ def _started(
     column = jnp.sum(jnp.where(alive, jnp.linalg.norm(params.W_enc, axis=0), 0)) / n_alive
     row = jnp.sum(jnp.where(alive, jnp.linalg.norm(params.W_dec, axis=1), 0)) / n_alive
     if sparsifier.family is sites.Family.clt:
-        group = jnp.arange(sparsifier.d_sae) // (sparsifier.d_sae // sparsifier.n_groups)
-        columns = _directions(read.reshape(len(x), sparsifier.n_groups, -1)[rows, group])
+        by_site = read.reshape(len(x), sparsifier.n_groups, -1)
+        columns = _directions(by_site[rows, sites.groups(sparsifier)])
         written = _directions(jnp.where(sites.mask(sparsifier), centred[rows], 0))
     else:
         columns, written = _directions(read)[rows], _directions(centred)[rows]

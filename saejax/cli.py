@@ -1,19 +1,20 @@
 """`saejax <command> [overrides]`: what a person or a cluster script calls.
 
 A user's mistake ends in one line and status 2, work that was stopped by a signal in 128 plus its number, and 0 means
-that the work was done.
+that the work was done: `saejax.errors` has the table.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import saejax
-from saejax.errors import UserError
+from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
 
 HELP = """saejax: train sparse autoencoders on neural-network activations
 
@@ -44,32 +45,32 @@ def main(argv: list[str] | None = None) -> int:
       argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-      Exit status: 0 done, 1 a store that is not sound or an experiment that fails a check, 2 a mistake of the user,
-      128 + n training stopped by signal n, 130 another command interrupted.
+      Exit status, see `saejax.errors`: 0 done, 1 a store that is not sound or an experiment that fails a check, 2 a
+      mistake of the user, 128 + n stopped by signal n.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
-        return 0
+        return DONE
     if arguments[0] == "--version":
         print(saejax.__version__)
-        return 0
+        return DONE
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         print(f"saejax: unknown command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return MISTAKE
     try:
         return COMMANDS[name](rest)
     except UserError as error:
         print(f"saejax {name}: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"saejax {name}: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return MISTAKE
+    except KeyboardInterrupt as stop:
         print(f"saejax {name}: interrupted", file=sys.stderr)
-        return 130
+        return stopped_status(getattr(stop, "signum", signal.SIGINT))
 
 
 def train(arguments: list[str]) -> int:
@@ -78,7 +79,7 @@ def train(arguments: list[str]) -> int:
 
     if wants_help(arguments):
         print(manual.of_command("train", config.Config, TRAIN_EXAMPLES))
-        return 0
+        return DONE
     resumed = [a for a in arguments if a.startswith("resume=")]
     if resumed:
         run_dir = Path(resumed[-1].removeprefix("resume="))
@@ -91,7 +92,7 @@ def train(arguments: list[str]) -> int:
     preflight.check(arguments)
     preflight.make_directories(arguments)
     _run_under_hydra(arguments)
-    return 0
+    return DONE
 
 
 TRAIN_EXAMPLES = (
@@ -122,7 +123,7 @@ def _run_under_hydra(arguments: list[str]) -> None:
             if multirun:  # the launcher marks this job as failed and goes on with the others
                 raise CompactHydraException(f"saejax train: {error}") from None
             print(f"saejax train: {error}", file=sys.stderr)
-            status = 2
+            status = MISTAKE
         if status:
             sys.exit(status)
 
@@ -141,14 +142,14 @@ def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
     outcome = run.train(cfg, run_dir, resume=resume)  # pyright: ignore[reportArgumentType]
     if outcome.signum is not None:
         print(f"stopped at step {outcome.step}, saved; go on with: saejax train resume={run_dir}", file=sys.stderr)
-        return 128 + outcome.signum
+        return stopped_status(outcome.signum)
     if not outcome.speed["steps"]:
         print(f"{run_dir} was finished already, at step {outcome.step}; train.n_tokens=N with a larger N goes on")
-        return 0
+        return DONE
     figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.evaluation.items())
     print(f"done: {outcome.step} steps, {outcome.speed['tokens_per_second']:.0f} tokens/s; held-out {figures}")
     print(f"next: saejax evaluate run={run_dir}   saejax report run={run_dir}")
-    return 0
+    return DONE
 
 
 def harvest(arguments: list[str]) -> int:
@@ -163,11 +164,11 @@ def harvest(arguments: list[str]) -> int:
             "saejax harvest path=data/mine model=/models/llama text=files text.path=corpus/*.jsonl",
         )
         print(manual.of_command("harvest", harvesting.HarvestConfig, examples))
-        return 0
+        return DONE
     cfg = config.load("harvest", harvesting.HarvestConfig, arguments)
     _log_to_stderr()
     harvesting.harvest(cfg)
-    return 0
+    return DONE
 
 
 def command_of(name: str, examples: tuple[str, ...]) -> Callable[[list[str]], int]:
@@ -179,11 +180,11 @@ def command_of(name: str, examples: tuple[str, ...]) -> Callable[[list[str]], in
         root, function = commands.NAMES[name]
         if wants_help(arguments):
             print(manual.of_command(name, root, examples))
-            return 0
+            return DONE
         cfg = config.load(name, root, arguments)
         _log_to_stderr()
         print(function(cfg))
-        return 0
+        return DONE
 
     return command
 
@@ -197,13 +198,13 @@ def store(arguments: list[str]) -> int:
         print("       saejax store verify PATH  every checksum, size and count; status 1 if any is wrong")
         print("examples:\n  saejax store info data/smollm2\n  saejax store verify data/smollm2")
         print("  saejax store verify data/smollm2/train && echo sound")
-        return 0 if wants_help(arguments) else 2
+        return DONE if wants_help(arguments) else MISTAKE
     if arguments[0] == "info":
         print(stores.describe(arguments[1]))
-        return 0
+        return DONE
     problems = stores.verify(arguments[1])
     print("\n".join(problems) if problems else f"{arguments[1]}: every checksum, size and count is right")
-    return 1 if problems else 0
+    return FAILED if problems else DONE
 
 
 def experiment(arguments: list[str]) -> int:
@@ -214,10 +215,10 @@ def experiment(arguments: list[str]) -> int:
     names = [a for a in arguments if a not in ("-h", "--help")]
     if not names or names == [experiments.ALL_QUICK] != arguments:
         print(experiments.listing())
-        return 0
+        return DONE
     if wants_help(arguments):
         print(experiments.describe(names[0], manual.field_docs))
-        return 0
+        return DONE
     _log_to_stderr()
     return experiments.execute(names)
 

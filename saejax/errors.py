@@ -1,4 +1,28 @@
-"""The one error that users see without a traceback; every layer may raise it."""
+"""How work ends other than well: the error that users see without a traceback, and every exit status.
+
+The table stands in docs/reliability.md. It is the same for every command, so that a batch script needs one rule:
+0 is done, 128 and more is "run the same again", anything else wants a person.
+"""
+
+from __future__ import annotations
+
+import signal
+
+DONE = 0
+"""The work was done."""
+FAILED = 1
+"""A check that was asked for did not pass (store verify, experiment); also any defect, with its traceback."""
+MISTAKE = 2
+"""A `UserError`, or what a file system refuses: one line says what to mend."""
+
+
+def stopped_status(signum: int) -> int:
+    """Exit status of work that a signal stopped after it was made safe, as shells count: 128 + n.
+
+    >>> stopped_status(signal.SIGINT), stopped_status(signal.SIGUSR1), stopped_status(signal.SIGTERM)
+    (130, 138, 143)
+    """
+    return 128 + signum
 
 
 class UserError(ValueError):
@@ -6,3 +30,15 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that stops work as Ctrl-C does: what is finished is safe, and the same command goes on.
+
+    Args:
+      signum: its number.
+    """
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        super().__init__(signum)
+        self.signum = signum

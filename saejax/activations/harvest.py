@@ -18,6 +18,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from saejax import sharding
 from saejax.activations import language_model, packing, store, store_format, store_writer, text, torch_source
 from saejax.activations.harvest_config import HarvestConfig
 from saejax.activations.sinks import Sink, calibrate, keep_mask
-from saejax.errors import UserError
+from saejax.errors import Stopped, UserError
 
 __all__ = ["HarvestConfig", "Sink", "harvest", "keep_mask"]
 
@@ -54,7 +55,8 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     Raises:
       UserError: a setting cannot be, a store was begun with other settings, the dtype would overflow, or the
         disk is full.
-      KeyboardInterrupt: on Ctrl-C or SIGTERM; what is published stays, the same call continues.
+      KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on SIGTERM and SIGUSR1. What is published
+        stays, the same call continues.
     """
     paths = {split: pathlib.Path(config.path).expanduser() / split for split in text.SPLITS}
     common = {"harvest": config.settings(), "text": config.text.identity()}
@@ -317,16 +319,17 @@ def _tokenizer_identity(tokenizer) -> dict:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM, which schedulers send, does what Ctrl-C does. Only the main thread may set that."""
+    """What schedulers send does what Ctrl-C does. Only the main thread may set that."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped(signum)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -205,8 +205,8 @@ def _start(root: pathlib.Path, name: str, pause: float) -> subprocess.Popen:
         import test_harvest as t
         try:
             t.harvest(t._config(pathlib.Path({str(root)!r}), {name!r}), t.TinyModel(pause={pause}))
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            sys.exit(128 + stop.signum)
     """
     # One device as in this process's default placement, and the same seed of threads: bits must agree.
     environment = os.environ | {"PYTHONPATH": str(here.parents[2]), "JAX_NUM_CPU_DEVICES": "8"}
@@ -233,7 +233,7 @@ def test_killed_and_continued_equals_uninterrupted(tmp_path, signal_):
     whole = store.info(tmp_path / "straight" / "train")["shards"]
     assert 2 <= left < whole
     if signal_ == signal.SIGTERM:
-        assert process.returncode == 130
+        assert process.returncode == 128 + signal.SIGTERM
         assert f"{left} of {whole} shards" in errors and "run the same command to continue" in errors
         assert not list((tmp_path / "killed").rglob("*.partial*"))
     else:

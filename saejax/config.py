@@ -75,6 +75,8 @@ class Config:
     """W&B beside metrics.jsonl."""
     seed: int = 0
     """Fixes parameters, data order and draws of a run."""
+    data_seed: int | None = None
+    """Fixes data order and draws alone, so that runs of several seeds see the same batches; null takes `seed`."""
 
     def __post_init__(self) -> None:
         if self.normalize.mode is normalize.NormMode.auto:
@@ -94,6 +96,11 @@ class Config:
         fold.check(self.sae, self.normalize.mode)
         if self.optim.averages and self.train.ema_decay is not None:
             raise UserError("train.ema_decay must be null with optim.name=schedule_free, which averages by itself")
+
+    @property
+    def stream_seed(self) -> int:
+        """`data_seed` with null resolved."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def averaged(self) -> bool:
@@ -330,13 +337,19 @@ def check_resumable(before: Config, now: Config) -> None:
         "optim.name",
         "buffer.rows",
         "seed",
+        "data_seed",
     }
+    for key, (old, new) in changed(before, now).items():
+        # Which rows those are is checked by the stream itself.
+        moved = key in ("source.path", "source.paths", "source.verify", "source.skip_damaged")
+        if key in fixed or key.startswith(("source.", "normalize.")) and not moved:
+            raise UserError(f"{key} cannot change on resume: the run has {old}, got {new}")
+
+
+def changed(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Flat keys in which two configs differ -> (value before, value now), None where a key is not there."""
     old, new = _flat(to_plain(before)), _flat(to_plain(now))
-    for key in sorted(old.keys() | new.keys()):
-        moved = key in ("source.path", "source.paths")  # what lies there is checked by the stream itself
-        bound = key in fixed or key.startswith(("source.", "normalize.")) and not moved
-        if bound and old.get(key) != new.get(key):
-            raise UserError(f"{key} cannot change on resume: the run has {old.get(key)}, got {new.get(key)}")
+    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,7 +52,9 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
 
     lane_sharding = NamedSharding(mesh, P(sharding.DATA))
     lanes = _own_lanes(lane_sharding, cfg.train.n_lanes)
-    rows = cfg.source.open(n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.seed)
+    rows = cfg.source.open(
+        n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.stream_seed
+    )
     put = functools.partial(_put, lane_sharding, cfg.train.n_lanes)
     tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
     make_step = step.make(
@@ -79,7 +81,8 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
             records = [first, *(next(rows) for _ in range(n_batches - 1))]
             filled = put(np.stack(records, axis=1))
             diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
-            train_state = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, seed=cfg.seed, mesh=mesh)
+            seeds = {"seed": cfg.seed, "data_seed": cfg.data_seed}
+            train_state = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, **seeds, mesh=mesh)
         _write_config(cfg, run_dir)
         tracker = tracking.Tracker(
             run_dir,
@@ -209,8 +212,10 @@ def _write_record(cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterat
         "mesh": dict(mesh.shape),
         "git_commit": _git_commit(),
         "seed": cfg.seed,
+        "data_seed": cfg.stream_seed,
         "source": cfg.source.fingerprint(),
         "epoch_rows": rows.n_rows,
+        "skipped_shards": cfg.source.skipped(),
         "step": outcome.step,
         "tokens": outcome.step * cfg.train.batch,
         "finished": outcome.signum is None,

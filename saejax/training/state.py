@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,6 +59,7 @@ def create(
     first_rows: Float[Array, "lanes batches rows d_row"],
     *,
     seed: int,
+    data_seed: int | None = None,
     mesh: Mesh,
 ) -> TrainState:
     """A new state, every leaf born where `sharding.SPECS` wants it.
@@ -68,11 +70,36 @@ def create(
       config: start of the biases, and whether an average is kept.
       normalizing: how rows are centred and scaled.
       first_rows: first filling of the buffer, in the dtype of the source, sharded over `data`.
-      seed: fixes parameters and draws.
+      seed: fixes parameters, and draws where `data_seed` is None.
+      data_seed: fixes draws.
       mesh: where the state lives.
 
     Returns:
       State at step 0.
+    """
+    draws = seed if data_seed is None else data_seed
+    (made,) = create_many(
+        sparsifier, tx, config, normalizing, first_rows, seeds=(seed,), data_seed=draws, mesh=mesh
+    )  # fmt: skip
+    return made
+
+
+def create_many(
+    sparsifier: base.Sparsifier,
+    tx: optax.GradientTransformation,
+    config: TrainConfig,
+    normalizing: normalize.NormalizeConfig,
+    first_rows: Float[Array, "lanes batches rows d_row"],
+    *,
+    seeds: Sequence[int],
+    data_seed: int,
+    mesh: Mesh,
+) -> list[TrainState]:
+    """States of several seeds on one stream, each bit for bit what `create` makes; only the first has a buffer.
+
+    Args:
+      sparsifier, tx, config, normalizing, first_rows, data_seed, mesh: as in `create`.
+      seeds: one for each state.
     """
     shapes = abstract(sparsifier, tx, config, normalizing, first_rows, mesh=mesh)
     build = jax.jit(
@@ -90,7 +117,11 @@ def create(
             sites=sparsifier.sites,
         )
         bias = start.decoder_bias(config.b_dec_init, sparsifier.split(normalize.apply(normalizer, rows))[1])
-        return build(first_rows, normalizer, bias, jax.random.key(seed))
+        made: list[Any] = []
+        for seed in seeds:
+            born = build(first_rows, normalizer, bias, jax.random.key(seed), jax.random.key(data_seed))
+            made.append(dataclasses.replace(born, buffer=None) if made else born)
+    return made
 
 
 def sample(first_rows: Float[Array, "lanes batches rows d_row"], n_rows: int, batch: int) -> Float[Array, "n d_row"]:
@@ -124,7 +155,7 @@ def abstract(
     normalizer = normalize.abstract(normalizing.mode, sparsifier.d_row, sparsifier.sites)
     rows = jax.ShapeDtypeStruct(first_rows.shape, first_rows.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx, config), rows, normalizer, vector, key)
+    shapes = jax.eval_shape(functools.partial(_build, sparsifier, tx, config), rows, normalizer, vector, key, key)
     shardings = sharding.tree_shardings(mesh, shapes)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
@@ -137,8 +168,9 @@ def _build(
     normalizer: normalize.Normalizer,
     bias: Float[Array, " d_out"],
     key: jax.Array,
+    data_key: jax.Array,
 ) -> TrainState:
-    key_params, key_draws = jax.random.split(key)
+    key_params, key_draws = jax.random.split(key)[0], jax.random.split(data_key)[1]
     params: Any = dataclasses.replace(sparsifier.init(key_params), b_dec=bias)
     if config.b_enc_init is EncoderBias.firing_rate:
         calibrating = normalize.apply(normalizer, sample(rows, start.ROWS, config.batch))

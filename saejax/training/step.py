@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from saejax.activations import buffer, normalize
 from saejax.sae import base
@@ -17,6 +17,7 @@ from saejax.training import ema, liveness, optim, resample
 from saejax.training.state import TrainState
 
 Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+Learn = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make(
@@ -43,11 +44,56 @@ def make(
       dtype of the source. Metrics are float32 scalars: loss, each loss term, fvu, l0, dead_share, grad_norm (after
       projection, before clipping), param_norm (after the step), lr and, where latents are resampled, their number.
     """
+    learn = make_learn(
+        sparsifier,
+        tx,
+        dead_window_tokens=dead_window_tokens,
+        learning_rate=learning_rate,
+        ema_decay=ema_decay,
+        resample_every_steps=resample_every_steps,
+    )
 
     def step(state: TrainState, fresh: Float[Array, "lanes rows d_row"]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        new_buffer, drawn = buffer.swap(state.buffer, fresh, key)
-        x = normalize.apply(state.normalizer, drawn.reshape(-1, drawn.shape[-1]))
+        new_buffer, x = draw(state.buffer, state.normalizer, fresh, key)
+        return learn(dataclasses.replace(state, buffer=new_buffer), x, key)
+
+    return step
+
+
+def draw(
+    waiting: buffer.BufferState,
+    normalizer: normalize.Normalizer,
+    fresh: Float[Array, "lanes rows d_row"],
+    key: Key[Array, ""],
+) -> tuple[buffer.BufferState, Float[Array, "b d_row"]]:
+    """The buffer after one swap, and the normalised rows that left it."""
+    new_buffer, drawn = buffer.swap(waiting, fresh, key)
+    return new_buffer, normalize.apply(normalizer, drawn.reshape(-1, drawn.shape[-1]))
+
+
+def make_learn(
+    sparsifier: base.Sparsifier,
+    tx: optax.GradientTransformation,
+    *,
+    dead_window_tokens: int,
+    learning_rate: optax.Schedule,
+    ema_decay: float | None = None,
+    resample_every_steps: int | None = None,
+) -> Learn:
+    """The part of the step that comes after the draw, and that members of an ensemble do not share.
+
+    Args:
+      sparsifier, tx, dead_window_tokens, learning_rate, ema_decay, resample_every_steps: as in `make`.
+
+    Returns:
+      learn(state, x, key) -> (state, metrics): x [b, d_row] normalised, key that of the step. Neither the buffer nor
+      the normaliser of the state is read or changed.
+    """
+
+    def learn(
+        state: TrainState, x: Float[Array, "b d_row"], key: Key[Array, ""]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         dead = liveness.dead(state.liveness, dead_window_tokens)
 
         def loss_fn(params: base.SAEParams) -> tuple[Float[Array, ""], base.Aux]:
@@ -77,7 +123,6 @@ def make(
             params=params,
             opt_state=opt_state,
             liveness=liveness.update(state.liveness, aux.encoding.fired(), x.shape[0]),
-            buffer=new_buffer,
             average=average,
         )
         if resample_every_steps is not None:
@@ -93,7 +138,7 @@ def make(
             lambda: (state, jnp.zeros(())),
         )
 
-    return step
+    return learn
 
 
 def _apply(tx: optax.GradientTransformation, grads: Any, state: TrainState) -> tuple[Any, Any]:

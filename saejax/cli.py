@@ -110,22 +110,25 @@ def _run_under_hydra(arguments: list[str]) -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from saejax import config
+    from saejax import config, standing
 
     config.register("train", config.Config)
 
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> object:
         hydra_config = HydraConfig.get()
         multirun = hydra_config.mode == RunMode.MULTIRUN
+        run_dir = Path(hydra_config.runtime.output_dir)
         try:
-            status = _finish_training(config.to_object(composed), Path(hydra_config.runtime.output_dir), resume=False)
+            status = _come_to(run_dir, config.to_object(composed))
         except (UserError, OSError) as error:
             if multirun:  # the launcher marks this job as failed and goes on with the others
                 raise CompactHydraException(f"saejax train: {error}") from None
             print(f"saejax train: {error}", file=sys.stderr)
             status = MISTAKE
         if status:
+            _pass_on(status)
             sys.exit(status)
+        return standing.objective(run_dir, hydra_config.sweeper.get("direction"))
 
     before = sys.argv
     sys.argv = ["saejax train", *arguments]
@@ -133,6 +136,24 @@ def _run_under_hydra(arguments: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="train")(job)()
     finally:
         sys.argv = before
+
+
+def _come_to(run_dir: Path, cfg: object) -> int:
+    """Start a run in its directory, go on with it, or leave it alone if it is finished; a line says which."""
+    from saejax import standing
+
+    found = standing.look(cfg, run_dir)  # pyright: ignore[reportArgumentType]
+    logging.getLogger(__name__).info("%s %s", run_dir, found)
+    if found.standing is standing.Standing.finished:
+        return DONE
+    return _finish_training(cfg, run_dir, resume=found.standing is standing.Standing.unfinished)
+
+
+def _pass_on(status: int) -> None:
+    """Give the signal that stopped a run, now that it is saved, to a launcher that waits for it, say to queue again."""
+    handler = signal.getsignal(status - 128) if status > 128 else None
+    if callable(handler) and handler is not signal.default_int_handler:
+        signal.raise_signal(status - 128)
 
 
 def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:

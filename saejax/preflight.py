@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -17,6 +18,12 @@ MAX_JOBS = 64
 # Another search path, or a question to Hydra instead of a job: only Hydra itself knows the answer.
 HYDRA_ALONE = ("--config-", "-cd", "-cn", "-cp", "--cfg", "-c", "--info", "-i", "--package", "-p", "--hydra-help")
 
+# What a launcher or sweeper needs, by the beginning of its name: module, and the extra of saejax that brings it.
+PLUGINS = {
+    "submitit": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
+    "optuna": ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
+}
+
 
 def check(arguments: list[str]) -> None:
     """Compose the jobs of `saejax train ARGUMENTS` and throw the result away.
@@ -29,6 +36,7 @@ def check(arguments: list[str]) -> None:
     """
     if any(a.startswith(HYDRA_ALONE) for a in arguments):
         return
+    _check_plugins(arguments)
     jobs = _jobs(arguments)
     for overrides in jobs[:MAX_JOBS]:
         try:
@@ -37,6 +45,26 @@ def check(arguments: list[str]) -> None:
             if len(jobs) == 1:
                 raise
             raise UserError(f"{error} (in the job {' '.join(overrides)}; no job was started)") from error
+
+
+def _check_plugins(arguments: list[str]) -> None:
+    """Refuse a launcher or sweeper that is not installed, or that would not be asked because nothing is swept."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        name = next((name for name in PLUGINS if value.startswith(name)), None)
+        if name is None or key.lstrip("+").removeprefix("hydra/") not in ("launcher", "sweeper"):
+            continue
+        module, extra = PLUGINS[name]
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise UserError(f"{argument} needs a plugin of Hydra: pip install 'saejax[{extra}]'") from None
+        if not _multirun(arguments):
+            raise UserError(f"{argument} is for sweeps: add -m")
+
+
+def _multirun(arguments: list[str]) -> bool:
+    return any(a in ("-m", "--multirun") for a in arguments)
 
 
 def make_directories(arguments: list[str]) -> None:
@@ -60,9 +88,8 @@ def _jobs(arguments: list[str]) -> list[list[str]]:
     for word in arguments:
         if word not in overrides and not word.startswith("-"):
             raise UserError(f"{word}: expected key=value")
-    multirun = any(a in ("-m", "--multirun") for a in arguments)
     ours = [o for o in overrides if not o.lstrip("+").startswith("hydra")]
-    if not multirun:
+    if not _multirun(arguments):
         return [ours]
     try:
         parsed = OverridesParser.create().parse_overrides(ours)

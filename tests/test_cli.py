@@ -65,7 +65,7 @@ def test_a_sweep_gives_a_run_for_every_point_and_one_table(launcher, tmp_path):
     arguments = ["train", "-m", "sae.k=2,4,6", "seed=0,1", *QUICK, f"hydra.sweep.dir={tmp_path}"]
     if launcher == "submitit_local":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-        arguments += ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+        arguments += ["launcher=submitit_local", "hydra.launcher.timeout_min=5"]
     done = saejax_command(*arguments)
     assert done.returncode == 0, done.stderr
     found = {}

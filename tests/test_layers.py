@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "sae", "sharding", "tracking", "training"}
 BELOW_CONFIG |= {"codes", "sparse_coding"}
 BELOW_TOP = BELOW_CONFIG | {"config", "run"}
-TOP = {"cli", "commands", "experiments", "interop", "manual", "preflight", "report"}
+TOP = {"cli", "commands", "experiments", "interop", "manual", "preflight", "report", "standing"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),
@@ -36,6 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "training": {"activations", "checkpoint", "kernels", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
     "run": BELOW_CONFIG | {"config"},
+    "standing": {"checkpoint", "config"},
     "interop": BELOW_TOP,
     "report": BELOW_TOP,
     "experiments": BELOW_TOP,

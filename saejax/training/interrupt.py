@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 asked politely: the loop sees them between two steps and saves before it leaves."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 asked politely: the loop sees them between two steps and saves before it leaves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupt:
@@ -27,7 +27,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Interrupt]:
-    """Catch SIGINT, SIGTERM and SIGUSR1 (which schedulers send ahead of a time limit); a second one acts at once.
+    """Catch `SIGNALS` (schedulers send USR1, submitit USR2 ahead of a time limit); a second one acts at once.
 
     Yields:
       An `Interrupt` that turns true on the first signal. Outside the main thread, where Python allows no handler,

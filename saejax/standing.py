@@ -15,7 +15,7 @@ from typing import Any
 from saejax import checkpoint, config
 from saejax.errors import UserError
 
-MAY_DIFFER = ("mesh.", "checkpoint.", "tracker.", "source.path")
+MAY_DIFFER = ("mesh.", "checkpoint.", "tracker.", "source.path", "source.verify", "source.skip_damaged")
 """How config keys begin that say where and how a run is worked on, not which run it is."""
 
 

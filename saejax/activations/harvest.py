@@ -60,10 +60,10 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     """
     paths = {split: pathlib.Path(config.path).expanduser() / split for split in text.SPLITS}
     common = {"harvest": config.settings(), "text": config.text.identity()}
-    begun = [manifest for path in paths.values() if (manifest := _begun(path))]
-    for manifest in begun:
+    begun = {path: manifest for path in paths.values() if (manifest := _begun(path))}
+    for manifest in begun.values():
         store_writer.check_same(common, manifest, pathlib.Path(config.path))
-    if len(begun) == len(paths) and all(manifest["complete"] for manifest in begun):
+    if len(begun) == len(paths) and all(_finished(path, manifest) for path, manifest in begun.items()):
         logger.info("%s is complete: nothing to do", config.path)
         return paths
     run = _Run(config, _load(config) if backend is None else backend, common)
@@ -263,6 +263,11 @@ class _Run:
 def _begun(path: pathlib.Path) -> dict | None:
     """The manifest of a store that has shards; before the first one nothing binds."""
     return store.read_manifest(path) if store_format.published(path) else None
+
+
+def _finished(path: pathlib.Path, manifest: dict) -> bool:
+    """Whether a store is complete and none of its shards was lost since."""
+    return manifest["complete"] and all(store.is_whole(path, n, manifest) for n in range(manifest["n_shards"]))
 
 
 _Measured = tuple[jax.Array, jax.Array, jax.Array]

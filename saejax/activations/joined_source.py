@@ -15,7 +15,7 @@ import numpy as np
 from saejax.activations import store, store_format
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, register
-from saejax.activations.store_source import Store
+from saejax.activations.store_source import Store, Verify
 from saejax.errors import UserError
 
 
@@ -28,6 +28,8 @@ class Joined(ActivationSource):
 
     paths: tuple[str, ...]
     """Directories that `saejax harvest` wrote, at least 2, in the order in which their rows are joined."""
+    verify: Verify = Verify.first_use
+    """When checksums are compared, as for source=store; a damaged shard is refused."""
 
     def __post_init__(self):
         # Absolute, so that a run finds its data again from any working directory.
@@ -52,7 +54,7 @@ class Joined(ActivationSource):
         Raises:
             UserError: a store is missing or unfinished, or its rows are of other tokens than those of the first.
         """
-        readers = [Store(path=path).reader(split) for path in self.paths]
+        readers = [Store(path=path, verify=self.verify).reader(split) for path in self.paths]
         for reader in readers:
             if not reader.complete:
                 raise UserError(f"source.paths: the harvest of {reader.path} is not finished; run it again to continue")
@@ -73,6 +75,9 @@ class Joined(ActivationSource):
         self, *, n_lanes: int, block_rows: int, lanes: range, seed: int, prefetch: int = PREFETCH_RECORDS
     ) -> Stream:
         """Blocks of the training rows, shuffled anew each epoch."""
+        if self.verify is Verify.start:
+            for path in self.paths:
+                Store(path=path, verify=self.verify).rows("train")
         readers = self.readers("train")
         return open_rows(
             _JoinedRows(readers),

@@ -63,6 +63,10 @@ class ActivationSource(abc.ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Identity of the data for the run's record, JSON-able; other data, other fingerprint."""
 
+    def skipped(self) -> dict[str, list[str]]:
+        """Parts of the data that are damaged and left out, for the run's record; nothing for most sources."""
+        return {}
+
     @abc.abstractmethod
     def open(self, *, n_lanes: int, block_rows: int, lanes: range, seed: int) -> RowIterator:
         """Open the training stream.

@@ -1,6 +1,6 @@
 """The activation store: the one name by which the rest of the project knows its writer, reader and checks."""
 
-from saejax.activations.store_check import describe, info, stores_under, verify
+from saejax.activations.store_check import describe, info, is_whole, stores_under, verify
 from saejax.activations.store_format import StoreDtype, read_manifest
 from saejax.activations.store_reader import Origin, Reader
 from saejax.activations.store_writer import ShardWriter, Writer
@@ -13,6 +13,7 @@ __all__ = [
     "Writer",
     "describe",
     "info",
+    "is_whole",
     "read_manifest",
     "stores_under",
     "verify",

@@ -59,6 +59,19 @@ def verify(path: str | os.PathLike) -> list[str]:
     return [problem for store in stores_under(path) for problem in _verify(store)]
 
 
+def is_whole(path: pathlib.Path, number: int, manifest: dict) -> bool:
+    """Whether a published shard has all of its files, in their full sizes; nothing of them is read."""
+    try:
+        record = store_format.read_json(path / f"{_name(number)}.json")
+        shapes = store_format.shard_shapes(record, manifest)
+        return all(
+            (path / (_name(number) + suffix)).stat().st_size == dtype.itemsize * math.prod(shape)
+            for suffix, (dtype, shape) in shapes.items()
+        )
+    except (UserError, KeyError, TypeError, OSError):
+        return False
+
+
 def _verify(path: pathlib.Path) -> list[str]:
     try:
         manifest = store_format.read_manifest(path)

@@ -30,7 +30,7 @@ FORMAT = "saejax-activations"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DATA_SUFFIXES = (".rows", ".index", ".tokens")
-PROGRESS_FIELDS = ("complete", "rows", "shards", "fingerprint")
+PROGRESS_FIELDS = ("complete", "rows", "shards", "fingerprint", "sha256")
 INDEX_COLUMNS = ("token", "position", "document", "sequence")
 INT = np.dtype("<i4")
 
@@ -91,6 +91,12 @@ def fingerprint(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def checksum(manifest: dict) -> str:
+    """The `sha256` of a complete manifest: of everything else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def check_range(peak: float, dtype: str, hook: str) -> None:
     """Refuses to store values that the dtype cannot hold.
 
@@ -133,6 +139,8 @@ def read_manifest(path: str | os.PathLike) -> dict:
     if manifest.get("format_version") != FORMAT_VERSION:
         version = manifest.get("format_version")
         raise UserError(f"{file}: format_version must be {FORMAT_VERSION}, got {version!r}")
+    if manifest.get("sha256", checksum(manifest)) != checksum(manifest):  # older ones have none
+        raise UserError(f"{file} is damaged: its checksum is not that of the harvest")
     return manifest
 
 
@@ -140,7 +148,7 @@ def read_json(file: pathlib.Path) -> dict:
     """A JSON object; a UserError where the file holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{file} is damaged: not a JSON object")

@@ -3,7 +3,9 @@
 The two lie side by side under one path and hold different documents.
 """
 
+import bisect
 import dataclasses
+import enum
 import hashlib
 import json
 import logging
@@ -14,11 +16,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from saejax.activations import store
-from saejax.activations.loader import PREFETCH_RECORDS, Stream, open_rows
+from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, register
 from saejax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+class Verify(enum.Enum):
+    """When the checksums of a store's rows are compared."""
+
+    first_use = "first_use"
+    start = "start"
+    never = "never"
 
 
 @register
@@ -30,10 +40,18 @@ class Store(ActivationSource):
 
     path: str
     """Directory that `saejax harvest` wrote, with the stores train/ and heldout/ in it."""
+    verify: Verify = Verify.first_use
+    """When the checksum of a shard is compared: first_use, when its first row is read; start, of all of them before
+    the first step; never. Each costs one reading of the shard per process, about a second per 1.5 GB."""
+    skip_damaged: bool = False
+    """Whether damaged, cut-off and missing shards are left out, and counted in run.json, instead of refused; all
+    shards are then looked at before the first step."""
 
     def __post_init__(self):
         # Absolute, so that a run finds its data again from any working directory.
         object.__setattr__(self, "path", str(pathlib.Path(self.path).expanduser().absolute()))
+        if self.skip_damaged and self.verify is Verify.never:
+            raise UserError("source.skip_damaged=true needs source.verify=first_use or start, got never")
 
     @property
     def d_in(self) -> int:
@@ -54,7 +72,25 @@ class Store(ActivationSource):
         path = pathlib.Path(self.path).expanduser() / split
         if not path.is_dir():
             raise UserError(f"source.path = {self.path}: no {split}/ store in it; saejax harvest writes one")
-        return store.Reader(path)
+        return store.Reader(path, verify=self.verify is not Verify.never)
+
+    def skipped(self) -> dict[str, list[str]]:
+        """Damaged shards that the stream leaves out, by split."""
+        return {split: self.rows(split).without for split in ("train", "heldout")} if self.skip_damaged else {}
+
+    def rows(self, split: str) -> "StoreRows":
+        """The rows of a split, as `verify` and `skip_damaged` want them.
+
+        Raises:
+            UserError: there are none, or one of the shards is damaged, none may be left out, and all are looked at.
+        """
+        reader = self.reader(split)
+        damaged = reader.damaged() if self.skip_damaged or self.verify is Verify.start else {}
+        if damaged and not self.skip_damaged:
+            raise UserError(f"{len(damaged)} damaged: {'; '.join(damaged.values())}; or source.skip_damaged=true")
+        for name, why in damaged.items():
+            log.warning("left out, with its rows: %s of %s (%s)", name, reader.path, why)
+        return StoreRows(reader, list(damaged))
 
     def fingerprint(self) -> dict[str, Any]:
         """What was harvested, and a hash over the manifests, which hold a checksum of every shard."""
@@ -71,12 +107,12 @@ class Store(ActivationSource):
 
         A run that is resumed after the store has grown goes on with the rows that it began with.
         """
-        reader = self.reader("train")
-        if not reader.complete:
-            log.warning("the harvest of %s is not finished: training on its first %d rows", self.path, reader.n_rows)
+        rows = self.rows("train")
+        if not rows.reader.complete:
+            log.warning("the harvest of %s is not finished: training on its first %d rows", self.path, rows.shape[0])
         return open_rows(
-            _StoreRows(reader),
-            identity=reader.sha256_of_rows,
+            rows,
+            identity=rows.identity,
             n_lanes=n_lanes,
             block_rows=block_rows,
             lanes=lanes,
@@ -86,20 +122,41 @@ class Store(ActivationSource):
 
     def heldout(self, batch: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
         """Yield the rows of the held-out store, in order; at most `max_rows`. Nothing where it has none."""
-        reader = self.reader("heldout")
-        total = reader.n_rows if max_rows is None else min(max_rows, reader.n_rows)
+        rows = self.rows("heldout")
+        total = rows.shape[0] if max_rows is None else min(max_rows, rows.shape[0])
         for start in range(0, total, batch):
-            yield reader.rows(start, min(start + batch, total))
+            yield rows[start : min(start + batch, total)]
 
 
-class _StoreRows:
-    """A reader that slices like an array, as the loader wants it."""
+class StoreRows:
+    """The rows of a reader, those of some shards left out, as one array to slice: what the loader wants."""
 
-    def __init__(self, reader: store.Reader):
-        self._reader = reader
-        self.shape = (reader.n_rows, reader.d_in)
+    def __init__(self, reader: store.Reader, without: list[str]):
+        self.reader, self.without = reader, without
+        self._kept: list[tuple[int, int, int]] = []  # of each kept shard: place of its first row here; its rows there
+        n_rows = 0
+        for name, start, stop in reader.shards():
+            if name not in without:
+                self._kept.append((n_rows, start, stop))
+                n_rows += stop - start
+        self.shape = (n_rows, reader.d_in)
         self.dtype = reader.dtype
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
-        return self._reader.rows(start, stop)
+        if not self.without:
+            return self.reader.rows(start, stop)
+        number = max(bisect.bisect_right(self._kept, start, key=lambda kept: kept[0]) - 1, 0)
+        pieces = []
+        for first, begin, end in self._kept[number:]:
+            if first >= stop:
+                break
+            pieces.append(self.reader.rows(begin + max(start - first, 0), min(begin + stop - first, end)))
+        return np.concatenate(pieces) if pieces else self.reader.rows(0, 0)
+
+    def identity(self, n_rows: int) -> str:
+        """Hash of what the first `n_rows` rows are."""
+        stop = max(begin + min(n_rows - first, end - begin) for first, begin, end in self._kept if first < n_rows)
+        before = [name for name, start, _ in self.reader.shards() if name in self.without and start < stop]
+        whole = self.reader.sha256_of_rows(stop)
+        return digest({"rows": whole, "without": before}) if before else whole

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float, Int32
 
-from saejax.activations import store_format
+from saejax.activations import store_check, store_format
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -86,9 +86,16 @@ class Writer:
         return False
 
     def missing(self) -> list[int]:
-        """Shards of this process that are not published yet, in order."""
+        """Shards of this process that are not published yet, or no longer whole, in order."""
         there = set(store_format.published(self.path))
-        return [n for n in range(self.process, self.manifest["n_shards"], self.n_processes) if n not in there]
+        missing = []
+        for number in range(self.process, self.manifest["n_shards"], self.n_processes):
+            if number in there and not store_check.is_whole(self.path, number, self.manifest):
+                logger.warning("%s of %s is damaged and is written again", store_format.shard_name(number), self.path)
+                (self.path / f"{store_format.shard_name(number)}.json").unlink()
+                there.remove(number)
+            missing += [number] * (number not in there)
+        return missing
 
     def shard(self, number: int) -> "ShardWriter":
         """The writer of one shard, as a context: published when left, forgotten when left by an exception."""
@@ -102,6 +109,7 @@ class Writer:
         records = [store_format.read_json(self.path / f"{store_format.shard_name(n)}.json") for n in there]
         table = [{key: value for key, value in r.items() if key != "segment_documents"} for r in records]
         self.manifest |= {"complete": True, "rows": sum(r["rows"] for r in records), "shards": table}
+        self.manifest["sha256"] = store_format.checksum(self.manifest)
         store_format.write_json(self.path / store_format.MANIFEST, self.manifest)
         return True
 

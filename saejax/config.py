@@ -37,7 +37,7 @@ from saejax.sae import (
     sites,
     topk,
 )
-from saejax.training import fold, optim, settings, start
+from saejax.training import ensemble_config, fold, optim, settings, start
 
 # Importing a file enters its classes into their registry.
 _MEMBERS = (
@@ -75,6 +75,8 @@ class Config:
     """W&B beside metrics.jsonl."""
     seed: int = 0
     """Fixes parameters, data order and draws of a run."""
+    ensemble: ensemble_config.EnsembleConfig = dataclasses.field(default_factory=ensemble_config.EnsembleConfig)
+    """Values of seed, optim.lr, sae.k, ... that are trained together on one stream; empty lists train one SAE."""
     data_seed: int | None = None
     """Fixes data order and draws alone, so that runs of several seeds see the same batches; null takes `seed`."""
 
@@ -96,6 +98,8 @@ class Config:
         fold.check(self.sae, self.normalize.mode)
         if self.optim.averages and self.train.ema_decay is not None:
             raise UserError("train.ema_decay must be null with optim.name=schedule_free, which averages by itself")
+
+        ensemble_config.check(self)
 
     @property
     def stream_seed(self) -> int:
@@ -338,6 +342,7 @@ def check_resumable(before: Config, now: Config) -> None:
         "buffer.rows",
         "seed",
         "data_seed",
+        *(f"ensemble.{name}" for name in (*ensemble_config.KNOBS, "combine")),
     }
     for key, (old, new) in changed(before, now).items():
         # Which rows those are is checked by the stream itself.

@@ -8,6 +8,7 @@ import logging
 import platform
 import subprocess
 import time
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.evals import evaluate
 from saejax.sae import base, model, per_row
-from saejax.training import diagnose, fold, loop, memory, optim, state, step
+from saejax.training import diagnose, ensemble_config, fold, loop, memory, optim, state, step
 
 logger = logging.getLogger(__name__)
+
+Put = Callable[[np.ndarray], jax.Array]
+"""From a record of this process's lanes to the global array."""
 
 
 def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Outcome:
@@ -44,18 +48,12 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
       UserError: before any device work for impossible combinations; later for lack of memory, a full disk or a
         loss that is no longer finite.
     """
+    if cfg.ensemble.points:
+        raise UserError("an ensemble is trained by saejax.ensembles.train, or from the command line")
     mesh = sharding.make_mesh(*cfg.mesh.shape(jax.device_count(), n_lanes=cfg.train.n_lanes))
     sharding.check_divides(mesh, n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
-    _check_run_dir(cfg, run_dir, resume)
-    if next(iter(cfg.source.heldout(1, 1)), None) is None:
-        raise UserError("the source has no held-out row: raise its heldout share, or its number of rows")
-
-    lane_sharding = NamedSharding(mesh, P(sharding.DATA))
-    lanes = _own_lanes(lane_sharding, cfg.train.n_lanes)
-    rows = cfg.source.open(
-        n_lanes=cfg.train.n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.stream_seed
-    )
-    put = functools.partial(_put, lane_sharding, cfg.train.n_lanes)
+    check_run_dir(cfg, run_dir, resume)
+    rows, put = open_stream(cfg, mesh)
     tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
     make_step = step.make(
         cfg.sae,
@@ -69,21 +67,16 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint)
     try:
         first = next(rows)
-        n_batches = cfg.buffer.n_batches(cfg.train.batch)
-        shape = (cfg.train.n_lanes, n_batches, cfg.train.block_rows, cfg.source.d_in)
-        filling = jax.ShapeDtypeStruct(shape, first.dtype)
-        wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filling, mesh=mesh)
-        compiled = memory.compile_step(make_step, wanted, lane_sharding, mesh)
+        wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filling(cfg, first), mesh=mesh)
+        compiled = memory.compile_step(make_step, wanted, NamedSharding(mesh, P(sharding.DATA)), mesh)
         if resume:
             train_state, position = checkpoints.restore(wanted)
             rows.set_state(position)
         else:
-            records = [first, *(next(rows) for _ in range(n_batches - 1))]
-            filled = put(np.stack(records, axis=1))
-            diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
+            filled = fill(cfg, first, rows, put)
             seeds = {"seed": cfg.seed, "data_seed": cfg.data_seed}
             train_state = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, **seeds, mesh=mesh)
-        _write_config(cfg, run_dir)
+        write_config(cfg, run_dir)
         tracker = tracking.Tracker(
             run_dir,
             cfg.tracker,
@@ -99,7 +92,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
                 config=cfg.train,
                 save_every_steps=cfg.checkpoint.save_every_steps,
                 put=put,
-                evaluate=_evaluation(cfg, mesh),
+                evaluate=evaluation(cfg, mesh),
                 checkpoints=checkpoints,
                 tracker=tracker,
             )
@@ -108,7 +101,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     finally:
         checkpoints.close()
     if outcome.speed["steps"] or not (run_dir / "run.json").exists():
-        _write_record(cfg, run_dir, mesh, rows, outcome)
+        write_record(cfg, run_dir, mesh, rows, outcome)
     return outcome
 
 
@@ -127,6 +120,10 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     """
     run_dir = Path(run_dir)
     cfg = config.from_run(run_dir)
+    if cfg.ensemble.points:
+        raise UserError(
+            f"{run_dir} is an ensemble: take one of {', '.join(map(str, ensemble_config.dirs(cfg, run_dir)))}"
+        )
     chosen = "average" if cfg.averaged else "params"
     found_step, arrays = checkpoint.load_arrays(run_dir, (chosen, "normalizer"), step)
     found, said = arrays[chosen]["W_dec"].shape, (cfg.sae.d_sae, cfg.sae.d_out)
@@ -145,7 +142,7 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     return model.SAE(sparsifier, params, provenance)
 
 
-def _check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
+def check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
     """Refuse to write over another run, or to go on with a run as something that it is not."""
     if resume:
         config.check_resumable(config.from_run(run_dir), cfg)
@@ -154,11 +151,40 @@ def _check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
 
 
-def _write_config(cfg: config.Config, run_dir: Path) -> None:
+def write_config(cfg: config.Config, run_dir: Path) -> None:
+    """config.yaml, at once or not at all."""
     if jax.process_index() == 0:
         temporary = run_dir / "config.yaml.tmp"
         temporary.write_text(config.to_yaml(cfg), encoding="utf-8")
         temporary.replace(run_dir / "config.yaml")
+
+
+def open_stream(cfg: config.Config, mesh: Mesh) -> tuple[RowIterator, Put]:
+    """The rows of this process's lanes, and what takes a record to the devices.
+
+    Raises:
+      UserError: the source has no held-out rows, or too few others.
+    """
+    if next(iter(cfg.source.heldout(1, 1)), None) is None:
+        raise UserError("the source has no held-out row: raise its heldout share, or its number of rows")
+    n_lanes, lane_sharding = cfg.train.n_lanes, NamedSharding(mesh, P(sharding.DATA))
+    lanes = _own_lanes(lane_sharding, n_lanes)
+    rows = cfg.source.open(n_lanes=n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.stream_seed)
+    return rows, functools.partial(_to_devices, lane_sharding, n_lanes)
+
+
+def filling(cfg: config.Config, first: np.ndarray) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the buffer, the dtype from a first record."""
+    n_batches = cfg.buffer.n_batches(cfg.train.batch)
+    return jax.ShapeDtypeStruct((cfg.train.n_lanes, n_batches, cfg.train.block_rows, cfg.source.d_in), first.dtype)
+
+
+def fill(cfg: config.Config, first: np.ndarray, rows: RowIterator, put: Put) -> jax.Array:
+    """The first filling of the buffer, and a line about what it looks like."""
+    records = [first, *(next(rows) for _ in range(cfg.buffer.n_batches(cfg.train.batch) - 1))]
+    filled = put(np.stack(records, axis=1))
+    diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
+    return filled
 
 
 def _own_lanes(lane_sharding: NamedSharding, n_lanes: int) -> range:
@@ -170,12 +196,13 @@ def _own_lanes(lane_sharding: NamedSharding, n_lanes: int) -> range:
     return range(min(starts), max(stops))
 
 
-def _put(lane_sharding: NamedSharding, n_lanes: int, record: np.ndarray) -> jax.Array:
+def _to_devices(lane_sharding: NamedSharding, n_lanes: int, record: np.ndarray) -> jax.Array:
     return jax.make_array_from_process_local_data(lane_sharding, record, (n_lanes, *record.shape[1:]))
 
 
-def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
-    """Held-out metrics of a `TrainState`, compiled once."""
+def evaluation(cfg: config.Config, mesh: Mesh, heldout: Callable[[], Iterable[np.ndarray]] | None = None) -> Any:
+    """Held-out metrics of a `TrainState`, compiled once; on the rows of `heldout()`, None for those of the source."""
+    heldout = heldout or functools.partial(cfg.source.heldout, cfg.train.batch, cfg.train.eval_rows)
     plain = cfg.normalize.mode not in (normalize.NormMode.layer_norm, normalize.NormMode.whiten)
     layered = cfg.normalize.mode is normalize.NormMode.layer_norm
     sparsifier = per_row.LayerNormed.of(cfg.sae) if layered else cfg.sae
@@ -188,7 +215,7 @@ def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
             params = folded(params, normalizer)
         return evaluator.evaluate(
             params,
-            cfg.source.heldout(cfg.train.batch, cfg.train.eval_rows),
+            heldout(),
             mean=normalizer.mean if plain else None,
             scale=normalizer.scale if plain else None,
             batch_rows=cfg.train.batch,
@@ -197,8 +224,10 @@ def _evaluation(cfg: config.Config, mesh: Mesh) -> Any:
     return run
 
 
-def _write_record(cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, outcome: loop.Outcome) -> None:
-    """run.json: with what, where and how fast."""
+def write_record(
+    cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, outcome: loop.Outcome, **more: Any
+) -> None:
+    """run.json: with what, where and how fast; `more` is added to it, or stands for what it would say."""
     if jax.process_index() != 0:
         return
     record = {
@@ -224,6 +253,7 @@ def _write_record(cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterat
         **outcome.speed,
         "seconds_before_resume": _seconds_so_far(run_dir),
         "evaluation": dict(outcome.evaluation),
+        **more,
     }
     temporary = run_dir / "run.json.tmp"
     temporary.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")

@@ -1,7 +1,8 @@
 """Where every array lives: the mesh, and one rule from a leaf's name to its `PartitionSpec`.
 
 Level zero of the package: training, evaluation and the activation side all read it, and it knows none of them.
-The mesh has two axes. `data` splits rows, `latent` splits the latents of one SAE; either may be 1.
+The mesh has two axes. `data` splits rows, `latent` splits the latents of one SAE; either may be 1. A third, `ensemble`,
+splits SAEs that are trained together; it is there only where it is above 1.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 DATA = "data"
 LATENT = "latent"
+ENSEMBLE = "ensemble"
 
 # The last name on a leaf's path decides; optimiser moments end in the same names as the parameters they belong to.
 SPECS: dict[str, P] = {
@@ -46,9 +48,11 @@ class MeshConfig:
     """Devices over which rows are split. null takes every device that `latent` leaves."""
     latent: int = 1
     """Devices over which the latents are split, for SAEs too wide for one device."""
+    ensemble: int = 1
+    """Devices over which the members of an ensemble are split; a divisor of their number."""
 
     def __post_init__(self) -> None:
-        for name, value in (("data", self.data), ("latent", self.latent)):
+        for name, value in (("data", self.data), ("latent", self.latent), ("ensemble", self.ensemble)):
             if value is not None and value < 1:
                 raise UserError(f"mesh.{name} must be at least 1, got {value}")
 
@@ -56,7 +60,7 @@ class MeshConfig:
         """Sizes of the two axes on a machine.
 
         Args:
-          n_devices: devices that JAX sees, over all processes.
+          n_devices: devices that JAX sees, over all processes; `ensemble` divides them among its members.
           n_lanes: lanes of the data stream; `data: null` then takes the largest divisor of it that fits.
 
         Returns:
@@ -69,12 +73,14 @@ class MeshConfig:
           >>> MeshConfig(latent=2).shape(8), MeshConfig().shape(6, n_lanes=8)
           ((4, 2), (4, 1))
         """
-        wanted = (self.data or 1) * self.latent
+        wanted = (self.data or 1) * self.latent * self.ensemble
         if wanted > n_devices:
+            times = f" x mesh.ensemble={self.ensemble}" if self.ensemble > 1 else ""
             raise UserError(
-                f"mesh.data={'null' if self.data is None else self.data} x mesh.latent={self.latent} needs {wanted} "
-                f"devices, this machine has {n_devices}"
+                f"mesh.data={'null' if self.data is None else self.data} x mesh.latent={self.latent}{times} needs "
+                f"{wanted} devices, this machine has {n_devices}"
             )
+        n_devices //= self.ensemble
         if self.data is not None:
             return self.data, self.latent
         most = n_devices // self.latent
@@ -84,20 +90,25 @@ class MeshConfig:
         return n_data, self.latent
 
 
-def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a run, with axes `data` and `latent`.
+def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[Any] | None = None, *, n_ensemble: int = 1) -> Mesh:
+    """The mesh of a run, with axes `data` and `latent`, and before them `ensemble` where that is above 1.
 
     Args:
       n_data: devices along `data`.
       n_latent: devices along `latent`.
-      devices: taken in order; by default the first n_data x n_latent of `jax.devices()`.
+      devices: taken in order; by default the first n_data x n_latent x n_ensemble of `jax.devices()`.
+      n_ensemble: devices along `ensemble`.
 
     Returns:
       A mesh whose axes XLA propagates by itself (`AxisType.Auto`).
     """
-    chosen = list(jax.devices() if devices is None else devices)[: n_data * n_latent]
-    if len(chosen) < n_data * n_latent:
+    n_all = n_data * n_latent * n_ensemble
+    chosen = list(jax.devices() if devices is None else devices)[:n_all]
+    if len(chosen) < n_all:
         raise UserError(f"mesh.data={n_data} x mesh.latent={n_latent} needs more than the {len(chosen)} devices here")
+    if n_ensemble > 1:
+        grid = np.asarray(chosen).reshape(n_ensemble, n_data, n_latent)
+        return Mesh(grid, (ENSEMBLE, DATA, LATENT), axis_types=(AxisType.Auto,) * 3)
     grid = np.asarray(chosen).reshape(n_data, n_latent)
     return Mesh(grid, (DATA, LATENT), axis_types=(AxisType.Auto,) * 2)
 

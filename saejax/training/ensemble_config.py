@@ -1,0 +1,217 @@
+"""Which runs an ensemble is made of: lists of values for a few knobs, combined into one config for each member.
+
+A knob moves nothing that has a shape and nothing of the data, so members can share batches and one compiled step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import itertools
+from pathlib import Path
+from typing import Any, TypeVar
+
+from saejax.errors import UserError
+from saejax.sae import base
+
+_Config = TypeVar("_Config")
+
+KNOBS: dict[str, tuple[str, str]] = {
+    "seed": ("", "seed"),
+    "lr": ("optim", "lr"),
+    "k": ("sae", "k"),
+    "l1_coef": ("sae", "l1_coef"),
+    "l0_coef": ("sae", "l0_coef"),
+}
+"""Field of `EnsembleConfig` -> (part of the root config, field of it) whose value a member takes from it."""
+
+
+class Combine(enum.Enum):
+    """How lists become members."""
+
+    grid = "grid"
+    """Every value with every other."""
+    zip = "zip"
+    """The first values, the second values, ...; the lists are equally long."""
+
+
+class Form(enum.Enum):
+    """How members lie in the compiled step."""
+
+    auto = "auto"
+    """`loop` on CPUs; on accelerators, and with mesh.ensemble above 1, `vmap` where it can be."""
+    loop = "loop"
+    """One after the other, each exactly as in a run of its own."""
+    vmap = "vmap"
+    """Stacked: one product for all, their k masked up to the largest; one form of products for all members."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """Many SAEs in one compiled step on one stream of batches; all lists empty is one SAE."""
+
+    seed: tuple[int, ...] = ()
+    """Values of seed: fixes the parameters of a member; the data are those of data_seed (null: of the root's seed)."""
+    lr: tuple[float, ...] = ()
+    """Values of optim.lr."""
+    k: tuple[int, ...] = ()
+    """Values of sae.k, where the architecture has it."""
+    l1_coef: tuple[float, ...] = ()
+    """Values of sae.l1_coef, where the architecture has it."""
+    l0_coef: tuple[float, ...] = ()
+    """Values of sae.l0_coef, where the architecture has it."""
+    combine: Combine = Combine.grid
+    """grid (every value with every other) or zip (first with first; lists of one length)."""
+    form: Form = Form.auto
+    """auto, loop (one after the other: CPUs) or vmap (stacked: accelerators)."""
+
+    def __post_init__(self) -> None:
+        for name in KNOBS:
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML list arrives as a list
+            values = getattr(self, name)
+            if len(set(values)) < len(values) and self.combine is Combine.grid:
+                raise UserError(f"ensemble.{name} must not repeat a value, got {list(values)}")
+        lengths = {len(values) for values in self.varied.values()}
+        if self.combine is Combine.zip and len(lengths) > 1:
+            said = ", ".join(f"{name} has {len(values)}" for name, values in self.varied.items())
+            raise UserError(f"ensemble.combine=zip needs lists of one length: {said}")
+        names = [name_of(point) for point in self.points]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"ensemble: two members are {twice[0]}")
+
+    @property
+    def varied(self) -> dict[str, tuple[Any, ...]]:
+        """The knobs that were given values."""
+        return {name: getattr(self, name) for name in KNOBS if getattr(self, name)}
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """The knobs of every member; none where this is no ensemble.
+
+        Example:
+          >>> EnsembleConfig(k=(8, 16), seed=(0, 1)).points[1]
+          {'seed': 0, 'k': 16}
+        """
+        if not self.varied:
+            return []
+        combined = itertools.product(*self.varied.values()) if self.combine is Combine.grid else zip(
+            *self.varied.values(), strict=True
+        )  # fmt: skip
+        return [dict(zip(self.varied, values, strict=True)) for values in combined]
+
+
+def name_of(point: dict[str, Any]) -> str:
+    """The directory of a member.
+
+    Example:
+      >>> name_of({"seed": 1, "lr": 3e-4, "k": 16})
+      'seed1_lr0.0003_k16'
+    """
+    return "_".join(f"{name}{value}" for name, value in point.items())
+
+
+def knobs(config: Any) -> dict[str, Any]:
+    """The values that a root config has for the knobs that it has.
+
+    Args:
+      config: a `saejax.config.Config`.
+    """
+    parts = {name: getattr(config, part) if part else config for name, (part, _) in KNOBS.items()}
+    return {name: getattr(parts[name], field) for name, (_, field) in KNOBS.items() if hasattr(parts[name], field)}
+
+
+def with_knobs(config: _Config, point: dict[str, Any]) -> _Config:
+    """A root config with other knobs.
+
+    Args:
+      config: a `saejax.config.Config`.
+      point: knob -> value.
+
+    Raises:
+      UserError: the architecture has no such field, or it refuses the value.
+    """
+    made: Any = config
+    for name, value in point.items():
+        part, field = KNOBS[name]
+        held = getattr(made, part) if part else made
+        if not hasattr(held, field):
+            raise UserError(f"ensemble.{name} must be empty: sae={made.sae.name} has no {field}, got {value}")
+        changed = dataclasses.replace(held, **{field: value})
+        made = dataclasses.replace(made, **{part: changed}) if part else changed
+    return made
+
+
+def members(config: _Config) -> dict[str, _Config]:
+    """The config of every member by its name: what a run of its own would be told to be the same SAE.
+
+    Args:
+      config: a `saejax.config.Config`.
+
+    Raises:
+      UserError: a member that cannot be.
+    """
+    root: Any = config
+    if not root.ensemble.points:
+        return {}
+    mesh = dataclasses.replace(root.mesh, ensemble=1)
+    plain = dataclasses.replace(root, ensemble=EnsembleConfig(), data_seed=root.stream_seed, mesh=mesh)
+    return {name_of(point): with_knobs(plain, point) for point in root.ensemble.points}
+
+
+def dirs(config: _Config, run_dir: Path) -> dict[Path, _Config]:
+    """The run directory of every member of an ensemble, and its config."""
+    return {run_dir / "members" / name: member for name, member in members(config).items()}
+
+
+def why_not_stacked(sparsifier: base.Sparsifier, varied: set[str]) -> str | None:
+    """What keeps members from being stacked, None where nothing does.
+
+    Args:
+      sparsifier: architecture of any member.
+      varied: knobs in which members differ.
+    """
+    if "k" not in varied:
+        return None
+    if not sparsifier.k_sparse or sparsifier.name == "matching_pursuit":
+        return f"the k of sae={sparsifier.name} cannot be masked"
+    if getattr(sparsifier, "multi_topk_alpha", 0) > 0 or getattr(sparsifier, "anneals", False):
+        return "k must not vary with multi_topk_alpha or k_start"
+    return None
+
+
+def check(config: Any) -> None:
+    """Refuse an ensemble that cannot be, before any device work.
+
+    Args:
+      config: a `saejax.config.Config`.
+
+    Raises:
+      UserError: naming the field, its value and what is allowed.
+    """
+    ensemble, n_axis = config.ensemble, config.mesh.ensemble
+    made = members(config)
+    if n_axis > 1 and len(made) % n_axis:
+        raise UserError(f"mesh.ensemble must divide the number of members, {len(made)}, got {n_axis}")
+    if n_axis > 1 and not made:
+        raise UserError(f"mesh.ensemble must be 1 without an ensemble, got {n_axis}")
+    if n_axis > 1 and ensemble.form is Form.loop:
+        raise UserError(f"ensemble.form must be vmap or auto with mesh.ensemble={n_axis}, got loop")
+    why = why_not_stacked(config.sae, set(ensemble.varied))
+    if why and (n_axis > 1 or ensemble.form is Form.vmap):
+        raise UserError(f"ensemble.form=vmap and mesh.ensemble are not for this ensemble ({why}): take form=loop")
+
+
+def resolved(form: Form, sparsifier: base.Sparsifier, varied: set[str], *, n_axis: int, platform: str) -> Form:
+    """`form` with auto resolved.
+
+    Args:
+      form: as in the config.
+      sparsifier: architecture of any member.
+      varied: knobs in which members differ.
+      n_axis: devices along the mesh axis of members.
+      platform: of the devices, "cpu" or another.
+    """
+    if form is not Form.auto:
+        return form
+    stacked = n_axis > 1 or platform != "cpu" and why_not_stacked(sparsifier, varied) is None
+    return Form.vmap if stacked else Form.loop

@@ -1,0 +1,133 @@
+"""Which form of a kernel runs: dense, sparse or pallas, by operation, device and shape; the user has the last word.
+
+A kernel asks `of` while it is traced and names the form that its own measured rule prefers. That is what it gets,
+unless the user named another: in the environment variable SAEJAX_KERNELS or through `use` (a config field). Written is
+one form for all operations ("sparse") or a form per operation ("encode=pallas,accumulate=dense"); "" is the rule.
+
+The Pallas kernels run on NVIDIA GPUs of compute capability 9.0 (the encoder, which is written for Hopper's products)
+or above (the others). No GPU has measured them yet, so no rule prefers them.
+"""
+
+import contextlib
+import contextvars
+import enum
+import os
+from collections.abc import Iterator
+
+import jax
+
+from saejax.errors import UserError
+from saejax.kernels import mosaic, pallas_decode, pallas_encode
+
+VARIABLE = "SAEJAX_KERNELS"
+"""The environment variable."""
+_said = contextvars.ContextVar[str | None]("kernels", default=None)
+
+
+class Form(enum.Enum):
+    """How an operation is computed."""
+
+    dense = "dense"
+    """Dense products over all latents."""
+    sparse = "sparse"
+    """XLA over active latents only; for `encode`, the product and then top-k."""
+    pallas = "pallas"
+    """A Pallas kernel for NVIDIA GPUs; unmeasured."""
+
+
+class Operation(enum.Enum):
+    """What has several forms."""
+
+    encode = "encode"
+    """The encoder's product and its k largest entries."""
+    decode = "decode"
+    """Sums of weighted rows."""
+    dot = "dot"
+    """Products of a row with other rows: the gradient of the values."""
+    accumulate = "accumulate"
+    """Rows added to where indices say: the gradients of the weights."""
+
+
+def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, dtype: str = "float32") -> Form:
+    """Returns the form to trace.
+
+    The user's form gives way to `preferred` where it does not exist: sizes that no kernel takes, a dense `encode`.
+
+    Args:
+      operation: What is computed.
+      preferred: What the caller's rule chooses for this backend and these sizes.
+      rows: Rows of the batch on this device.
+      width: Entries of a row of `x`, `y` or the dictionary.
+      n: Latents on this device.
+      dtype: Operands of the product.
+
+    Raises:
+      UserError: Where the text is malformed, or names pallas on a device that cannot run it.
+
+    Example:
+      >>> with use("accumulate=dense"):
+      ...     of(Operation.accumulate, Form.sparse, rows=8, width=4, n=16).name
+      'dense'
+    """
+    text = said()
+    form = parse(text).get(operation, preferred)
+    if form is Form.pallas:
+        check_device(operation, text)
+        if operation is Operation.encode:
+            fits = pallas_encode.fits(rows, width, n, dtype)
+        else:
+            fits = dtype == "float32" and pallas_decode.fits(width)
+        return Form.pallas if fits else preferred
+    return preferred if operation is Operation.encode else form
+
+
+def said() -> str:
+    """Returns what the user wrote: inside `use` that, else the environment variable."""
+    text = _said.get()
+    return os.environ.get(VARIABLE, "") if text is None else text
+
+
+@contextlib.contextmanager
+def use(text: str) -> Iterator[None]:
+    """Within it, functions are traced with these forms; what was traced before stays as it is."""
+    parse(text)
+    before = _said.set(text)
+    try:
+        yield
+    finally:
+        _said.reset(before)
+
+
+def parse(text: str) -> dict[Operation, Form]:
+    """Returns the forms that a text names.
+
+    Raises:
+      UserError: In one line.
+
+    Example:
+      >>> {k.name: v.name for k, v in parse("encode=pallas, dot=sparse").items()}
+      {'encode': 'pallas', 'dot': 'sparse'}
+    """
+    forms = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, form = part.rpartition("=")
+        if form not in Form.__members__ or (name or "encode") not in Operation.__members__:
+            raise UserError(
+                f"kernels ({VARIABLE}) must be one of {', '.join(Form.__members__)}, or one for each of "
+                f"{', '.join(Operation.__members__)} as in encode=pallas,dot=sparse, got {text}"
+            )
+        forms.update({operation: Form[form] for operation in Operation if name in ("", operation.name)})
+    return forms
+
+
+def check_device(operation: Operation, text: str) -> None:
+    """Raises the user's one-line error where the first device cannot run this operation's Pallas kernel."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
+    major = int(capability.partition(".")[0]) if capability[:1].isdigit() else 0
+    hopper = operation is Operation.encode
+    if not (capability == "9.0" if hopper else major >= 9) or not mosaic.available():
+        raise UserError(
+            f"kernels ({VARIABLE}) names pallas for {operation.name}, which needs jax with Pallas and an NVIDIA GPU of "
+            f"compute capability 9.0{'' if hopper else ' or above'}, got {text} on {device.device_kind}"
+        )

@@ -107,9 +107,9 @@ def test_a_launcher_that_is_not_installed_is_one_line(name, monkeypatch):
 @pytest.mark.slow
 def test_a_job_that_is_preempted_is_queued_again_and_loses_nothing(tmp_path):
     straight, swept = tmp_path / "straight", tmp_path / "swept"
-    launcher = ["launcher=submitit_local", "hydra.launcher.timeout_min=5"]
-    said(sweep(straight, "sae.k=4", n_steps=3000))
-    process = start(sweep(swept, "sae.k=4", *launcher, n_steps=3000))
+    point = ["sae.k=4", "checkpoint.save_every_steps=200"]
+    said(sweep(straight, *point, n_steps=3000))
+    process = start(sweep(swept, *point, "launcher=submitit_local", "hydra.launcher.timeout_min=5", n_steps=3000))
     task = _wait_for(lambda: checkpoint.steps(swept / "0") and _task_below(swept))
     os.kill(task, signal.SIGUSR2)
     text, _ = process.communicate(timeout=280)

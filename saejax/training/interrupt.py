@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 asked politely: the loop sees them between two steps and saves before it leaves."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2: the loop sees them between two steps and saves before it leaves."""
 
 from __future__ import annotations
 

@@ -73,22 +73,12 @@ class Checkpoints:
     Args:
       run_dir: its subdirectory `checkpoints/` is used.
       config: see `CheckpointConfig`.
+      spare: newest checkpoints kept beyond what `config` says, until `trim`.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        policies: Any = ocp.training.preservation_policies
-        keep: list[Any] = [policies.LatestN(config.keep_last)]
-        if config.keep_best:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["fvu"],
-                    reverse=True,
-                    n=config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self._run_dir = run_dir
-        self._keep = policies.AnyPreservationPolicy(keep)
+    def __init__(self, run_dir: Path, config: CheckpointConfig, spare: int = 0) -> None:
+        self._run_dir, self._config = run_dir, config
+        self._keep = _kept(config, spare)
         self._pending: Any = None
         self._error = ""
         self._open()
@@ -201,23 +191,52 @@ class Checkpoints:
             return found[_STATE], found[_LOADER]
         raise UserError(f"no checkpoint in {directory} can be restored; tried steps {', '.join(map(str, candidates))}")
 
-    def _set_aside(self, broken: list[int]) -> None:
-        """Move broken checkpoints away, so that neither `latest_step` nor the preservation policy counts them."""
-        if not broken:
+    def _set_aside(self, numbers: list[int], name: str = "checkpoints_broken") -> None:
+        """Move checkpoints away, so that neither `latest_step` nor the preservation policy counts them."""
+        if not numbers:
             return
-        aside = self._run_dir / "checkpoints_broken"
+        aside = self._run_dir / name
         aside.mkdir(exist_ok=True)
         self._checkpointer.close()
-        for number in broken:
+        for number in numbers:
             target = aside / str(number)
             shutil.rmtree(target, ignore_errors=True)
             (self._run_dir / "checkpoints" / str(number)).rename(target)
         self._open()
 
+    def trim(self) -> None:
+        """Delete what only `spare` kept."""
+        self.wait()
+        there = list(self._checkpointer.checkpoints)
+        for found, kept in zip(there, _kept(self._config).should_preserve(there, context=None), strict=True):
+            if not kept:
+                self._checkpointer.delete(found.step)
+
+    def rewind(self, step: int) -> None:
+        """Move checkpoints after a step to `checkpoints_ahead/`: the run goes on from there and writes them again."""
+        ahead = [number for number in steps(self._run_dir) if number > step]
+        self._set_aside(ahead, "checkpoints_ahead")
+
     def close(self) -> None:
         """Wait for the last save and release Orbax's threads."""
         self.wait()
         self._checkpointer.close()
+
+
+def _kept(config: CheckpointConfig, spare: int = 0) -> Any:
+    """Which checkpoints stay: the newest, and the best of those that were evaluated."""
+    policies: Any = ocp.training.preservation_policies
+    keep: list[Any] = [policies.LatestN(config.keep_last + spare)]
+    if config.keep_best:
+        keep.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics["fvu"],
+                reverse=True,
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return policies.AnyPreservationPolicy(keep)
 
 
 def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) -> tuple[int, dict[str, Any]]:

@@ -125,7 +125,7 @@ def _start_wandb(config: TrackerConfig, run_config: dict[str, Any], run_dir: Pat
             dir=str(run_dir),
             id=run_id,
             resume="allow" if run_id else None,
-            reinit="finish_previous",
+            reinit="create_new",  # members of an ensemble are open at once
             settings=wandb.Settings(init_timeout=30),
         )
     except Exception as error:  # wandb raises many kinds; a run must not die for want of its dashboard

@@ -17,26 +17,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What a part of saejax may import of saejax, besides itself and `errors`.
-BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "sae", "sharding", "tracking", "training"}
-BELOW_CONFIG |= {"codes", "sparse_coding"}
+BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "processes", "sae", "sharding"}
+BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training"}
 BELOW_TOP = BELOW_CONFIG | {"config", "run"}
-TOP = {"cli", "commands", "experiments", "interop", "manual", "preflight", "report", "standing"}
+TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "preflight", "report", "standing"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),
     "sae": {"kernels"},
     "sparse_coding": {"kernels", "sae"},
     "codes": {"kernels", "sparse_coding"},
-    "sharding": set(),
+    "processes": set(),
+    "sharding": {"processes"},
     "tracking": set(),
     "digest": set(),
-    "checkpoint": {"digest"},
-    "activations": {"kernels", "sharding"},
+    "checkpoint": {"digest", "processes"},
+    "activations": {"kernels", "processes", "sharding"},
     "evals": {"kernels", "sae", "sharding"},
-    "training": {"activations", "checkpoint", "kernels", "sae", "sharding", "tracking"},
+    "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
     "run": BELOW_CONFIG | {"config"},
     "standing": {"checkpoint", "config"},
+    "ensembles": BELOW_TOP | {"standing"},
     "interop": BELOW_TOP,
     "report": BELOW_TOP,
     "experiments": BELOW_TOP,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import sys
@@ -12,20 +13,29 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
+from saejax.sharding import DATA
+from saejax.training.ensemble import EnsembleState, EnsembleStep
 from saejax.training.state import TrainState
 from saejax.training.step import Step
 
 logger = logging.getLogger(__name__)
 
 
-def compile_step(step: Step, wanted: TrainState, lane_sharding: NamedSharding, mesh: Mesh) -> Any:
+def compile_step(
+    step: Step | EnsembleStep,
+    wanted: TrainState | EnsembleState,
+    lane_sharding: NamedSharding,
+    mesh: Mesh,
+    n_members: int = 1,
+) -> Any:
     """Compile the step ahead of time, say what it needs, and refuse what cannot fit.
 
     Args:
-      step: pure, from `training.step.make`.
+      step: pure, from `training.step.make` or `training.ensemble.make`.
       wanted: the state's shapes and shardings.
       lane_sharding: of the record that each step takes.
       mesh: where it runs.
+      n_members: of an ensemble.
 
     Returns:
       The compiled step; it donates the state.
@@ -47,6 +57,11 @@ def compile_step(step: Step, wanted: TrainState, lane_sharding: NamedSharding, m
         logger.info("memory per device: state and batch %s, step %s in all", _gib(state_bytes), _gib(need))
         limit = _limit_bytes()
         if limit is not None and need > limit:
+            if n_members > 1:
+                raise UserError(
+                    f"one step of {n_members} members needs {_gib(need)} per device, there is {_gib(limit)}: about "
+                    f"{fitting(need, limit, _bytes(wanted.buffer) // mesh.shape[DATA], n_members)} of them would fit"
+                )
             raise UserError(
                 f"one step needs {_gib(need)} per device, there is {_gib(limit)}: lower train.batch, buffer.rows "
                 "or sae.d_sae, or raise mesh.latent"
@@ -72,6 +87,26 @@ def _limit_bytes() -> int | None:
     if device.platform == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
     return None
+
+
+def fitting(need: int, limit: int, shared: int, n_members: int) -> int:
+    """Members of an ensemble that a device has room for, each taking an equal part of what they do not share.
+
+    Args:
+      need: bytes of the step with all of them.
+      limit: bytes of the device.
+      shared: bytes that one member alone would need as well: the buffer.
+      n_members: all of them.
+
+    Example:
+      >>> fitting(need=810, limit=500, shared=10, n_members=8)
+      4
+    """
+    return max(0, (limit - shared) * n_members // max(need - shared, 1))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _gib(n_bytes: int) -> str:

@@ -1,0 +1,359 @@
+"""Runs trained together: from the configs of some members to the run directory of each, and on from where they stand.
+
+Every member has an ordinary run directory, the one that a run of its own would leave; so evaluating, exporting,
+reporting and going on with one alone need to know nothing of ensembles. What members share is there once while they
+train. The loop is that of one run: `_Members` stands where it expects a tracker, an evaluation and checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from saejax import checkpoint, config, run, sharding, standing, tracking
+from saejax.activations.source import RowIterator
+from saejax.errors import UserError
+from saejax.training import ensemble, ensemble_config, loop, memory, optim, state
+
+logger = logging.getLogger(__name__)
+
+Members = Mapping[Path, config.Config]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a call of `train` ended.
+
+    Attributes:
+      evaluations: run directory -> last held-out metrics, of members that are finished.
+      failed: directories of members that are no longer finite, now or before.
+      signum: the signal that stopped it, None when it reached its end.
+      tokens_per_second: rows per second of the stream, each row seen by every member; 0 where nothing was left to do.
+    """
+
+    evaluations: dict[Path, dict[str, float]]
+    failed: list[Path]
+    signum: int | None = None
+    tokens_per_second: float = 0.0
+
+
+def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
+    """Train the ensemble of a config; the members lie in `run_dir`/members/.
+
+    Args:
+      cfg: with a non-empty `ensemble`.
+      run_dir: made where missing.
+      resume: whether `cfg` may differ from what is there, as with `saejax train resume=...`.
+
+    Returns:
+      How it ended. Members that are finished are left alone, others go on from the newest step that they have in
+      common.
+
+    Raises:
+      UserError: before any device work for impossible combinations; for lack of memory or a full disk; when no member
+        is finite any more.
+    """
+    there = (run_dir / "config.yaml").is_file()
+    if there and not resume:
+        differing = [key for key in config.changed(config.from_run(run_dir), cfg) if key.startswith("ensemble.")]
+        if differing:
+            raise UserError(f"{run_dir} holds another ensemble: {differing[0]} differs; take another directory")
+    elif there:
+        config.check_resumable(config.from_run(run_dir), cfg)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run.write_config(cfg, run_dir)
+    form, n_axis = cfg.ensemble.form, cfg.mesh.ensemble
+    return train_members(ensemble_config.dirs(cfg, run_dir), form=form, n_axis=n_axis, resume=resume)
+
+
+def train_members(
+    members: Members,
+    *,
+    form: ensemble_config.Form = ensemble_config.Form.auto,
+    n_axis: int = 1,
+    resume: bool = False,
+) -> Result:
+    """Train runs that differ in `KNOBS` only, each into its own directory.
+
+    Args:
+      members: run directory -> config.
+      form: of the compiled step.
+      n_axis: devices along the mesh axis of members.
+      resume: as in `train`.
+    """
+    evaluations: dict[Path, dict[str, float]] = {}
+    failed: list[Path] = []
+    fresh: dict[Path, config.Config] = {}
+    begun: dict[Path, config.Config] = {}
+    for path, cfg in members.items():
+        record = _record(path)
+        steps = checkpoint.steps(path)
+        if steps and resume:
+            config.check_resumable(config.from_run(path), cfg)
+        elif steps:
+            standing.look(cfg, path)  # refuses another run
+        if "failed" in record:
+            logger.warning("%s is left out: %s; it goes on alone with resume=%s", path, record["failed"], path)
+            failed.append(path)
+        elif steps and steps[-1] == cfg.train.n_steps and record.get("finished"):
+            evaluations[path] = record["evaluation"]
+        else:
+            (begun if steps else fresh)[path] = cfg
+    result = Result(evaluations=evaluations, failed=failed)
+    for cohort, begins in ((begun, False), (fresh, True)):
+        if not cohort or result.signum is not None:
+            continue
+        now = _together(cohort, form=form, n_axis=n_axis if len(cohort) % n_axis == 0 else 1, resume=not begins)
+        result = Result(
+            evaluations=result.evaluations | now.evaluations,
+            failed=result.failed + now.failed,
+            signum=now.signum,
+            tokens_per_second=now.tokens_per_second,
+        )
+    return result
+
+
+def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resume: bool) -> Result:
+    """Members that all begin, or all go on: one stream, one compiled step."""
+    cfgs = list(members.values())
+    cfg, n = cfgs[0], len(cfgs)
+    varied = {
+        name for name in ensemble_config.KNOBS if len({repr(ensemble_config.knobs(c).get(name)) for c in cfgs}) > 1
+    }
+    platform = jax.devices()[0].platform
+    form = ensemble_config.resolved(form, cfg.sae, varied, n_axis=n_axis, platform=platform)
+    shape = dataclasses.replace(cfg.mesh, ensemble=n_axis).shape(jax.device_count(), n_lanes=cfg.train.n_lanes)
+    mesh = sharding.make_mesh(*shape, n_ensemble=n_axis)
+    sharding.check_divides(mesh, n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
+    rows, put = run.open_stream(cfg, mesh)
+    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
+    logger.info("%d members in one step (ensemble.form=%s)", n, form.name)
+    with contextlib.ExitStack() as stack:
+        for path in members:
+            path.mkdir(parents=True, exist_ok=True)
+        # One spare, so that the newest step that all have is never deleted while some of them write the next.
+        saved = [checkpoint.Checkpoints(path, c.checkpoint, spare=1) for path, c in members.items()]
+        for one in saved:
+            stack.callback(one.close)
+        first = next(rows)
+        single = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, run.filling(cfg, first), mesh=mesh)
+        layout = ensemble.Layout(single, n, form, mesh)
+        made = ensemble.make([ensemble.Member(c.sae, c.optim) for c in cfgs], cfg.train, form, mesh)
+        lane_sharding = NamedSharding(mesh, P(sharding.DATA))
+        compiled = memory.compile_step(made, layout.abstract, lane_sharding, mesh, n_members=n)
+        if resume:
+            states, position = _restored(saved, members, single)
+            rows.set_state(position)
+        else:
+            filled = run.fill(cfg, first, rows, put)
+            seeds = [c.seed for c in cfgs]
+            states = state.create_many(
+                cfg.sae, tx, cfg.train, cfg.normalize, filled, seeds=seeds, data_seed=cfg.stream_seed, mesh=mesh
+            )  # fmt: skip
+            del filled
+        begun = layout.join(states)
+        del states
+        for path, c in members.items():
+            run.write_config(c, path)
+        group: Any = _Members(members, layout, saved, mesh, rows, start_step=int(begun.step))
+        stack.callback(group.close)
+        outcome = loop.fit(
+            begun,  # pyright: ignore[reportArgumentType]
+            compiled,
+            rows,
+            config=cfg.train,
+            save_every_steps=cfg.checkpoint.save_every_steps,
+            put=put,
+            evaluate=group.evaluate,
+            checkpoints=group,
+            tracker=group,
+        )
+    return group.recorded(outcome)
+
+
+def _restored(saved: list[checkpoint.Checkpoints], members: Members, single: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The states of all members at the newest step that each of them has and that can be read."""
+    common = set.intersection(*(set(checkpoint.steps(path)) for path in members))
+    problem = "their checkpoints have no step in common"
+    for number in sorted(common, reverse=True):
+        states, position = [], None
+        try:
+            for one in saved:
+                found, position = one.restore(single, number)
+                states.append(dataclasses.replace(found, buffer=None) if states else found)
+        except UserError as error:
+            problem = str(error)
+            continue
+        assert position is not None
+        for one in saved:
+            one.rewind(number)
+        return states, position
+    raise UserError(
+        f"the members cannot go on together: {problem}; each goes on alone with resume={next(iter(members))}"
+    )
+
+
+class _Members:
+    """The tracker, the evaluation and the checkpoints of an ensemble, as the loop of one run wants them.
+
+    A member whose loss or parameters are not finite is said so at once, and is neither logged nor saved any more; the
+    others go on. Its arrays stay in the step, which is compiled once.
+
+    Args:
+      members: run directory -> config.
+      layout: between the state of the ensemble and that of a member.
+      saved: checkpoints of each.
+      mesh: where they train.
+      rows: the stream, for the record.
+      start_step: optimiser steps taken before.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        layout: ensemble.Layout,
+        saved: list[checkpoint.Checkpoints],
+        mesh: Mesh,
+        rows: RowIterator,
+        start_step: int,
+    ) -> None:
+        self._paths, self._cfgs = list(members), list(members.values())
+        self._layout, self._saved, self._mesh, self._rows = layout, saved, mesh, rows
+        self._live = list(range(len(self._paths)))
+        self._evaluated: list[dict[str, float]] = [{} for _ in self._paths]
+        first = self._cfgs[0]
+        enabled = jax.process_index() == 0
+        self._trackers = [
+            tracking.Tracker(path, cfg.tracker, config.to_plain(cfg), start_step=start_step, enabled=enabled)
+            for path, cfg in members.items()
+        ]
+        self._heldout: list[np.ndarray] = []
+        self._evaluations = [
+            run.evaluation(dataclasses.replace(cfg, sae=_measured(cfg, first)), mesh, lambda: self._heldout)
+            for cfg in self._cfgs
+        ]
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write a line into the log of every member: what is its own, and what is of all."""
+        own: dict[int, dict[str, float]] = {i: {} for i in self._live}
+        shared = {}
+        for key, value in values.items():
+            group, _, rest = key.partition("/")
+            member, _, name = rest.partition("/")
+            if not member.isdigit():
+                shared[key] = value
+            elif int(member) in own:
+                own[int(member)][f"{group}/{name}"] = value
+        for i, found in own.items():
+            self._trackers[i].log(step, shared | found)
+            if not all(math.isfinite(found.get(f"train/{name}", 0.0)) for name in ("loss", "param_norm")):
+                self._fail(i, step)
+
+    def evaluate(self, state: ensemble.EnsembleState) -> dict[str, float]:
+        """Held-out metrics "i/name" of every member, and their means; the rows are read once."""
+        self._check(state)
+        cfg = self._cfgs[0]
+        self._heldout = list(cfg.source.heldout(cfg.train.batch, cfg.train.eval_rows))
+        for i in self._live:
+            self._evaluated[i] = dict(self._evaluations[i](self._layout.take(state, i)))
+        self._heldout = []
+        measured = {i: self._evaluated[i] for i in self._live}
+        names = next(iter(measured.values()), {})
+        means = {name: float(np.mean([found[name] for found in measured.values()])) for name in names}
+        return means | {f"{i}/{name}": value for i, found in measured.items() for name, value in found.items()}
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step that is saved of all members that are finite."""
+        latest = [self._saved[i].latest_step for i in self._live]
+        known = [step for step in latest if step is not None]
+        return min(known) if latest and len(known) == len(latest) else None
+
+    def save(self, step: int, state: ensemble.EnsembleState, loader: dict[str, Any], fvu: float | None) -> None:
+        """As `Checkpoints.save`, of every member that is finite; the save before is complete for all by then."""
+        self._check(state)
+        for i in self._live:
+            self._saved[i].wait()
+        for i in self._live:
+            own = None if fvu is None else self._evaluated[i].get("fvu")
+            self._saved[i].save(step, self._layout.take(state, i), loader, own)
+
+    def ensure(self, step: int, state: ensemble.EnsembleState, loader: dict[str, Any], fvu: float | None) -> None:
+        """As `Checkpoints.ensure`, of every member that is finite; the spare checkpoint is gone afterwards."""
+        self.save(step, state, loader, fvu)
+        for i in self._live:
+            own = None if fvu is None else self._evaluated[i].get("fvu")
+            self._saved[i].ensure(step, self._layout.take(state, i), loader, own)
+        for i in self._live:
+            self._saved[i].trim()
+
+    def recorded(self, outcome: loop.Outcome) -> Result:
+        """Write run.json of every member, and say how all of it ended."""
+        for i in self._live:
+            path, own = self._paths[i], dataclasses.replace(outcome, evaluation=self._evaluated[i])
+            if outcome.speed["steps"] or not (path / "run.json").exists():
+                run.write_record(self._cfgs[i], path, self._mesh, self._rows, own, ensemble_members=len(self._paths))
+        done = {} if outcome.signum is not None else {self._paths[i]: self._evaluated[i] for i in self._live}
+        failed = [path for i, path in enumerate(self._paths) if i not in self._live]
+        speed = outcome.speed["tokens_per_second"] if outcome.speed["steps"] else 0.0
+        return Result(evaluations=done, failed=failed, signum=outcome.signum, tokens_per_second=speed)
+
+    def close(self) -> None:
+        """Close every log."""
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _check(self, state: ensemble.EnsembleState) -> None:
+        finite = np.asarray(jax.device_get(state.finite))
+        for i in [i for i in self._live if not finite[i]]:
+            self._fail(i, int(state.step))
+
+    def _fail(self, i: int, step: int) -> None:
+        self._live.remove(i)
+        latest = self._saved[i].latest_step
+        said = f"not finite at step {step}: lower optim.lr; its last checkpoint is of step {latest}"
+        logger.error("%s is %s. The other members go on", self._paths[i], said)
+        ended = loop.Outcome(None, step, None, self._evaluated[i], {})  # pyright: ignore[reportArgumentType]
+        path, more = self._paths[i], {"finished": False, "failed": said, "ensemble_members": len(self._paths)}
+        run.write_record(self._cfgs[i], path, self._mesh, self._rows, ended, **more)
+
+
+def _measured(cfg: config.Config, first: config.Config) -> Any:
+    """The architecture of a member without its coefficient, which no metric reads: so members share a program."""
+    own = {name: getattr(first.sae, name) for name in ("l1_coef", "l0_coef") if hasattr(first.sae, name)}
+    return dataclasses.replace(cfg.sae, **own)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def groups(members: Members) -> Iterator[dict[Path, config.Config]]:
+    """Runs sorted into those that can be trained together: they differ in `KNOBS` only and draw the same batches.
+
+    Args:
+      members: run directory -> config of ordinary runs.
+    """
+    found: dict[str, dict[Path, config.Config]] = {}
+    for path, cfg in members.items():
+        same = dict.fromkeys(ensemble_config.knobs(cfg) | {"seed": 0}, 0)
+        plain = config.to_plain(cfg) | {"stream": cfg.stream_seed, "data_seed": None}
+        for name in same:
+            part, field = ensemble_config.KNOBS[name]
+            (plain[part] if part else plain)[field] = None
+        found.setdefault(json.dumps(plain, sort_keys=True, default=str), {})[path] = cfg
+    yield from found.values()

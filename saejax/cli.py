@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import saejax
+from saejax import processes
 from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
 
 HELP = """saejax: train sparse autoencoders on neural-network activations
@@ -48,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
       Exit status, see `saejax.errors`: 0 done, 1 a store that is not sound or an experiment that fails a check, 2 a
       mistake of the user, 128 + n stopped by signal n.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return processes.together(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(arguments: list[str]) -> int:
+    """One command; the exit status."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return DONE
@@ -89,7 +94,7 @@ def train(arguments: list[str]) -> int:
             raise UserError(f"resume=RUN_DIR takes key=value overrides only, got {flags[0]}")
         _log_to_stderr()
         return _finish_training(config.from_run(run_dir, overrides), run_dir, resume=True)
-    preflight.check(arguments)
+    arguments = preflight.join(arguments, preflight.check(arguments))
     preflight.make_directories(arguments)
     _run_under_hydra(arguments)
     return DONE
@@ -142,11 +147,14 @@ def _come_to(run_dir: Path, cfg: object) -> int:
     """Start a run in its directory, go on with it, or leave it alone if it is finished; a line says which."""
     from saejax import standing
 
+    cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
+    run_dir = Path(processes.gather(str(run_dir))[0])
     found = standing.look(cfg, run_dir)  # pyright: ignore[reportArgumentType]
     logging.getLogger(__name__).info("%s %s", run_dir, found)
-    if found.standing is standing.Standing.finished:
+    state = standing.Standing[processes.gather(found.standing.name)[0]]
+    if state is standing.Standing.finished:
         return DONE
-    return _finish_training(cfg, run_dir, resume=found.standing is standing.Standing.unfinished)
+    return _finish_training(cfg, run_dir, resume=state is standing.Standing.unfinished)
 
 
 def _pass_on(status: int) -> None:
@@ -159,8 +167,11 @@ def _pass_on(status: int) -> None:
 def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
     from saejax import run
 
+    cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
     _quiet_libraries()
     outcome = run.train(cfg, run_dir, resume=resume)  # pyright: ignore[reportArgumentType]
+    if not processes.first():
+        return DONE if outcome.signum is None else stopped_status(outcome.signum)
     if outcome.signum is not None:
         print(f"stopped at step {outcome.step}, saved; go on with: saejax train resume={run_dir}", file=sys.stderr)
         return stopped_status(outcome.signum)
@@ -204,7 +215,11 @@ def command_of(name: str, examples: tuple[str, ...]) -> Callable[[list[str]], in
             return DONE
         cfg = config.load(name, root, arguments)
         _log_to_stderr()
-        print(function(cfg))
+        if (mesh := getattr(cfg, "mesh", None)) is not None:
+            mesh.start()
+        said = function(cfg)
+        if processes.first():
+            print(said)
         return DONE
 
     return command
@@ -258,6 +273,8 @@ def _quiet_libraries() -> None:
     """Orbax and JAX log a page per checkpoint at INFO, HTTP clients every call."""
     for name in ("absl", "jax", "orbax", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not processes.first():
+        logging.getLogger().setLevel(logging.ERROR)
 
 
 EVALUATE_EXAMPLES = (

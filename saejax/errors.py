@@ -14,6 +14,8 @@ FAILED = 1
 """A check that was asked for did not pass (store verify, experiment); also any defect, with its traceback."""
 MISTAKE = 2
 """A `UserError`, or what a file system refuses: one line says what to mend."""
+LOST = 134
+"""Another process of the same run is gone; what JAX's own abort comes to, so that there is one number for it."""
 
 
 def stopped_status(signum: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from saejax import config
+from saejax import config, processes
 from saejax.errors import UserError
 
 # A sweep of thousands is checked in part: composing one job takes a fifth of a second.
@@ -25,26 +26,50 @@ PLUGINS = {
 }
 
 
-def check(arguments: list[str]) -> None:
-    """Compose the jobs of `saejax train ARGUMENTS` and throw the result away.
+def check(arguments: list[str]) -> list[config.Config]:
+    """Compose the jobs of `saejax train ARGUMENTS`.
 
     Args:
       arguments: as typed, with `-m` and Hydra's own flags.
+
+    Returns:
+      Their configs; those of the first jobs where there are thousands, none where only Hydra knows.
 
     Raises:
       UserError: the first mistake, in one line; with the overrides of the job when there are several.
     """
     if any(a.startswith(HYDRA_ALONE) for a in arguments):
-        return
+        return []
     _check_plugins(arguments)
-    jobs = _jobs(arguments)
+    jobs, configs = _jobs(arguments), []
     for overrides in jobs[:MAX_JOBS]:
         try:
-            config.load("train", config.Config, overrides)
+            configs.append(config.load("train", config.Config, overrides))
         except UserError as error:
             if len(jobs) == 1:
                 raise
             raise UserError(f"{error} (in the job {' '.join(overrides)}; no job was started)") from error
+    return configs
+
+
+def join(arguments: list[str], configs: list[config.Config]) -> list[str]:
+    """Join the other processes of a run, where it has any, and agree with them on its directory.
+
+    Args:
+      arguments: as typed.
+      configs: of its jobs, from `check`.
+
+    Returns:
+      The arguments; with the directory of process 0 where each would have made one by its own clock.
+    """
+    if len(configs) != 1 or any(a in ("-m", "--multirun") for a in arguments):
+        return arguments  # each job of a sweep joins its own
+    configs[0].mesh.start()
+    if not processes.several() or any(a.startswith("hydra.run.dir=") for a in arguments):
+        return arguments
+    with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
+        composed = compose("train", [a for a in arguments if not a.startswith("-")], return_hydra_config=True)
+    return [*arguments, f"hydra.run.dir={processes.gather(str(composed.hydra.run.dir))[0]}"]
 
 
 def _check_plugins(arguments: list[str]) -> None:

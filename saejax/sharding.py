@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from saejax import processes
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,19 @@ class MeshConfig:
     """Devices over which rows are split. null takes every device that `latent` leaves."""
     latent: int = 1
     """Devices over which the latents are split, for SAEs too wide for one device."""
+    distributed: processes.Distributed = processes.Distributed.none
+    """Who says which process of the run this is: none for a single one; auto, slurm, kubernetes, tpu or manual for
+    several, of whose devices the mesh is then made."""
+    coordinator: str | None = None
+    """host:port of process 0; null takes JAX_COORDINATOR_ADDRESS, or what the scheduler says."""
+    num_processes: int | None = None
+    """How many processes there are; null takes JAX_NUM_PROCESSES, or what the scheduler says."""
+    process_id: int | None = None
+    """Number of this process, from 0; null takes JAX_PROCESS_ID, or what the scheduler says."""
+    timeout_seconds: int = 300
+    """How long the processes wait for one another at the start (seconds, at least 1)."""
+    dead_after_seconds: int = 100
+    """Silence after which a process counts as dead and all others end (seconds, at least 10)."""
     ensemble: int = 1
     """Devices over which the members of an ensemble are split; a divisor of their number."""
 
@@ -55,6 +69,33 @@ class MeshConfig:
         for name, value in (("data", self.data), ("latent", self.latent), ("ensemble", self.ensemble)):
             if value is not None and value < 1:
                 raise UserError(f"mesh.{name} must be at least 1, got {value}")
+        for name, least in (("timeout_seconds", 1), ("dead_after_seconds", 10)):
+            if getattr(self, name) < least:
+                raise UserError(f"mesh.{name} must be at least {least}, got {getattr(self, name)}")
+
+    def place(self) -> processes.Place | None:
+        """Which process this is, None where it is alone."""
+        given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        return processes.place(self.distributed, **given)
+
+    def start(self) -> None:
+        """Join the other processes of the run, where there are any; before any array exists. Safe to repeat."""
+        times = {"timeout_seconds": self.timeout_seconds, "dead_after_seconds": self.dead_after_seconds}
+        processes.start(self.place(), **times)
+
+    def apart(self) -> tuple[int, int]:
+        """(number of this process, how many there are), for work in which none needs another: nothing is joined."""
+        at = self.place()
+        if at is None or at.process_id is None or at.n_processes is None:
+            self.start()
+            return jax.process_index(), jax.process_count()
+        if at.local_devices is not None:
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, at.local_devices)))
+        return at.process_id, at.n_processes
+
+    def anywhere(self) -> MeshConfig:
+        """The same without what belongs to one process and one start, as a run directory keeps it."""
+        return dataclasses.replace(self, coordinator=None, num_processes=None, process_id=None)
 
     def shape(self, n_devices: int, n_lanes: int | None = None) -> tuple[int, int]:
         """Sizes of the two axes on a machine.

@@ -66,7 +66,8 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     if len(begun) == len(paths) and all(_finished(path, manifest) for path, manifest in begun.items()):
         logger.info("%s is complete: nothing to do", config.path)
         return paths
-    run = _Run(config, _load(config) if backend is None else backend, common)
+    place = config.place()  # before the model, for it says which devices are this process's
+    run = _Run(config, place, _load(config) if backend is None else backend, common)
     with _interruptible():
         for split in text.SPLITS:
             run.write(split, paths[split])
@@ -100,7 +101,7 @@ class _Batch:
 class _Run:
     """One call of `harvest`: the model with everything derived from it and the settings."""
 
-    def __init__(self, config: HarvestConfig, backend: language_model.LMBackend, common: dict):
+    def __init__(self, config: HarvestConfig, place: tuple[int, int], backend: language_model.LMBackend, common: dict):
         if backend.tokenizer is None:
             raise UserError(f"model {config.model} has no tokenizer: text cannot be harvested with it")
         self.config, self.backend, self.tokenizer = config, backend, backend.tokenizer
@@ -108,10 +109,7 @@ class _Run:
         self.d_in = sum(site["d_in"] for site in sites)
         self.packer = packing.Packer(config.context_length, _bos_id(config.bos, backend.tokenizer))
         self.dtype = store_format.numpy_dtype(config.dtype.value)
-        if config.process is None or config.n_processes is None:
-            self.process, self.n_processes = jax.process_index(), jax.process_count()
-        else:
-            self.process, self.n_processes = config.process, config.n_processes
+        self.process, self.n_processes = place
         self.common: dict[str, Any] = common | {
             "hook": config.hook,
             "model": backend.provenance,

@@ -67,10 +67,10 @@ class HarvestConfig:
     on what is stored beyond rounding; "torch:" models run on one device."""
 
     process: int | None = None
-    """Number of this process among those that share the harvest; null is JAX's process index."""
+    """Number of this process among those that share the harvest; null takes what mesh.distributed finds."""
 
     n_processes: int | None = None
-    """How many processes share the harvest, each with its own model; null is JAX's process count."""
+    """How many processes share the harvest, each with its own model; null takes what mesh.distributed finds."""
 
     def __post_init__(self):
         object.__setattr__(self, "hook", ",".join(part.strip() for part in self.hook.split(",")))
@@ -97,6 +97,12 @@ class HarvestConfig:
     def hooks(self) -> tuple[str, ...]:
         """The names in `hook`, in the order in which they lie in a row."""
         return tuple(self.hook.split(","))
+
+    def place(self) -> tuple[int, int]:
+        """(number of this process, how many share the harvest); none of them waits for another."""
+        if self.process is not None and self.n_processes is not None:
+            return self.process, self.n_processes
+        return self.mesh.apart()
 
     def sink(self) -> Sink:
         """The sink rule, its median not measured yet."""

@@ -255,7 +255,8 @@ def report(cfg: ReportConfig) -> str:
       A line that says where.
     """
     if cfg.sweep is not None:
-        return f"report: {sweep.build_sweep(cfg.sweep, out=cfg.out)}"
+        compared = sweep.read_sweep(cfg.sweep)
+        return f"{sweep.text(compared)}\nreport: {sweep.build_sweep(compared, out=cfg.out)}"
     run_dir = Path(str(cfg.run))
     sae, trained = run.load(run_dir), config.from_run(run_dir)
     examples = None

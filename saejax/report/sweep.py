@@ -14,7 +14,9 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
+from saejax import whole
 from saejax.errors import UserError
+from saejax.evals import knee
 from saejax.report import page, plot, records
 
 _METRICS = ("fvu", "l0", "dead_share", "recovered_zero", "delta_ce", "mcc", "tokens_per_second")
@@ -37,14 +39,60 @@ class Row:
     source: str
     group: int
     front: bool
+    knee: bool
 
 
-def build_sweep(sweep_dir: str | Path, *, out: str | Path | None = None) -> Path:
-    """Writes the page of a sweep.
+@dataclasses.dataclass(frozen=True)
+class Knee:
+    """Where the trade-off of one group of runs bends."""
+
+    label: str
+    run: int
+    l0: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        around = f" (95% interval {plot.human(self.low)} to {plot.human(self.high)})"
+        return f"l0 {plot.human(self.l0)}{around if np.isfinite(self.low) else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep compared: what differs, which are beaten by none, where each curve bends."""
+
+    root: Path
+    runs: list[records.Run]
+    keys: list[str]
+    groups: "_Groups"
+    points: list[tuple[float | None, float | None]]
+    front: set[int]
+    knees: list[Knee]
+
+
+def read_sweep(sweep_dir: str | Path) -> Sweep:
+    """Reads and compares the runs of a sweep.
 
     Args:
       sweep_dir: Directory with run directories in it, up to three levels down.
-      out: Where to write; None is sweep.html in `sweep_dir`.
+
+    Raises:
+      UserError: no such directory, or no run in it.
+    """
+    root = Path(sweep_dir)
+    runs = [records.read(path) for path in find(root)]
+    keys = differing([records.flatten(r.config) for r in runs])
+    groups = _groups(runs, keys)
+    points = [(r.metric("l0"), r.metric("fvu")) if status(r) != "failed" else (None, None) for r in runs]
+    return Sweep(root, runs, keys, groups, points, pareto(points), knees(points, groups))
+
+
+def build_sweep(sweep_dir: str | Path | Sweep, *, out: str | Path | None = None) -> Path:
+    """Writes the page of a sweep.
+
+    Args:
+      sweep_dir: Directory of the sweep, or what `read_sweep` made of it.
+      out: Where to write; None is sweep.html in the directory.
 
     Returns:
       The file that was written.
@@ -52,30 +100,55 @@ def build_sweep(sweep_dir: str | Path, *, out: str | Path | None = None) -> Path
     Raises:
       UserError: no such directory, or no run in it.
     """
-    root = Path(sweep_dir)
-    runs = [records.read(path) for path in find(root)]
-    target = Path(out) if out is not None else root / "sweep.html"
-    keys = differing([records.flatten(r.config) for r in runs])
-    groups = _groups(runs, keys)
-    points = [(r.metric("l0"), r.metric("fvu")) if status(r) != "failed" else (None, None) for r in runs]
-    front = pareto(points)
-    rows = [
-        _row(r, keys, target.parent, group, n in front)
-        for n, (r, group) in enumerate(zip(runs, groups.of_run, strict=True))
-    ]
+    found = sweep_dir if isinstance(sweep_dir, Sweep) else read_sweep(sweep_dir)
+    target = Path(out) if out is not None else found.root / "sweep.html"
+    rows = _rows(found, target.parent)
     shown = [m for i, m in enumerate(_METRICS) if any(row.metrics[i] is not None for row in rows)]
     html = page.environment().get_template("sweep.html").render(
-        title=root.resolve().name,
+        title=found.root.resolve().name,
         made=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
-        keys=keys,
+        keys=found.keys,
         columns=[(i, m) for i, m in enumerate(_METRICS) if m in shown],
         rows=rows,
-        legend=groups.labels,
-        chart=_chart(rows, points),
+        legend=found.groups.labels,
+        knees=[(knee, rows[knee.run].name) for knee in found.knees],
+        chart=_chart(rows, found.points),
         sources=sorted({row.source for row in rows if row.source}),
     )  # fmt: skip
-    target.write_text(html, encoding="utf-8")
+    whole.write(target, html)
     return target
+
+
+def text(found: Sweep) -> str:
+    """The comparison for a terminal: a line for each run, the front, and the knee of each curve."""
+    rows = _rows(found, found.root)
+    table = [["run", "status", *found.keys, "l0", "fvu", ""]]
+    for row, (l0, fvu) in zip(rows, found.points, strict=True):
+        marks = ["front"] * row.front + ["knee"] * row.knee
+        figures = ["-" if value is None else plot.human(value) for value in (l0, fvu)]
+        table.append([row.name, row.status, *row.settings, *figures, ", ".join(marks)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join(lines + [f"knee of {k.label}: run {rows[k.run].name}, {k}" for k in found.knees])
+
+
+def knees(points: Sequence[tuple[float | None, float | None]], groups: "_Groups") -> list[Knee]:
+    """The knee of (log l0, fvu) in every group that has three different l0 and a knee at all."""
+    found = []
+    for number, label in enumerate(groups.labels):
+        known = [
+            (n, x, y)
+            for n, ((x, y), group) in enumerate(zip(points, groups.of_run, strict=True))
+            if group == number and x is not None and y is not None and x > 0
+        ]
+        if len({x for _, x, _ in known}) < 3:
+            continue
+        bend = knee.knee(np.log([x for _, x, _ in known]), np.array([y for _, _, y in known]))
+        if bend["knee_index"] >= 0:
+            run, l0, _ = known[int(bend["knee_index"])]
+            low, high = float(np.exp(bend["knee_x_low"])), float(np.exp(bend["knee_x_high"]))
+            found.append(Knee(label, run, l0, low, high))
+    return found
 
 
 def find(root: Path) -> list[Path]:
@@ -153,12 +226,20 @@ def _groups(runs: Sequence[records.Run], keys: Sequence[str]) -> _Groups:
     """Runs that differ only in their sparsity and seed share a colour."""
     kept = [k for k in keys if k not in _SPARSITY and k.split(".")[-1] != "seed"]
     flat = [records.flatten(r.config) for r in runs]
-    labels = [", ".join(f"{k}={_text(c.get(k))}" for k in kept if k in c) or "all runs" for c in flat]
+    labels = [", ".join(f"{k}={_setting(c.get(k))}" for k in kept if k in c) or "all runs" for c in flat]
     order = list(dict.fromkeys(labels))
     return _Groups(order, [order.index(label) for label in labels])
 
 
-def _row(found: records.Run, keys: Sequence[str], base: Path, group: int, front: bool) -> Row:
+def _rows(found: Sweep, base: Path) -> list[Row]:
+    bends = {bend.run for bend in found.knees}
+    return [
+        _row(run, found.keys, base, group, n in found.front, n in bends)
+        for n, (run, group) in enumerate(zip(found.runs, found.groups.of_run, strict=True))
+    ]
+
+
+def _row(found: records.Run, keys: Sequence[str], base: Path, group: int, front: bool, knee: bool) -> Row:
     flat = records.flatten(found.config)
     state = status(found)
     failed = state == "failed"
@@ -167,11 +248,12 @@ def _row(found: records.Run, keys: Sequence[str], base: Path, group: int, front:
         name=found.path.name,
         link=quote(Path(os.path.relpath(link, base)).as_posix()) if link.exists() else None,
         status=state,
-        settings=[_text(flat[key]) if key in flat else "" for key in keys],
+        settings=[_setting(flat[key]) if key in flat else "" for key in keys],
         metrics=[None if failed else found.metric(name) for name in _METRICS],
         source={"evaluated": "eval.json", "failed": ""}.get(state, "last logged values"),
         group=group,
         front=front,
+        knee=knee,
     )
 
 
@@ -186,5 +268,5 @@ def _chart(rows: Sequence[Row], points: Sequence[tuple[float | None, float | Non
     return plot.scatter(marks, title="Sparsity against faithfulness", x_label="l0 →", y_label="↑ fvu")
 
 
-def _text(value: Any) -> str:
+def _setting(value: Any) -> str:
     return plot.human(value) if isinstance(value, float) else str(value)

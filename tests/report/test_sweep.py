@@ -51,6 +51,22 @@ def test_every_run_is_listed_with_its_fate(tmp_path):
     assert "http" not in text
 
 
+def test_the_knee_of_every_curve_is_named(tmp_path):
+    # On log l0 the chord of the first curve passes 0.5 at l0 = 4; its run lies farthest below. The second is a line.
+    for n, (l0, fvu) in enumerate([(1, 0.9), (4, 0.2), (16, 0.1)]):
+        write_run(tmp_path / f"bent{n}", k=l0, l0=float(l0), fvu=fvu, lr=0.1)
+        write_run(tmp_path / f"line{n}", k=l0, l0=float(l0), fvu=0.9 - 0.4 * n, lr=0.2)
+    found = sweep.read_sweep(tmp_path)
+    assert [(k.label, found.runs[k.run].path.name, k.l0) for k in found.knees] == [("optim.lr=0.1", "bent1", 4.0)]
+    lines = sweep.text(found).splitlines()
+    assert lines[0].split() == ["run", "status", "sae.k", "optim.lr", "l0", "fvu"]
+    assert lines[2].split() == ["bent1", "evaluated", "4", "0.1", "4", "0.2", "front,", "knee"]
+    assert lines[-1].startswith("knee of optim.lr=0.1: run bent1, l0 4")
+    shown = " ".join(" ".join(Page(sweep.build_sweep(found).read_text(encoding="utf-8")).texts).split())
+    assert "bent1 evaluated ◦ front ◆ knee" in shown and shown.count("◆ knee") == 1
+    assert "Knee of optim.lr=0.1 : run bent1 , l0 4" in shown.replace(":", " :").replace(",", " ,").replace("  ", " ")
+
+
 def test_runs_come_in_natural_order(tmp_path):
     assert [p.name for p in sweep.find(make(tmp_path))] == ["0", "1", "2", "3", "4", "5", "10"]
 

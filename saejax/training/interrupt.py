@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 asked politely: the loop sees them between two steps and saves before it leaves.
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2: the loop sees them between two steps and saves before it leaves.
 
 In a run of several processes one of them may be the only one that is asked, and all must stop before the same step.
 There the asking goes through JAX's preemption service, which listens for SIGTERM: the other signals are passed on to it
@@ -16,7 +16,7 @@ from types import FrameType
 
 from saejax import processes
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupt:
@@ -44,7 +44,7 @@ class Interrupt:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Interrupt]:
-    """Catch SIGINT, SIGTERM and SIGUSR1 (which schedulers send ahead of a time limit); a second one acts at once.
+    """Catch `SIGNALS` (schedulers send USR1, submitit USR2 ahead of a time limit); a second one acts at once.
 
     Yields:
       An `Interrupt` that turns true on the first signal. Outside the main thread, where Python allows no handler,

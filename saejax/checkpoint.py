@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from saejax import digest
+from saejax import digest, processes
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ class Checkpoints:
         items = {_STATE: state, _LOADER: loader, _RECORD: _record(state, loader)}
         metrics: Any = None if fvu is None else {"fvu": fvu}
         try:
-            self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
+            with processes.alike():
+                self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
         except Exception as error:  # what a file system refuses comes in many kinds
             self._failed(error)
 
@@ -136,18 +137,23 @@ class Checkpoints:
             f"the last complete one is step {self.latest_step}"
         )
 
-    def wait(self) -> None:
-        """Wait for the save that is under way; where it failed, say so and be ready for the next."""
+    def wait(self, leaving: bool = False) -> None:
+        """Wait for the save that is under way; where it failed, say so and be ready for the next.
+
+        Args:
+          leaving: whether this may be the only process that asks.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         try:
-            pending.result()
+            with contextlib.nullcontext() if leaving else processes.alike():
+                pending.result()
         except Exception as error:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._error = _first_line(error)
+        self._error, self._pending = _first_line(error), None
         logger.error(
             "CHECKPOINT NOT WRITTEN under %s: %s. Training goes on and the next save tries again; the last complete "
             "checkpoint is step %s",
@@ -171,16 +177,19 @@ class Checkpoints:
         Raises:
           UserError: none can be read.
         """
-        candidates = steps(self._run_dir)[::-1] if step is None else [step]
+        candidates = json.loads(processes.gather(json.dumps(steps(self._run_dir)[::-1] if step is None else [step]))[0])
         directory = self._run_dir / "checkpoints"
         if not candidates:
             raise UserError(f"no checkpoint in {directory}: start the run anew")
         broken = []
         for candidate in candidates:
             try:
-                record = _read_record(directory / str(candidate))
-                found = self._checkpointer.load_checkpointables(candidate, {_STATE: abstract_state, _LOADER: None})
-                _compare(record, found[_STATE], found[_LOADER])
+                with processes.alike(), _alone():
+                    record = _read_record(directory / str(candidate))
+                    wanted = _in_saved_dtypes(directory / str(candidate), abstract_state)
+                    found = self._checkpointer.load_checkpointables(candidate, {_STATE: wanted, _LOADER: None})
+                with processes.alike():
+                    _compare(record, found[_STATE], found[_LOADER])
             except UserError:
                 raise
             except Exception as error:  # a cut-off file surfaces as one of many kinds
@@ -188,7 +197,7 @@ class Checkpoints:
                 broken.append(candidate)
                 continue
             self._set_aside(broken)
-            return found[_STATE], found[_LOADER]
+            return jax.tree.map(_bits_as, found[_STATE], abstract_state), found[_LOADER]
         raise UserError(f"no checkpoint in {directory} can be restored; tried steps {', '.join(map(str, candidates))}")
 
     def _set_aside(self, numbers: list[int], name: str = "checkpoints_broken") -> None:
@@ -196,12 +205,13 @@ class Checkpoints:
         if not numbers:
             return
         aside = self._run_dir / name
-        aside.mkdir(exist_ok=True)
         self._checkpointer.close()
-        for number in numbers:
-            target = aside / str(number)
-            shutil.rmtree(target, ignore_errors=True)
-            (self._run_dir / "checkpoints" / str(number)).rename(target)
+        with processes.alike():
+            for number in numbers if processes.first() else ():
+                target = aside / str(number)
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                (self._run_dir / "checkpoints" / str(number)).rename(target)
         self._open()
 
     def trim(self) -> None:
@@ -219,7 +229,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save and release Orbax's threads."""
-        self.wait()
+        self.wait(leaving=True)
         self._checkpointer.close()
 
 
@@ -289,6 +299,34 @@ def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         fields = ocp.load_checkpointables(str(path), {_STATE: want})[_STATE]
     _compare(record, fields)
     return fields
+
+
+def _alone() -> Any:
+    """A context in which this process reads without waiting for others: damage may be seen by one of them only."""
+    if not processes.several():
+        return contextlib.nullcontext()
+    context, number = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = number, {number}
+    context.multiprocessing.barrier_sync_key_prefix = f"alone{number}"
+    return context
+
+
+def _in_saved_dtypes(path: Path, wanted: Any) -> Any:
+    """`wanted` with the dtypes of a checkpoint: the buffer held rows as floats before it held their bits."""
+    saved = (ocp.checkpointables_metadata(str(path)).metadata or {}).get(_STATE)
+    dtypes = {digest.name(where): leaf.dtype for where, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+
+    def as_saved(where: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = dtypes.get(digest.name(where), leaf.dtype)
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) or dtype.itemsize != leaf.dtype.itemsize:
+            return leaf
+        return leaf.update(dtype=dtype)
+
+    return jax.tree_util.tree_map_with_path(as_saved, wanted)
+
+
+def _bits_as(saved: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    return saved if saved.dtype == wanted.dtype else jax.lax.bitcast_convert_type(saved, wanted.dtype)
 
 
 def _record(state: Any, loader: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ gathered or copied to the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,13 +40,18 @@ def of(tree: Any) -> dict[str, str]:
     found = {}
     for (path, leaf), (first, second) in zip(leaves, sums, strict=True):
         shape = ",".join(map(str, leaf.shape))
-        found["/".join(map(_name, path))] = f"{leaf.dtype}[{shape}] {first:08x}{second:08x}"
+        found[name(path)] = f"{leaf.dtype}[{shape}] {first:08x}{second:08x}"
     return found
 
 
 def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Returns the paths among `found` whose checksum is not the one expected."""
     return [path for path, value in found.items() if expected.get(path) != value]
+
+
+def name(path: Sequence[Any]) -> str:
+    """The name of a leaf: the keys of its tree path, joined by slashes."""
+    return "/".join(map(_name, path))
 
 
 def _name(key: Any) -> str:

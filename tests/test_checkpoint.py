@@ -171,6 +171,23 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path, monk
     assert checkpoint.steps(tmp_path) == [3]
 
 
+@pytest.mark.parametrize("with_record", [True, False])
+def test_rows_that_were_saved_as_floats_come_back_as_their_bits(tmp_path, with_record):
+    state = state_on(sharding.make_mesh())
+    saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
+    saver.save(3, state, {"position": 5}, None)
+    saver.wait()
+    if not with_record:
+        shutil.rmtree(tmp_path / "checkpoints" / "3" / "record")
+    wanted = abstract(state)
+    wanted["rows"] = wanted["rows"].update(dtype=jnp.uint16)
+    after, _ = saver.restore(wanted)
+    saver.close()
+    assert np.asarray(after["rows"]).tobytes() == np.asarray(state["rows"]).tobytes()
+    assert after["rows"].dtype == jnp.uint16 and after["rows"].sharding == wanted["rows"].sharding
+    assert digest.of(after["params"]) == digest.of(state["params"])
+
+
 def test_a_checkpoint_of_format_1_is_read(tmp_path, caplog):
     state = state_on(sharding.make_mesh())
     saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())

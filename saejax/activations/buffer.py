@@ -6,14 +6,19 @@ the new block into the slots they leave: the buffer is always full, and no row i
 
 A lane never looks at another lane, and its random bits depend on (key, lane) only: with the lane axis sharded
 over "data" no swap communicates, and every mesh yields the same rows.
+
+Rows wait as integers of their width. A swap then touches the rows that it moves and no others: a CPU has no bfloat16
+of its own, and XLA would widen the whole buffer to float32 and back to write a few of its rows.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
 from saejax.errors import UserError
 
@@ -45,15 +50,20 @@ class BufferState:
     """Rows waiting in the buffer: part of the train state, saved with it."""
 
     rows: jax.Array
-    """[n_lanes, n_batches, block_rows, d_in] in the source's dtype; sharded over "data" by lane."""
+    """[n_lanes, n_batches, block_rows, d_in] bits of the rows, unsigned; sharded over "data" by lane."""
+    dtype: np.dtype = struct.field(pytree_node=False)
+    """Of the rows themselves, as the source gave them."""
 
 
 def create(blocks: Float[Array, "n_lanes n_batches block_rows d_in"]) -> BufferState:
     """Fill the buffer with its first records, stacked behind the lane axis.
 
     >>> buffer = create(jnp.zeros((8, 16, 512, 768), jnp.bfloat16))     # 16 batches of 8 x 512 rows
+    >>> buffer.rows.dtype, buffer.dtype
+    (dtype('uint16'), dtype(bfloat16))
     """
-    return BufferState(rows=blocks)
+    dtype = np.dtype(blocks.dtype)
+    return BufferState(rows=lax.bitcast_convert_type(blocks, f"uint{8 * dtype.itemsize}"), dtype=dtype)
 
 
 def draw_slots(key: PRNGKeyArray, *, n_lanes: int, n_batches: int, block_rows: int) -> Int[Array, "n_lanes block_rows"]:
@@ -77,7 +87,7 @@ def swap(
 
     Args:
         buffer: the waiting rows.
-        new: the next record of the loader, same dtype as the buffer.
+        new: the next record of the loader, in the dtype of the buffer's rows.
         key: a new key for every step.
 
     Returns:
@@ -85,9 +95,20 @@ def swap(
     """
     n_lanes, n_batches, block_rows, _ = buffer.rows.shape
     slots = draw_slots(key, n_lanes=n_lanes, n_batches=n_batches, block_rows=block_rows)
-    batch = jax.vmap(lambda rows, slots: rows[slots, jnp.arange(block_rows)])(buffer.rows, slots)
-    # A select passes over the whole buffer, and still takes half the time of a scatter, which XLA's CPU
-    # compiler turns into a loop around two copies of it.
-    vacated = slots[:, None, :] == jnp.arange(n_batches)[None, :, None]
-    new = new[:, None].astype(buffer.rows.dtype)
-    return BufferState(rows=jnp.where(vacated[..., None], new, buffer.rows)), batch
+    drawn = jax.vmap(_take)(buffer.rows, slots)
+    # The minimum is `slots`, which XLA cannot know: so it must read a row before it writes there, and needs no copy
+    # of the buffer to keep the old row in.
+    vacated = jnp.minimum(slots, n_batches - 1 + (drawn[..., 0] >> 2).astype(jnp.int32))
+    bits = lax.bitcast_convert_type(new.astype(buffer.dtype), buffer.rows.dtype)
+    rows = jax.vmap(_put)(buffer.rows, vacated, bits)
+    return dataclasses.replace(buffer, rows=rows), lax.bitcast_convert_type(drawn, buffer.dtype)
+
+
+def _take(lane: UInt[Array, "n_batches block_rows d_in"], slots: Int[Array, " block_rows"]) -> jax.Array:
+    return lane.at[slots, jnp.arange(len(slots))].get(mode="promise_in_bounds")
+
+
+def _put(
+    lane: UInt[Array, "n_batches block_rows d_in"], slots: Int[Array, " block_rows"], bits: jax.Array
+) -> jax.Array:
+    return lane.at[slots, jnp.arange(len(slots))].set(bits, unique_indices=True, mode="promise_in_bounds")

@@ -44,7 +44,7 @@ def compile_step(
       UserError: a device has less memory than the step needs.
     """
     lanes, _, block_rows, d_in = wanted.buffer.rows.shape
-    fresh = jax.ShapeDtypeStruct((lanes, block_rows, d_in), wanted.buffer.rows.dtype, sharding=lane_sharding)
+    fresh = jax.ShapeDtypeStruct((lanes, block_rows, d_in), wanted.buffer.dtype, sharding=lane_sharding)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
     with jax.set_mesh(mesh):

@@ -27,7 +27,8 @@ def test_three_steps_saved_restored_and_three_more_equal_six(name, tmp_path):
     checkpoints.save(3, half, {"at": 3}, None)
     checkpoints.wait()
     cfg = steps.cfg
-    wanted = state.abstract(cfg.sae, steps.tx, cfg.train, cfg.normalize, half.buffer.rows, mesh=steps.mesh)
+    rows = jax.ShapeDtypeStruct(half.buffer.rows.shape, half.buffer.dtype)
+    wanted = state.abstract(cfg.sae, steps.tx, cfg.train, cfg.normalize, rows, mesh=steps.mesh)
     restored, _ = checkpoints.restore(wanted)
     checkpoints.close()
     resumed, again = steps.run(restored, records[3:])

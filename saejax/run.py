@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
+import math
 import platform
 import subprocess
 import time
@@ -19,13 +21,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import saejax
-from saejax import checkpoint, config, sharding, tracking
+from saejax import checkpoint, config, sharding, tracking, whole
 from saejax.activations import normalize
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.evals import evaluate
 from saejax.sae import base, model, per_row
-from saejax.training import diagnose, ensemble_config, fold, loop, memory, optim, state, step
+from saejax.training import diagnose, ensemble_config, fold, loop, memory, nonfinite, optim, settings, state, step
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
         learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps, cfg.sae.d_sae),
         ema_decay=cfg.train.ema_decay,
         resample_every_steps=cfg.train.resample_every_steps,
+        skip_nonfinite=cfg.train.on_nonfinite is settings.OnNonfinite.skip,
     )
 
     checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint)
@@ -95,6 +98,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
                 evaluate=evaluation(cfg, mesh),
                 checkpoints=checkpoints,
                 tracker=tracker,
+                inspect=inspector(cfg, run_dir, mesh, rows, first),
             )
         finally:
             tracker.close()
@@ -154,9 +158,7 @@ def check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
 def write_config(cfg: config.Config, run_dir: Path) -> None:
     """config.yaml, at once or not at all."""
     if jax.process_index() == 0:
-        temporary = run_dir / "config.yaml.tmp"
-        temporary.write_text(config.to_yaml(cfg), encoding="utf-8")
-        temporary.replace(run_dir / "config.yaml")
+        whole.write(run_dir / "config.yaml", config.to_yaml(dataclasses.replace(cfg, mesh=cfg.mesh.anywhere())))
 
 
 def open_stream(cfg: config.Config, mesh: Mesh) -> tuple[RowIterator, Put]:
@@ -183,8 +185,18 @@ def fill(cfg: config.Config, first: np.ndarray, rows: RowIterator, put: Put) -> 
     """The first filling of the buffer, and a line about what it looks like."""
     records = [first, *(next(rows) for _ in range(cfg.buffer.n_batches(cfg.train.batch) - 1))]
     filled = put(np.stack(records, axis=1))
-    diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
+    ratio = diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
+    if not math.isfinite(ratio):
+        nonfinite.refuse_first(records)
     return filled
+
+
+def inspector(
+    cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, first: np.ndarray
+) -> nonfinite.Inspector:
+    """What finds and saves the rows of a step that is not finite."""
+    lanes = _own_lanes(NamedSharding(mesh, P(sharding.DATA)), cfg.train.n_lanes)
+    return nonfinite.Inspector(run_dir, rows, lanes, filling(cfg, first).shape)
 
 
 def _own_lanes(lane_sharding: NamedSharding, n_lanes: int) -> range:
@@ -245,6 +257,7 @@ def write_record(
         "source": cfg.source.fingerprint(),
         "epoch_rows": rows.n_rows,
         "skipped_shards": cfg.source.skipped(),
+        "nonfinite_steps": len(list((run_dir / "nonfinite").glob("step_*.json"))),
         "step": outcome.step,
         "tokens": outcome.step * cfg.train.batch,
         "finished": outcome.signum is None,
@@ -255,9 +268,7 @@ def write_record(
         "evaluation": dict(outcome.evaluation),
         **more,
     }
-    temporary = run_dir / "run.json.tmp"
-    temporary.write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    temporary.replace(run_dir / "run.json")
+    whole.write(run_dir / "run.json", json.dumps(record, indent=1, default=str))
 
 
 def _seconds_so_far(run_dir: Path) -> float:

@@ -5,14 +5,19 @@ The only file that knows wandb.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import errno
 import json
 import logging
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from saejax import whole
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,14 +66,15 @@ class Tracker:
         enabled: bool = True,
     ) -> None:
         path = run_dir / "metrics.jsonl"
+        self._path, self._waiting = path, b""
         self._file = self._wandb = None
         if enabled:
             _drop_lines_after(path, start_step)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._file = path.open("ab", buffering=0)
             self._wandb = _start_wandb(config, run_config, run_dir) if config.wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write one line.
+        """Write one line; a disk that is full or a W&B that fails is said once and stops nothing.
 
         Args:
           step: optimiser steps taken.
@@ -76,25 +82,59 @@ class Tracker:
         """
         line = {"step": step} | {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._write((json.dumps(line) + "\n").encode())
+        self._tell_wandb(lambda run: run.log(values, step=step))
 
     def close(self) -> None:
         """Flush and close; W&B runs of a sweep share a process, so each must be finished."""
         if self._file is not None:
+            if self._waiting:
+                self._write(b"")
+            if self._waiting:
+                logger.error("%s lacks its last %d lines", self._path, self._waiting.count(b"\n"))
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._tell_wandb(lambda run: run.finish())
+
+    def _write(self, line: bytes) -> None:
+        """Append whole lines; those that the disk does not take wait for the next one."""
+        assert self._file is not None
+        failed_before, self._waiting = bool(self._waiting), self._waiting + line
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting = b""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            if not failed_before:
+                logger.error(
+                    "METRICS NOT WRITTEN to %s: %s. Training goes on, the lines are kept and tried again",
+                    *(self._path, error.strerror),
+                )
+
+    def _tell_wandb(self, what: Callable[[Any], None]) -> None:
+        """A run must not die for want of its dashboard: the first failure is the last call."""
+        if self._wandb is None:
+            return
+        try:
+            what(self._wandb)
+        except Exception as error:  # of many kinds
+            logger.error("W&B failed (%s); going on with metrics.jsonl", (str(error).splitlines() or [repr(error)])[0])
+            self._wandb = None
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
     lines = []
-    for text in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for text in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
             logger.warning("metrics.jsonl: skipped a broken line")
     return lines
 
@@ -103,9 +143,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read(path.parent) if line["step"] <= step] if step else []
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    whole.write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _start_wandb(config: TrackerConfig, run_config: dict[str, Any], run_dir: Path) -> Any:
@@ -129,7 +167,9 @@ def _start_wandb(config: TrackerConfig, run_config: dict[str, Any], run_dir: Pat
             settings=wandb.Settings(init_timeout=30),
         )
     except Exception as error:  # wandb raises many kinds; a run must not die for want of its dashboard
-        logger.warning("W&B could not start (%s); going on with metrics.jsonl", str(error).splitlines()[0])
+        said = (str(error).splitlines() or [repr(error)])[0]
+        logger.warning("W&B could not start (%s); going on with metrics.jsonl", said)
         return None
-    id_file.write_text(run.id)
+    with contextlib.suppress(OSError):  # then a resumed run is a new one there
+        whole.write(id_file, run.id)
     return run

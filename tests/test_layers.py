@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What a part of saejax may import of saejax, besides itself and `errors`.
 BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "processes", "sae", "sharding"}
-BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training"}
+BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training", "whole"}
 BELOW_TOP = BELOW_CONFIG | {"config", "run"}
 TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "preflight", "report", "standing"}
 LAYERS: dict[str, set[str]] = {
@@ -29,11 +29,12 @@ LAYERS: dict[str, set[str]] = {
     "codes": {"kernels", "sparse_coding"},
     "processes": set(),
     "sharding": {"processes"},
-    "tracking": set(),
+    "tracking": {"whole"},
+    "whole": set(),
     "digest": set(),
     "checkpoint": {"digest", "processes"},
     "activations": {"kernels", "processes", "sharding"},
-    "evals": {"kernels", "sae", "sharding"},
+    "evals": {"kernels", "sae", "sharding", "whole"},
     "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
     "run": BELOW_CONFIG | {"config"},

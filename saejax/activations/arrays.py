@@ -65,6 +65,9 @@ class Arrays(ActivationSource):
     them); fewer than two are one part."""
     heldout_share: float = 0.05
     """Share of the rows, the last ones, kept for evaluation and never trained on (in [0, 1))."""
+    refuse_nonfinite: bool = True
+    """Whether a row with NaN or an infinity is named and ends the run when it is read; false leaves it to
+    train.on_nonfinite."""
 
     def __post_init__(self):
         # Absolute, so that a run finds its data again from any working directory.
@@ -105,9 +108,9 @@ class Arrays(ActivationSource):
     def open(
         self, *, n_lanes: int, block_rows: int, lanes: range, seed: int, prefetch: int = PREFETCH_RECORDS
     ) -> Stream:
-        """Blocks of the training rows, shuffled anew each epoch. A NaN or an infinity ends in a UserError."""
+        """Blocks of the training rows, shuffled anew each epoch. A NaN or an infinity may end in a UserError."""
         return open_rows(
-            Table(self._table().parts, stop=self.n_train()),
+            Table(self._table().parts, stop=self.n_train(), refuse_nonfinite=self.refuse_nonfinite),
             identity=lambda n_rows: self._identity(),
             n_lanes=n_lanes,
             block_rows=block_rows,
@@ -135,8 +138,8 @@ class Arrays(ActivationSource):
 class Table:
     """Several memory-mapped arrays end to end, as one [n, d_in] to slice; checked for NaN and Inf."""
 
-    def __init__(self, parts: list[tuple[str, np.ndarray]], *, stop: int | None = None):
-        self.parts = parts
+    def __init__(self, parts: list[tuple[str, np.ndarray]], *, stop: int | None = None, refuse_nonfinite: bool = True):
+        self.parts, self._refuses = parts, refuse_nonfinite
         self._ends = np.cumsum([len(part) for _, part in parts])
         dtypes = {part.dtype for _, part in parts}
         dtype = dtypes.pop()
@@ -157,7 +160,8 @@ class Table:
             begin = int(self._ends[number]) - len(part)
             end = min(stop, int(self._ends[number]))
             piece = _cast(part[start - begin : end - begin], self.dtype)
-            _refuse_non_finite(piece, label, start - begin)
+            if self._refuses:
+                _refuse_non_finite(piece, label, start - begin)
             pieces.append(piece)
             start, number = end, number + 1
         if not pieces:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from saejax import sharding
 from saejax.activations import language_model, packing, store, store_format, store_writer, text, torch_source
-from saejax.activations.harvest_config import HarvestConfig
+from saejax.activations.harvest_config import HarvestConfig, OnNonfinite
 from saejax.activations.sinks import Sink, calibrate, keep_mask
 from saejax.errors import Stopped, UserError
 
@@ -203,8 +203,8 @@ class _Run:
     def _content(self, batch: _Batch, measured: "list[_Measured]") -> dict:
         """What the store gets of a batch; waits for the device."""
         assert self.sink is not None
-        n, positions = len(batch.sequences), batch.positions
-        keep = keep_mask(_norms(measured), positions, batch.segments, self.sink)
+        n, positions, segments = len(batch.sequences), batch.positions, self._finite(batch, measured)
+        keep = keep_mask(_norms(measured), positions, segments, self.sink)
         for hook, (_, _, peaks) in zip(self.config.hooks, measured, strict=True):
             if keep.any():
                 store_format.check_range(float(np.asarray(peaks)[keep].max()), self.config.dtype.value, hook)
@@ -214,6 +214,7 @@ class _Run:
         numbers = np.broadcast_to(batch.first + np.arange(len(documents))[:, None], documents.shape)
         index = np.stack([batch.tokens, positions, documents, numbers], axis=-1).astype(np.int32)
         firsts = (batch.segments > 0) & (positions == 0) & self.sink.mask_position_zero
+        lost = (batch.segments > 0) & (segments == 0) & ~firsts
         return {
             "rows": rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1),
             "index": index[keep],
@@ -221,9 +222,32 @@ class _Run:
             "segment_documents": [list(sequence.segment_documents) for sequence in batch.sequences],
             "masked": {
                 "position_zero": int(firsts.sum()),
-                "sink": int(((batch.segments > 0) & ~keep & ~firsts).sum()),
-            },
+                "sink": int(((batch.segments > 0) & ~keep & ~firsts & ~lost).sum()),
+            }
+            | ({"not_finite": int(lost.sum())} if self.config.on_nonfinite is OnNonfinite.drop else {}),
         }
+
+    def _finite(self, batch: _Batch, measured: "list[_Measured]") -> np.ndarray:
+        """The segments of a batch, 0 also for tokens that are not finite where those are dropped; waits for the device.
+
+        Raises:
+          UserError: a token is not finite, and those end the harvest.
+        """
+        peaks = [np.asarray(peak) for *_, peak in measured]
+        rest = (batch.segments > 0) & ((batch.positions > 0) | (not self.config.mask_position_zero))
+        bad = rest & ~np.isfinite(peaks).all(axis=0)
+        if self.config.on_nonfinite is OnNonfinite.drop or not bad.any():
+            return np.where(bad, 0, batch.segments)
+        place, column = np.argwhere(bad)[0]
+        token, position = batch.tokens[place, column], batch.positions[place, column]
+        hook = next(
+            hook for hook, peak in zip(self.config.hooks, peaks, strict=True) if not np.isfinite(peak)[bad].all()
+        )
+        raise UserError(
+            f"activations at {hook} are not finite in document {batch.sequences[place].documents()[column]} (sequence "
+            f"{batch.first + place}, token {token} at position {position}): "
+            "the model overflowed; model_dtype=float32 may help, on_nonfinite=drop leaves such tokens out"
+        )
 
     def _sink(self, path: pathlib.Path) -> Sink:
         """The rule of the store if it was begun, or of the other split; otherwise measured now."""
@@ -232,7 +256,7 @@ class _Run:
         if self.sink is None:
             shards = set(range(self.config.sink_calibration_tokens + 1))
             results = _one_late(self._batches(self.sequences("train"), shards), self._dispatch)
-            norms = ((_norms(measured), batch.positions, batch.segments) for batch, measured in results)
+            norms = ((_norms(measured), batch.positions, self._finite(batch, measured)) for batch, measured in results)
             self.sink = calibrate(self.config.sink(), norms)
             logger.info("median norm at %s: %s", self.config.hook, self.sink.median_norm)
         return self.sink

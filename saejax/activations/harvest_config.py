@@ -1,6 +1,7 @@
 """What a harvest can be told: `HarvestConfig`, the settings of `saejax harvest`."""
 
 import dataclasses
+import enum
 
 from saejax import sharding
 from saejax.activations import packing
@@ -8,6 +9,13 @@ from saejax.activations.sinks import Sink
 from saejax.activations.store_format import StoreDtype
 from saejax.activations.text import TextCorpus, Wikipedia
 from saejax.errors import UserError
+
+
+class OnNonfinite(enum.Enum):
+    """What an activation that is not finite leads to."""
+
+    stop = "stop"
+    drop = "drop"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +70,10 @@ class HarvestConfig:
     sink_calibration_tokens: int = 4096
     """Tokens at the beginning of the training text that the median is taken over, at least 1."""
 
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """What a token whose activation is NaN or infinite leads to: stop names its document; drop leaves it out and counts
+    it in the manifest."""
+
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     """Devices of this process that run the model: sequences over data, heads and MLP units over latent. No effect
     on what is stored beyond rounding; "torch:" models run on one device."""
@@ -115,5 +127,8 @@ class HarvestConfig:
     def settings(self) -> dict:
         """The choices that the stores' content depends on, for the manifest."""
         elsewhere = {"text", "path", "batch_sequences", "mesh", "process", "n_processes"}
+        if self.on_nonfinite is OnNonfinite.stop:
+            elsewhere.add("on_nonfinite")  # so that older stores, which do not say it, are the same
         names = [field.name for field in dataclasses.fields(self) if field.name not in elsewhere]
-        return {name: getattr(self, name) for name in names} | {"dtype": self.dtype.value}
+        chosen = {name: getattr(self, name) for name in names}
+        return {name: value.value if isinstance(value, enum.Enum) else value for name, value in chosen.items()}

@@ -7,6 +7,7 @@ and resuming costs nothing. Rows are mixed later, in the buffer on the devices: 
 order costs far more than reading blocks.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int
 
 from saejax.activations.source import check_lanes
 from saejax.errors import UserError
@@ -47,6 +49,7 @@ class Stream:
         n_rows: int | None,
         prefetch: int,
         first_rows: "Callable[[int], Stream] | None" = None,
+        starts: Callable[[int], np.ndarray] | None = None,
     ):
         """Opens the stream.
 
@@ -57,11 +60,13 @@ class Stream:
             n_rows: rows of an epoch; None where the stream never repeats.
             prefetch: records to read ahead.
             first_rows: opens the same stream over that many rows only, for sources that grow.
+            starts: record number -> place of each lane's first row among the rows of the source.
         """
         import grain  # 0.6 s to import: not before a stream is opened
 
         self.n_rows = n_rows
         self._identity, self._first_rows = identity, first_rows
+        self._make, self._starts = make, starts
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(_record_numbers().map(make).to_iter_dataset(options))
 
@@ -70,6 +75,14 @@ class Stream:
 
     def __next__(self) -> np.ndarray:
         return next(self._iterator)
+
+    def record(self, number: int) -> np.ndarray:
+        """A record by its number; the position stays."""
+        return self._make(number)
+
+    def starts(self, number: int) -> Int[np.ndarray, " n_lanes"] | None:
+        """Which row of the source is the first of each lane in a record; None where rows have no place."""
+        return None if self._starts is None else self._starts(number)
 
     def get_state(self) -> dict[str, Any]:
         """Number of the next record, and what it is a position in; read-ahead records do not count."""
@@ -95,6 +108,7 @@ class Stream:
         if stream is not self:
             log.info("continuing on the first %d of now %d rows", stream.n_rows, self.n_rows)
         self.n_rows, self._identity, self._iterator = stream.n_rows, stream._identity, stream._iterator
+        self._make, self._starts = stream._make, stream._starts
         self._iterator.set_state({"next_index": int(state["position"])})
 
     def _of_rows(self, n_rows: int | None) -> "Stream":
@@ -168,9 +182,14 @@ def open_rows(
             return record
 
         facts = {"rows": n_rows, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": identity(n_rows)}
-        return Stream(make, identity=facts, n_rows=n_rows, prefetch=prefetch, first_rows=open_first)
+        starts = functools.partial(_starts, order, block_rows)
+        return Stream(make, identity=facts, n_rows=n_rows, prefetch=prefetch, first_rows=open_first, starts=starts)
 
     return open_first(n_blocks * block_rows)
+
+
+def _starts(order: Any, block_rows: int, step: int) -> np.ndarray:
+    return np.asarray(order[step], np.int64) * block_rows
 
 
 def digest(facts: Any) -> str:

@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from saejax import whole
 
 
 class EvalResult(dict[str, float]):
@@ -59,13 +60,7 @@ def write_json(result: EvalResult, path: str | os.PathLike[str]) -> None:
         "definitions": result.definitions,
         "data": result.data,
     }
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    whole.write(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:

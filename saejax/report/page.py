@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from saejax import whole
 from saejax.report import curves, decoder, latents, plot, records
 from saejax.sae.model import SAE
 
@@ -84,7 +85,7 @@ def build(
         commands=_commands(found.path),
     )  # fmt: skip
     target = Path(out) if out is not None else found.path / "report.html"
-    target.write_text(html, encoding="utf-8")
+    whole.write(target, html)
     return target
 
 

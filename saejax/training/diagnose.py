@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,12 @@ def report(rows: Float[Array, "n d_in"], config: normalize.NormalizeConfig) -> f
       config: how rows are going to be normalised.
 
     Returns:
-      `mean_over_std`.
+      `mean_over_std`; not finite where the rows are not, or too large to be squared.
     """
     ratio = float(mean_over_std(rows))
     centred = config.center or config.mode is normalize.NormMode.whiten
+    if not math.isfinite(ratio):
+        return ratio
     if ratio > LARGE and not centred:
         logger.warning(
             "||mean|| / ||std|| of the data is %.3g: the mean dominates, latents would learn it and many would die; "

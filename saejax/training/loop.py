@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
+from saejax import processes
 from saejax.activations.source import RowIterator
 from saejax.checkpoint import Checkpoints
 from saejax.errors import UserError
 from saejax.tracking import Tracker
-from saejax.training import interrupt
+from saejax.training import interrupt, nonfinite
 from saejax.training.progress import Progress
 from saejax.training.settings import TrainConfig
 from saejax.training.state import TrainState
@@ -51,6 +51,7 @@ def fit(
     evaluate: Callable[[TrainState], dict[str, float]],
     checkpoints: Checkpoints,
     tracker: Tracker,
+    inspect: nonfinite.Inspect = lambda *_: "",
 ) -> Outcome:
     """Train from where `state` and `rows` stand to the end of the run, or to a signal.
 
@@ -64,17 +65,19 @@ def fit(
       evaluate: held-out metrics of a state.
       checkpoints: saved to every so many steps, at the end and on a signal.
       tracker: logged to.
+      inspect: saves and describes the rows of a step that is not finite.
 
     Returns:
       See `Outcome`. Everything is saved by then.
 
     Raises:
-      UserError: the loss or the parameters are no longer finite, or the last checkpoint cannot be written. A state
-        that is not finite is never saved.
+      UserError: the loss or the parameters are no longer finite, the data cannot be read, or the last checkpoint cannot
+        be written. A state that is not finite is never saved.
     """
     first, last = int(state.step), config.n_steps
     progress = Progress(first, last, config.batch, show=jax.process_index() == 0)
-    log = _Log(config, tracker, progress)
+    watch = nonfinite.Watch(config, inspect, state.key)
+    log = _Log(config, tracker, progress, watch)
     evaluation: dict[str, float] = {}
     number, position = first, rows.get_state()
     previous: jax.Array | None = None
@@ -83,11 +86,13 @@ def fit(
     try:
         with interrupt.watch() as stop:
             fresh = put(next(rows)) if first < last else None
-            while number < last and not stop:
+            while number < last and not stop.due(number):
                 state, metrics = step(state, fresh)  # pyright: ignore[reportArgumentType]
                 number, position = number + 1, rows.get_state()
+                watch.note(number, metrics)
                 started = time.perf_counter()
-                fresh = put(next(rows)) if number < last else None
+                with _saved_on_failure(checkpoints, number, state, position, watch):
+                    fresh = put(next(rows)) if number < last else None
                 progress.step(time.perf_counter() - started)
                 log.flush()
                 if _due(number, config.log_every_steps) or number == last:
@@ -98,9 +103,9 @@ def fit(
                 fvu = None
                 if evaluate_now or save_now:
                     log.flush()
-                    _check_finite(number, metrics)
+                    watch.check(number)
                 if evaluate_now or number == last:
-                    with _saved_on_failure(checkpoints, number, state, position):
+                    with _saved_on_failure(checkpoints, number, state, position, watch):
                         evaluation = _evaluate(evaluate, state, number, progress, tracker)
                     fvu = evaluation.get("fvu")
                 if save_now:
@@ -108,24 +113,24 @@ def fit(
                 # One step runs ahead of the host, no more: memory stays bounded and a signal is seen at once.
                 jax.block_until_ready(previous)
                 previous = metrics["loss"]
+                watch.settle(number - 1)
             log.flush()
             if number < last:  # stopped, perhaps before its first step: then what was drawn and estimated is saved
-                if metrics:
-                    _check_finite(number, metrics)
+                watch.check(number)
                 fvu = None
             checkpoints.ensure(number, state, position, fvu)
     except FloatingPointError as error:
         raise UserError(f"{error}; the last checkpoint is of step {checkpoints.latest_step}") from error
     finally:
         progress.close()
-    return Outcome(state, number, stop.signum if number < last else None, evaluation, progress.total())
+    return Outcome(state, number, stop.agreed() if number < last else None, evaluation, progress.total())
 
 
 class _Log:
     """Metrics read one step late, when the device has long computed them."""
 
-    def __init__(self, config: TrainConfig, tracker: Tracker, progress: Progress) -> None:
-        self._config, self._tracker, self._progress = config, tracker, progress
+    def __init__(self, config: TrainConfig, tracker: Tracker, progress: Progress, watch: nonfinite.Watch) -> None:
+        self._config, self._tracker, self._progress, self._watch = config, tracker, progress, watch
         self._held: tuple[int, dict[str, jax.Array]] | None = None
 
     def hold(self, number: int, metrics: dict[str, jax.Array]) -> None:
@@ -145,25 +150,23 @@ class _Log:
         values |= {f"train/{name}": value for name, value in self._progress.lap().items()}
         self._tracker.log(number, {"tokens": number * self._config.batch} | values)
         self._progress.show(values)
-        _check_finite(number, metrics)
-
-
-def _check_finite(number: int, metrics: dict[str, jax.Array]) -> None:
-    """Refuse to go on, and so to save, when the loss or the parameters after the step are not finite."""
-    for name in ("loss", "param_norm"):
-        value = float(metrics[name])
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"train/{name} is {value} at step {number}: lower optim.lr, or look at the activations"
-            )
+        self._watch.check(number)
 
 
 @contextlib.contextmanager
-def _saved_on_failure(checkpoints: Checkpoints, number: int, state: TrainState, position: dict) -> Iterator[None]:
-    """Whatever goes wrong inside, the training done so far is not lost with it."""
+def _saved_on_failure(
+    checkpoints: Checkpoints, number: int, state: TrainState, position: dict, watch: nonfinite.Watch
+) -> Iterator[None]:
+    """Whatever goes wrong inside, the training done so far is not lost with it.
+
+    One of several processes that fails cannot save alone; what the last checkpoint holds stays.
+    """
     try:
         yield
     except BaseException:
+        if processes.several():
+            raise
+        watch.check(number)
         checkpoints.ensure(number, state, position, None)
         raise
 

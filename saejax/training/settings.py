@@ -24,6 +24,13 @@ class EncoderBias(enum.Enum):
     firing_rate = "firing_rate"
 
 
+class OnNonfinite(enum.Enum):
+    """What a step that is not finite leads to."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, batch, data preparation and rhythm of a run. All counts are in rows (one row is one token)."""
@@ -55,9 +62,14 @@ class TrainConfig:
     """Steps between two held-out evaluations; null evaluates at the end only."""
     eval_rows: int = 8_192
     """Held-out rows per evaluation during training."""
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """What a loss or parameters that are not finite lead to: stop keeps the last good checkpoint; skip leaves the step
+    out, so that parameters, optimiser and liveness stay as they are. Both save its rows under nonfinite/."""
+    max_skipped_steps: int = 10
+    """Steps left out in a row at which the run stops all the same; at least 1."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "n_lanes", "log_every_steps", "eval_rows"):
+        for name in ("batch", "n_lanes", "log_every_steps", "eval_rows", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("eval_every_steps", "resample_every_steps"):

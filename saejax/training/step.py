@@ -28,6 +28,7 @@ def make(
     learning_rate: optax.Schedule,
     ema_decay: float | None = None,
     resample_every_steps: int | None = None,
+    skip_nonfinite: bool = False,
 ) -> Step:
     """Build the training step of one architecture.
 
@@ -38,6 +39,8 @@ def make(
       learning_rate: the schedule inside `tx`, for the log.
       ema_decay: of the average of the parameters, where the state keeps one; None takes that of the optimiser.
       resample_every_steps: steps between two resamplings of dead latents; None never does.
+      skip_nonfinite: whether a step that is not finite leaves all but the buffer as it was; `skipped`, 0 or 1, is then
+        among the metrics.
 
     Returns:
       step(state, fresh) -> (state, metrics), pure and not yet jitted; fresh is [n_lanes, block_rows, d_row] in the
@@ -51,6 +54,7 @@ def make(
         learning_rate=learning_rate,
         ema_decay=ema_decay,
         resample_every_steps=resample_every_steps,
+        skip_nonfinite=skip_nonfinite,
     )
 
     def step(state: TrainState, fresh: Float[Array, "lanes rows d_row"]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -80,11 +84,12 @@ def make_learn(
     learning_rate: optax.Schedule,
     ema_decay: float | None = None,
     resample_every_steps: int | None = None,
+    skip_nonfinite: bool = False,
 ) -> Learn:
     """The part of the step that comes after the draw, and that members of an ensemble do not share.
 
     Args:
-      sparsifier, tx, dead_window_tokens, learning_rate, ema_decay, resample_every_steps: as in `make`.
+      sparsifier, tx, dead_window_tokens, learning_rate, ema_decay, resample_every_steps, skip_nonfinite: as in `make`.
 
     Returns:
       learn(state, x, key) -> (state, metrics): x [b, d_row] normalised, key that of the step. Neither the buffer nor
@@ -127,6 +132,8 @@ def make_learn(
         )
         if resample_every_steps is not None:
             new_state, metrics["resampled"] = _resampled(new_state, x, aux.recon, key)
+        if skip_nonfinite:
+            new_state, metrics["skipped"] = _undone_unless_finite(state, new_state, metrics)
         return new_state, metrics
 
     def _resampled(state: TrainState, x: jax.Array, recon: jax.Array, key: jax.Array) -> tuple[TrainState, jax.Array]:
@@ -139,6 +146,18 @@ def make_learn(
         )
 
     return learn
+
+
+def _undone_unless_finite(
+    before: TrainState, after: TrainState, metrics: dict[str, jax.Array]
+) -> tuple[TrainState, jax.Array]:
+    """`after`, but for what was learned where the step was not finite; and whether that is so."""
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["param_norm"])
+    learned = {
+        name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), getattr(after, name), getattr(before, name))
+        for name in ("params", "opt_state", "liveness", "average")
+    }
+    return dataclasses.replace(after, **learned), 1.0 - finite
 
 
 def _apply(tx: optax.GradientTransformation, grads: Any, state: TrainState) -> tuple[Any, Any]:

@@ -1,0 +1,33 @@
+"""A text file that is there whole or not at all, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write(path: str | os.PathLike[str], text: str) -> None:
+    """Replaces a file at once; on a full disk, or when the process is killed, the old one stays.
+
+    Args:
+      path: its directory must be there.
+      text: written as UTF-8 and synced.
+
+    Raises:
+      OSError: it cannot be written; `filename` is `path`, and nothing of the attempt is left.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -281,7 +281,8 @@ def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) 
 
 
 def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    record = _read_record(path)
+    with _alone():
+        record = _read_record(path)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     found = (ocp.checkpointables_metadata(str(path)).metadata or {}).get(_STATE)
     if found is None:
@@ -293,7 +294,7 @@ def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         name: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), found[name])
         for name in names
     }
-    context = ocp.Context()
+    context = _alone()
     context.pytree.loading.partial_load = True
     with context:
         fields = ocp.load_checkpointables(str(path), {_STATE: want})[_STATE]
@@ -303,11 +304,10 @@ def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _alone() -> Any:
     """A context in which this process reads without waiting for others: damage may be seen by one of them only."""
-    if not processes.several():
-        return contextlib.nullcontext()
-    context, number = ocp.Context(), jax.process_index()
-    context.multiprocessing.primary_host, context.multiprocessing.active_processes = number, {number}
-    context.multiprocessing.barrier_sync_key_prefix = f"alone{number}"
+    context = ocp.Context()
+    if processes.several():
+        number, options = jax.process_index(), context.multiprocessing
+        options.primary_host, options.active_processes, options.barrier_sync_key_prefix = number, {number}, f"{number}"
     return context
 
 

@@ -10,6 +10,7 @@ wait for one another; one that fails alone does not wait, because the others han
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import itertools
@@ -20,7 +21,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,27 @@ def gather(value: str, timeout_seconds: int = 600) -> list[str]:
     client.key_value_set(f"{key}/{jax.process_index()}", f"={value}")
     wait = timeout_seconds * 1000
     return [client.blocking_key_value_get(f"{key}/{i}", wait)[1:] for i in range(jax.process_count())]
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """What fails inside in one process fails in all of them, so that they go on in the same way.
+
+    Raises:
+      UserError, RuntimeError: what another process met, where this one met nothing.
+    """
+    met: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        met = error
+    kind = " " if met is None else "u" if isinstance(met, UserError) else "e"
+    told = gather(kind + (str(met or "").splitlines() or [""])[0])
+    if met is not None:
+        raise met
+    for number, (kind, what) in enumerate((text[0], text[1:]) for text in told):
+        if kind != " ":
+            raise UserError(what) if kind == "u" else RuntimeError(f"process {number}: {what}")
 
 
 def stops_at(step: int) -> bool:

@@ -13,6 +13,8 @@ import json
 import logging
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from saejax import whole
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+START_SECONDS, FINISH_SECONDS = 20.0, 60.0
+"""How long W&B may take to start and to send what is left at the end; a run waits no longer for either."""
 
 
 class WandbMode(enum.Enum):
@@ -93,7 +98,7 @@ class Tracker:
             if self._waiting:
                 logger.error("%s lacks its last %d lines", self._path, self._waiting.count(b"\n"))
             self._file.close()
-        self._tell_wandb(lambda run: run.finish())
+        self._tell_wandb(lambda run: _within(FINISH_SECONDS + 10, run.finish))
 
     def _write(self, line: bytes) -> None:
         """Append whole lines; those that the disk does not take wait for the next one."""
@@ -122,6 +127,27 @@ class Tracker:
         except Exception as error:  # of many kinds
             logger.error("W&B failed (%s); going on with metrics.jsonl", (str(error).splitlines() or [repr(error)])[0])
             self._wandb = None
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    """Do what may hang for good in a thread that does not keep the process alive; raises what it raises."""
+    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            outcome.put(error)
+        else:
+            outcome.put(None)
+
+    threading.Thread(target=do, daemon=True).start()
+    try:
+        error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"not finished after {seconds:g} s") from None
+    if error is not None:
+        raise error
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
@@ -164,7 +190,7 @@ def _start_wandb(config: TrackerConfig, run_config: dict[str, Any], run_dir: Pat
             id=run_id,
             resume="allow" if run_id else None,
             reinit="create_new",  # members of an ensemble are open at once
-            settings=wandb.Settings(init_timeout=30),
+            settings=wandb.Settings(init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS),
         )
     except Exception as error:  # wandb raises many kinds; a run must not die for want of its dashboard
         said = (str(error).splitlines() or [repr(error)])[0]

@@ -105,6 +105,8 @@ def _unrolled(members: Sequence[Member], config: TrainConfig) -> Callable[..., A
         for learn, member in zip(learners, state.members, strict=True):
             new, measured = learn(dataclasses.replace(member, step=state.step, key=state.key), x, key)
             done.append(without_shared(new))
+            # Always true, but the next member waits for it: intermediate arrays of all would need far more memory.
+            x = jnp.where(new.liveness.tokens_since_fired[0] >= 0, x, 0)
             metrics.append(measured)
         return tuple(done), jax.tree.map(lambda *values: jnp.stack(values), *metrics)
 

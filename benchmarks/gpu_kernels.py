@@ -88,7 +88,7 @@ def compare(operation: Operation, shape: tuple[int, ...], turns: int, hot: bool)
     """Times both forms turn by turn and returns the line of the table."""
     pallas, xla, args = forms(operation, shape, hot=hot)
     compiled = [jax.jit(form).lower(*args).compile() for form in (pallas, xla)]
-    extra = [form.memory_analysis().temp_size_in_bytes / 2**30 for form in compiled]
+    extra = [analysis.temp_size_in_bytes / 2**30 for form in compiled if (analysis := form.memory_analysis())]
     for form in compiled:
         jax.block_until_ready(form(*args))
     pairs = [[1e3 * seconds(form, args) for form in compiled] for _ in range(turns)]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import jax
 
 from saejax.errors import UserError
-from saejax.kernels import mosaic, pallas_decode, pallas_encode
+from saejax.kernels import mosaic, pallas_decode, pallas_encode, partition
 
 VARIABLE = "SAEJAX_KERNELS"
 """The environment variable."""
@@ -56,9 +56,8 @@ def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, 
     Args:
       operation: What is computed.
       preferred: What the caller's rule chooses for this backend and these sizes.
-      rows: Rows of the batch on this device.
+      rows, n: Rows of the batch and latents, of all devices; inside a `shard_map`, of this one.
       width: Entries of a row of `x`, `y` or the dictionary.
-      n: Latents on this device.
       dtype: Operands of the product.
 
     Raises:
@@ -74,7 +73,7 @@ def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, 
     if form is Form.pallas:
         check_device(operation, text)
         if operation is Operation.encode:
-            fits = pallas_encode.fits(rows, width, n, dtype)
+            fits = pallas_encode.fits(*partition.local_sizes(rows, n), width, dtype)
         else:
             fits = dtype == "float32" and pallas_decode.fits(width)
         return Form.pallas if fits else preferred

@@ -105,11 +105,16 @@ def accumulate_rows(
     def body(values, rows, starts, y, out):
         latent, columns = lax.axis_index("latent"), pl.ds(lax.axis_index("part") * width, width)
 
-        def add(place, total):
-            return total + values[place] * y[rows[place], columns]
+        first, end = starts[latent], starts[latent + 1]
 
-        nothing = jnp.zeros(width, jnp.float32)
-        out[latent, columns] = lax.fori_loop(starts[latent], starts[latent + 1], add, nothing)
+        def add(step, total):
+            for ahead in range(_AHEAD):  # past the end the last place again, with weight 0
+                place = first + step * _AHEAD + ahead
+                at = jnp.minimum(place, end - 1)
+                total += jnp.where(place < end, values[at], 0.0) * y[rows[at], columns]
+            return total
+
+        out[latent, columns] = lax.fori_loop(0, (end - first + _AHEAD - 1) // _AHEAD, add, jnp.zeros(width))
 
     out_type = jax.ShapeDtypeStruct((n, d), jnp.float32)
     grid = {"part": d // width, "latent": n}

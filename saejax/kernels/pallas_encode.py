@@ -14,9 +14,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from saejax.kernels import matmul, mosaic, top_k
+from saejax.kernels import matmul, mosaic, partition, top_k
 
 TILE = 256
 """Latents of a tile: the widest product of one warpgroup."""
@@ -26,11 +27,46 @@ _DEPTH = 64  # columns of x per step of the product: 128 bytes, the widest swizz
 _STEPS = 4  # steps in flight; 48 KB of shared memory each
 _NEIGHBOURS = 16  # tiles of rows whose blocks run side by side, so that both operands stay in the L2 cache
 _REDONE = 1e-5  # rows done again that are tolerated, as a share, where winners fall on tiles by chance
-_SLICE = 64  # latents compared at once: bounds the registers
 _NONE = 2**31 - 1
 
 
-def fits(b: int, d_in: int, n: int, dtype: str) -> bool:
+def encode_top_k(
+    x: Float[Array, "b d_in"],
+    W_enc: Float[Array, "d_in d_sae"],
+    b_enc: Float[Array, "d_sae"],
+    b_dec: Float[Array, "d_in"],
+    k: int,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """Returns `top_k(pre_activations(x, W_enc, b_enc, b_dec, "bfloat16"), k)` on any mesh, without a gradient.
+
+    Each shard of latents selects its own k; only these are gathered.
+
+    Args:
+      x, W_enc, b_enc, b_dec: The encoder and what it reads; a shard's sizes must pass `fits`.
+      k: How many to keep, in [1, d_sae].
+      interpret: Whether to run on the CPU, for tests.
+    """
+    cut = partition.of(x.shape[0], W_enc.shape[1])
+
+    def shard(x, W_enc, b_enc, b_dec):
+        n_local = W_enc.shape[1]
+        values, indices = top_k_of_product(x, W_enc, b_enc, b_dec, min(k, n_local), interpret=interpret)
+        if cut.latents is None:
+            return values, indices
+        # Shards lie in the order of their latents, the entries of one by index among equals: ties stay right.
+        values = lax.all_gather(values, cut.latents, axis=1, tiled=True)
+        indices = lax.all_gather(indices + cut.first_latent(n_local), cut.latents, axis=1, tiled=True)
+        values, best = top_k.top_k(values, k)
+        return values, jnp.take_along_axis(indices, best, axis=1)
+
+    rows = P(cut.rows, None)
+    in_specs = (rows, P(None, cut.latents), P(cut.latents), P())
+    return cut.run(shard, in_specs, (rows, rows))(*lax.stop_gradient((x, W_enc, b_enc, b_dec)))
+
+
+def fits(b: int, n: int, d_in: int, dtype: str) -> bool:
     """Returns whether the kernel takes these sizes and this precision of the operands."""
     return b % ROWS == 0 and d_in % _DEPTH == 0 and n % TILE == 0 and dtype == "bfloat16"
 
@@ -46,7 +82,7 @@ def top_k_of_product(
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
     """Returns the k largest entries of each row of `(x - b_dec) @ W_enc + b_enc`, best first, and their indices.
 
-    On one device; without a gradient.
+    On one device.
 
     Args:
       x, W_enc, b_enc, b_dec: The encoder and what it reads; operands of the product are rounded to bfloat16.
@@ -54,9 +90,8 @@ def top_k_of_product(
       interpret: Whether to run on the CPU, for tests.
     """
     (b, d_in), n = x.shape, W_enc.shape[1]
-    if not fits(b, d_in, n, "bfloat16"):
+    if not fits(b, n, d_in, "bfloat16"):
         raise ValueError(f"b, d_in and n must be multiples of {ROWS}, {_DEPTH} and {TILE}, got {b}, {d_in}, {n}")
-    x, W_enc, b_enc, b_dec = lax.stop_gradient((x, W_enc, b_enc, b_dec))
     x, W_enc = (x - b_dec[None, :]).astype(jnp.bfloat16), W_enc.astype(jnp.bfloat16)
     kept = kept_per_tile(k, n // TILE)
     return select(x, W_enc, b_enc, k, *candidates(x, W_enc, b_enc, kept, interpret=interpret))
@@ -98,11 +133,18 @@ def candidates(
             @functools.partial(pl.run_scoped, total=plgpu.ACC((half, TILE), jnp.float32))
             def write(total):
                 product(total)
-                pre_acts = total[...] + _along_rows(mosaic.load(bias.at[latents], interpret), half)
+                pre_acts = total[...] + lax.broadcast_in_dim(
+                    mosaic.load(bias.at[latents], interpret), (half, TILE), (1,)
+                )
                 rows = pl.ds(first_row + mine, half)
-                for c, (value, column) in enumerate(best_of_tile(pre_acts, kept)):
+
+                def write_next(c, last):
+                    value, column = next_of_tile(pre_acts, *last)
                     values[tile, c, rows] = value
                     indices[tile, c, rows] = column + tile * TILE
+                    return value, column
+
+                lax.fori_loop(0, kept, write_next, before_first(half))
 
         def step(_, x, W, total):
             plgpu.wgmma(total, x.at[pl.ds(mine, half)], W)
@@ -128,43 +170,28 @@ def candidates(
     return mosaic.run(body, (x, W, bias), out_type, grid, interpret=interpret, **threads)
 
 
-def best_of_tile(a: Float[Array, "m t"], kept: int):
-    """Yields the largest entries of each row and their columns, then the next ones: `kept` times, ties by column.
+def before_first(m: int) -> tuple[Float[Array, "m"], Int[Array, "m"]]:
+    """Returns what `next_of_tile` goes on from to find the largest entry of each row."""
+    return jnp.full(m, jnp.inf), jnp.full(m, -1, jnp.int32)
 
-    `a` stays as it is. What was taken is what is larger than the last one taken, or equal and not to its right; so
-    entries of -inf are told from entries taken.
+
+def next_of_tile(
+    a: Float[Array, "m t"], value: Float[Array, "m"], column: Int[Array, "m"]
+) -> tuple[Float[Array, "m"], Int[Array, "m"]]:
+    """Returns the entry of each row, and its column, that comes after (value, column): falling values, ties by column.
+
+    Entries taken are told by this order alone, not by being overwritten; so entries of -inf count as any other.
     """
-    m, t = a.shape
-    columns = lax.broadcasted_iota(jnp.int32, (m, t), 1)
-    parts = [(_columns(a, s), _columns(columns, s)) for s in range(0, t, _SLICE)]
-    value, column = jnp.full(m, jnp.inf, a.dtype), jnp.full(m, -1, jnp.int32)
-    for _ in range(kept):
-        before, value = value, _largest_left(parts, value, column)
-        right_of = jnp.where(value < before, -1, column)
-        column = _first_equal(parts, value, right_of)
-        yield value, column
+    columns = lax.broadcasted_iota(jnp.int32, a.shape, 1)
 
+    def each_column(v):
+        return lax.broadcast_in_dim(v, a.shape, (0,))
 
-def _columns(a, start):
-    return lax.slice(a, (0, start), (a.shape[0], min(start + _SLICE, a.shape[1])))
-
-
-def _largest_left(parts, value, column):
-    """The largest entry after (value, column) in the order of falling values and rising columns."""
-    found = []
-    for a, columns in parts:
-        last, at = _along_columns(value, a.shape[1]), _along_columns(column, a.shape[1])
-        found.append(jnp.where((a < last) | ((a == last) & (columns > at)), a, -jnp.inf))
-    return jnp.max(functools.reduce(jnp.maximum, found), axis=1)
-
-
-def _first_equal(parts, value, right_of):
-    """The first column right of `right_of` with this value."""
-    found = []
-    for a, columns in parts:
-        last, at = _along_columns(value, a.shape[1]), _along_columns(right_of, a.shape[1])
-        found.append(jnp.where((a == last) & (columns > at), columns, _NONE))
-    return jnp.min(functools.reduce(jnp.minimum, found), axis=1)
+    left = (a < each_column(value)) | ((a == each_column(value)) & (columns > each_column(column)))
+    following = jnp.max(jnp.where(left, a, -jnp.inf), axis=1)
+    right_of = jnp.where(following < value, -1, column)
+    tied = (a == each_column(following)) & (columns > each_column(right_of))
+    return following, jnp.min(jnp.where(tied, columns, _NONE), axis=1)
 
 
 def select(
@@ -192,11 +219,3 @@ def select(
         return tuple(whole.at[rows].set(part, mode="drop") for whole, part in zip(so_far, again, strict=True))
 
     return lax.fori_loop(0, (jnp.sum(unsure) + ROWS - 1) // ROWS, redo, (best, chosen))
-
-
-def _along_rows(v, m):
-    return lax.broadcast_in_dim(v, (m, v.shape[0]), (1,))
-
-
-def _along_columns(v, n):
-    return lax.broadcast_in_dim(v, (v.shape[0], n), (0,))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
-from saejax.kernels import mosaic, pallas_encode
+from saejax.kernels import matmul, mosaic, pallas_encode
 from saejax.kernels.pallas_encode import ROWS, TILE
 
 needs_pallas = pytest.mark.skipif(not mosaic.available(), reason="this jax has no Mosaic GPU backend")
@@ -52,14 +53,15 @@ def rounded(a):
     return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32)
 
 
-@pytest.mark.parametrize(("t", "kept"), [(TILE, 5), (128, 1), (12, 12)])
+@pytest.mark.parametrize(("t", "kept"), [(TILE, 5), (12, 12)])
 def test_best_of_a_tile_in_order(t, kept):
     a = pre_acts(TILE, rows=8)[:, :t]
-    found = jax.jit(lambda a: list(zip(*pallas_encode.best_of_tile(a, kept), strict=True)))(jnp.asarray(a))
-    value, column = (np.stack(part, axis=1) for part in found)
-    expected_value, expected_column = brute_force(a, kept)
-    np.testing.assert_array_equal(column, expected_column)
-    np.testing.assert_array_equal(value, expected_value)
+    step, last, found = jax.jit(pallas_encode.next_of_tile), pallas_encode.before_first(8), []
+    for _ in range(kept):
+        last = step(jnp.asarray(a), *last)
+        found.append(last)
+    for got, expected in zip(zip(*found, strict=True), brute_force(a, kept), strict=True):
+        np.testing.assert_array_equal(np.stack(got, axis=1), expected)
 
 
 @pytest.mark.parametrize(("k", "kept"), [(16, 6), (16, 16), (300, 200)])
@@ -102,6 +104,24 @@ def exact_product(b, n):
     b_enc[:: n // 8] = -np.inf  # latents that are switched off
     x[0] = b_dec  # a row whose product is zero
     return (x, W, b_enc, b_dec), (x - b_dec) @ W + b_enc
+
+
+@pytest.mark.parametrize(("shape", "k"), [(None, 5), ((2, 2), 5), ((1, 4), 300)])  # 300: more than a shard holds
+def test_every_mesh_selects_the_same(on_mesh, monkeypatch, shape, k):
+    def in_xla(x, W, bias, kept, *, interpret):
+        a = matmul.matmul(x, W, "bfloat16") + bias[None, :]
+        values, columns = lax.top_k(a.reshape(a.shape[0], -1, TILE), kept)
+        indices = columns + jnp.arange(a.shape[1] // TILE)[None, :, None] * TILE
+        return values.transpose(1, 2, 0), indices.transpose(1, 2, 0)
+
+    monkeypatch.setattr(pallas_encode, "candidates", in_xla)
+    args, a = exact_product(2 * ROWS, 4 * TILE)
+    with on_mesh(shape):
+        encode = jax.jit(functools.partial(pallas_encode.encode_top_k, k=k))
+        values, indices = encode(*map(jnp.asarray, args))
+    expected_values, expected_indices = brute_force(a, k)
+    np.testing.assert_array_equal(indices, expected_indices)
+    np.testing.assert_array_equal(values, expected_values)
 
 
 @needs_pallas

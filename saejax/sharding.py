@@ -147,6 +147,12 @@ def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[Any] | None 
     chosen = list(jax.devices() if devices is None else devices)[:n_all]
     if len(chosen) < n_all:
         raise UserError(f"mesh.data={n_data} x mesh.latent={n_latent} needs more than the {len(chosen)} devices here")
+    idle = {device.process_index for device in jax.devices()} - {device.process_index for device in chosen}
+    if devices is None and idle:
+        raise UserError(
+            f"a mesh of {n_all} of {jax.device_count()} devices leaves process {min(idle)} without a device: "
+            "raise mesh.data (a divisor of train.n_lanes), or start fewer processes"
+        )
     if n_ensemble > 1:
         grid = np.asarray(chosen).reshape(n_ensemble, n_data, n_latent)
         return Mesh(grid, (ENSEMBLE, DATA, LATENT), axis_types=(AxisType.Auto,) * 3)

@@ -163,7 +163,8 @@ def main() -> None:
         separate = sum(found["separate_seconds"].values())
         print(
             f"| {form} | {1e3 * found['ensemble_seconds']:.0f} ms | {1e3 * separate:.0f} ms | {found['ratio']:.3f} "
-            f"({low:.3f} to {high:.3f}) | {found['ratio_of_core_seconds']:.3f} | {found['difference']:.0e} | {found['compile_seconds']:.1f} s |"
+            f"({low:.3f} to {high:.3f}) | {found['ratio_of_core_seconds']:.3f} | "
+            f"{found['difference']:.0e} | {found['compile_seconds']:.1f} s |"
         )
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "sizes": sizes, "forms": results}, indent=1))

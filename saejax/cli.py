@@ -6,16 +6,21 @@ that the work was done: `saejax.errors` has the table.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import saejax
 from saejax import processes
 from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
+
+if TYPE_CHECKING:
+    from saejax import ensembles
 
 HELP = """saejax: train sparse autoencoders on neural-network activations
 
@@ -23,7 +28,7 @@ usage: saejax <command> [key=value ...]
 
 commands:
   harvest    run a language model over text and store its activations
-  train      train one SAE, or with -m a sweep of them; resume=RUN_DIR goes on with a run
+  train      train one SAE, an ensemble, or with -m a sweep of them; resume=RUN_DIR goes on with a run
   evaluate   judge the SAE of a run on held-out data
   export     write the SAE of a run in another tool's format
   report     one HTML page for a run, or for a sweep
@@ -94,6 +99,9 @@ def train(arguments: list[str]) -> int:
             raise UserError(f"resume=RUN_DIR takes key=value overrides only, got {flags[0]}")
         _log_to_stderr()
         return _finish_training(config.from_run(run_dir, overrides), run_dir, resume=True)
+    if preflight.folds(arguments):
+        return _run_folded(arguments)
+    arguments = [a for a in arguments if not a.startswith(preflight.FOLD)]
     arguments = preflight.join(arguments, preflight.check(arguments))
     preflight.make_directories(arguments)
     _run_under_hydra(arguments)
@@ -104,6 +112,8 @@ TRAIN_EXAMPLES = (
     "saejax train",
     "saejax train source=store source.path=data/smollm2 sae.d_sae=4608 sae.k=32 train.batch=1024",
     "saejax train -m sae.k=16,32,64 seed=0,1",
+    "saejax train ensemble.k=[16,32,64] ensemble.seed=[0,1]",
+    "saejax train -m sweep.fold=true sae.k=16,32,64 seed=0,1 data_seed=0",
     "saejax train resume=runs/2026-01-31_120000",
 )
 
@@ -143,10 +153,73 @@ def _run_under_hydra(arguments: list[str]) -> None:
         sys.argv = before
 
 
+def _run_folded(arguments: list[str]) -> int:
+    """A sweep whose jobs are trained together where they can be, each into the directory that it would have alone."""
+    from saejax import config, ensembles, preflight
+
+    preflight.check(arguments)
+    _log_to_stderr()
+    jobs = preflight.directories(arguments)
+    members = {path: config.load("train", config.Config, overrides) for path, overrides in jobs.items()}
+    if any(cfg.mesh.distributed is not processes.Distributed.none for cfg in members.values()):
+        raise UserError(f"{preflight.FOLD}=true is for one process: take mesh.distributed=none")
+    statuses = []
+    for group in ensembles.groups(members):
+        names, status = ", ".join(path.name for path in group), FAILED
+        how = f"folded into one step: {names}" if len(group) > 1 else f"{names} runs separately: {ensembles.FOLDS}"
+        for path in group:
+            path.mkdir(parents=True, exist_ok=True)
+        with _logged_to([path / "train.log" for path in group]):
+            logging.getLogger(__name__).info(how)
+            try:
+                if len(group) > 1:
+                    status = _say(ensembles.train_members(group), next(iter(group)).parent)
+                else:
+                    status = _come_to(*next(iter(group.items())))
+            except (UserError, OSError) as error:
+                print(f"saejax train: {names}: {error}", file=sys.stderr)
+        statuses.append(status)
+        if status > 128:  # a signal
+            break
+    return max(statuses)
+
+
+@contextlib.contextmanager
+def _logged_to(paths: list[Path]) -> Iterator[None]:
+    """What is logged goes to some files as well."""
+    handlers = [logging.FileHandler(path) for path in paths]
+    for handler in handlers:
+        logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+def _say(result: ensembles.Result, where: Path) -> int:
+    """Lines about members that were trained together, and the exit status."""
+    if result.signum is not None:
+        print(f"stopped, all members saved; the same command goes on ({where})", file=sys.stderr)
+        return stopped_status(result.signum)
+    for path, evaluation in result.evaluations.items():
+        figures = "  ".join(f"{name} {evaluation[name]:.4g}" for name in ("fvu", "l0", "dead_share"))
+        print(f"done: {path}; held-out {figures}")
+    if result.tokens_per_second:
+        print(f"{result.tokens_per_second:.0f} tokens/s, each seen by every member")
+    print(f"next: saejax report sweep={where}")
+    for path in result.failed:
+        print(f"saejax train: {path} is not finite any more; its last good checkpoint stays", file=sys.stderr)
+    return FAILED if result.failed else DONE
+
+
 def _come_to(run_dir: Path, cfg: object) -> int:
     """Start a run in its directory, go on with it, or leave it alone if it is finished; a line says which."""
     from saejax import standing
 
+    if cfg.ensemble.points:  # pyright: ignore[reportAttributeAccessIssue]
+        return _finish_training(cfg, run_dir, resume=False)
     cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
     run_dir = Path(processes.gather(str(run_dir))[0])
     found = standing.look(cfg, run_dir)  # pyright: ignore[reportArgumentType]
@@ -165,10 +238,12 @@ def _pass_on(status: int) -> None:
 
 
 def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
-    from saejax import run
+    from saejax import ensembles, run
 
     cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
     _quiet_libraries()
+    if cfg.ensemble.points:  # pyright: ignore[reportAttributeAccessIssue]
+        return _say(ensembles.train(cfg, run_dir, resume=resume), run_dir)  # pyright: ignore[reportArgumentType]
     outcome = run.train(cfg, run_dir, resume=resume)  # pyright: ignore[reportArgumentType]
     if not processes.first():
         return DONE if outcome.signum is None else stopped_status(outcome.signum)

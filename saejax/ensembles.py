@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 Members = Mapping[Path, config.Config]
 
+FOLDS = "runs fold where they differ in seed (with data_seed set), optim.lr, sae.k, l1_coef or l0_coef only"
+"""Said of a run that does not."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:

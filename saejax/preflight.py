@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import open_dict
 
 from saejax import config, processes
 from saejax.errors import UserError
@@ -18,6 +19,9 @@ MAX_JOBS = 64
 
 # Another search path, or a question to Hydra instead of a job: only Hydra itself knows the answer.
 HYDRA_ALONE = ("--config-", "-cd", "-cn", "-cp", "--cfg", "-c", "--info", "-i", "--package", "-p", "--hydra-help")
+
+# Not a key of a run: whether the jobs of a sweep that can be are trained in one step.
+FOLD = "sweep.fold"
 
 # What a launcher or sweeper needs, by the beginning of its name: module, and the extra of saejax that brings it.
 PLUGINS = {
@@ -41,6 +45,7 @@ def check(arguments: list[str]) -> list[config.Config]:
     if any(a.startswith(HYDRA_ALONE) for a in arguments):
         return []
     _check_plugins(arguments)
+    folds(arguments)
     jobs, configs = _jobs(arguments), []
     for overrides in jobs[:MAX_JOBS]:
         try:
@@ -70,6 +75,58 @@ def join(arguments: list[str], configs: list[config.Config]) -> list[str]:
     with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
         composed = compose("train", [a for a in arguments if not a.startswith("-")], return_hydra_config=True)
     return [*arguments, f"hydra.run.dir={processes.gather(str(composed.hydra.run.dir))[0]}"]
+
+
+def folds(arguments: list[str]) -> bool:
+    """Whether a sweep is to train the runs together that can be (`sweep.fold=true`).
+
+    Args:
+      arguments: as typed.
+
+    Raises:
+      UserError: no sweep, or one that is not a grid in this process; a value that is neither true nor false.
+    """
+    said = [a.partition("=")[2].lower() for a in arguments if a.startswith(FOLD + "=")]
+    if said and said[-1] not in ("true", "false"):
+        raise UserError(f"{FOLD} must be true or false, got {said[-1]}")
+    if not said or said[-1] == "false":
+        return False
+    if not _multirun(arguments):
+        raise UserError(f"{FOLD}=true is for sweeps: add -m, or take lists as in ensemble.seed=[0,1]")
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+").removeprefix("hydra/") in ("launcher", "sweeper") and value != "basic":
+            raise UserError(f"{FOLD}=true trains a grid in this process, got {argument}")
+        if argument.startswith(HYDRA_ALONE):
+            raise UserError(f"{FOLD}=true does not go with {argument}")
+    if not _jobs(arguments):
+        raise UserError(f"{FOLD}=true takes lists of values, as in sae.k=16,32: a search is not known beforehand")
+    return True
+
+
+def directories(arguments: list[str]) -> dict[Path, list[str]]:
+    """The run directory that Hydra would give to each job of a sweep, and the overrides of the job.
+
+    Args:
+      arguments: as typed.
+
+    Raises:
+      UserError: two jobs would share a directory.
+    """
+    of_hydra = [a for a in arguments if a.lstrip("+").startswith("hydra")]
+    found: dict[Path, list[str]] = {}
+    root = None
+    with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
+        for number, job in enumerate(_jobs(arguments)):
+            composed = compose("train", overrides=[*of_hydra, *job], return_hydra_config=True)
+            with open_dict(composed):
+                composed.hydra.job.num, composed.hydra.job.id = number, f"train_{number}"
+            root = root or Path(composed.hydra.sweep.dir)  # its name holds the time
+            path = root / str(composed.hydra.sweep.subdir)
+            if path in found:
+                raise UserError(f"hydra.sweep.subdir gives {path} to two jobs: {found[path]} and {job}")
+            found[path] = job
+    return found
 
 
 def _check_plugins(arguments: list[str]) -> None:
@@ -113,7 +170,7 @@ def _jobs(arguments: list[str]) -> list[list[str]]:
     for word in arguments:
         if word not in overrides and not word.startswith("-"):
             raise UserError(f"{word}: expected key=value")
-    ours = [o for o in overrides if not o.lstrip("+").startswith("hydra")]
+    ours = [o for o in overrides if not o.lstrip("+").startswith(("hydra", FOLD + "="))]
     if not _multirun(arguments):
         return [ours]
     try:

@@ -21,8 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import checkpoint, sharding, tracking
-from saejax.activations import arrays, buffer, joined_source, normalize, source, store_source, synthetic, text
+from saejax import checkpoint, plain, sharding, tracking
+from saejax.activations import arrays, buffer, joined_source, live, normalize, source, store_source, synthetic, text
 from saejax.errors import UserError
 from saejax.sae import (
     abs_topk,
@@ -41,7 +41,7 @@ from saejax.training import ensemble_config, fold, optim, settings, start
 
 # Importing a file enters its classes into their registry.
 _MEMBERS = (
-    *(arrays, joined_source, store_source, synthetic),
+    *(arrays, joined_source, live, store_source, synthetic),
     *(abs_topk, batch_topk, gated, jumprelu, l1, matching_pursuit, matryoshka, p_anneal, topk),
 )
 
@@ -303,7 +303,7 @@ def _fields(class_name: str) -> list[str]:
 
 def to_yaml(config: Any) -> str:
     """A config as YAML that says of itself which classes it was made of (`type:`)."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False)
+    return yaml.safe_dump(plain.stamped(to_plain(config)), sort_keys=False)
 
 
 def to_plain(value: Any) -> Any:
@@ -382,18 +382,16 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
     Raises:
       UserError: no config.yaml, an unknown type, or a wrong override.
     """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it holds no config.yaml")
-    plain: Any = OmegaConf.create(path.read_text(encoding="utf-8"))
+    saved = plain.read_run_config(run_dir)
     node = schema(Config)
     for group, registry in (("sae", base.ARCHITECTURES), ("source", source.SOURCES)):
-        chosen = plain[group].pop("type")
+        chosen = saved[group].pop("type")
         if chosen not in registry:
-            raise UserError(f"{path}: {group}.type must be one of {', '.join(registry)}, got {chosen}")
+            where = f"{run_dir / 'config.yaml'}: {group}.type"
+            raise UserError(f"{where} must be one of {', '.join(registry)}, got {plain.one_line(chosen)}")
         node[group] = schema(registry[chosen])
     try:
-        merged = OmegaConf.merge(node, plain, OmegaConf.from_dotlist(overrides or []))
+        merged = OmegaConf.merge(node, saved, OmegaConf.from_dotlist(overrides or []))
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error
     return to_object(merged)  # pyright: ignore[reportArgumentType]

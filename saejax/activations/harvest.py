@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from saejax import sharding
 from saejax.activations import language_model, packing, store, store_format, store_writer, text, torch_source
@@ -67,14 +67,14 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
         logger.info("%s is complete: nothing to do", config.path)
         return paths
     place = config.place()  # before the model, for it says which devices are this process's
-    run = _Run(config, place, _load(config) if backend is None else backend, common)
+    run = Run(config, place, load(config) if backend is None else backend, common)
     with _interruptible():
         for split in text.SPLITS:
             run.write(split, paths[split])
     return paths
 
 
-def _load(config: HarvestConfig) -> Any:
+def load(config: HarvestConfig) -> Any:
     """The model by its name: our own JAX form, or after `torch:` any that transformers loads."""
     if config.model.startswith(TORCH_PREFIX):
         return torch_source.load(config.model.removeprefix(TORCH_PREFIX), dtype=config.model_dtype or "float32")
@@ -84,8 +84,8 @@ def _load(config: HarvestConfig) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batch:
-    """Consecutive sequences of one shard; rows of padding fill it up, so that all batches have one shape."""
+class Batch:
+    """Sequences that the model runs at once; rows of padding fill it up, so that all batches have one shape."""
 
     shard: int
     first: int
@@ -98,8 +98,8 @@ class _Batch:
         return packing.positions(self.segments)
 
 
-class _Run:
-    """One call of `harvest`: the model with everything derived from it and the settings."""
+class Run:
+    """The model with everything derived from it and the settings: one call of `harvest`, or a live source."""
 
     def __init__(self, config: HarvestConfig, place: tuple[int, int], backend: language_model.LMBackend, common: dict):
         if backend.tokenizer is None:
@@ -175,7 +175,7 @@ class _Run:
                         shard.append(**self._content(batch, measured))
                         progress.update(sum(sequence.n_tokens for sequence in batch.sequences))
 
-    def _batches(self, sequences: Iterator[packing.Sequence], shards: set[int]) -> Iterator[_Batch]:
+    def _batches(self, sequences: Iterator[packing.Sequence], shards: set[int]) -> Iterator[Batch]:
         """The batches of some shards, in order."""
         size, per_shard = self.config.batch_sequences, self.config.shard_sequences
         last = max(shards, default=-1)
@@ -185,22 +185,34 @@ class _Run:
             if not taken or shard > last:
                 return
             if shard in shards:
-                both = np.zeros((2, size, self.config.context_length), np.int32)
-                for place, sequence in enumerate(taken):
-                    both[:, place] = sequence.tokens, sequence.segments
-                yield _Batch(shard, first, taken, both[0], both[1])
+                yield self._batch(taken, shard, first)
 
-    def _dispatch(self, batch: _Batch) -> "list[_Measured]":
+    def _batch(self, sequences: list[packing.Sequence], shard: int = 0, first: int = 0) -> Batch:
+        both = np.zeros((2, self.config.batch_sequences, self.config.context_length), np.int32)
+        for place, sequence in enumerate(sequences):
+            both[:, place] = sequence.tokens, sequence.segments
+        return Batch(shard, first, sequences, both[0], both[1])
+
+    def start(self, sequences: list[packing.Sequence]) -> Callable[[], Shaped[np.ndarray, "n d_in"]]:
+        """Starts the device on at most `batch_sequences` sequences; what comes back waits for their rows."""
+        batch = self._batch(sequences)
+        measured = self._measured(batch)
+        return lambda: self._content(batch, measured)["rows"]
+
+    def _dispatch(self, batch: Batch) -> "list[_Measured]":
         """Starts the device on a batch; what the calibration has computed is not computed again."""
         if (ahead := self._ahead.pop(batch.first, None)) is not None:
             return ahead
-        captured = self.backend.capture(batch.tokens, batch.segments, self.config.hooks)
-        result = [_measure(captured[hook], dtype=self.dtype) for hook in self.config.hooks]
+        result = self._measured(batch)
         if self.sink is None:
             self._ahead[batch.first] = result
         return result
 
-    def _content(self, batch: _Batch, measured: "list[_Measured]") -> dict:
+    def _measured(self, batch: Batch) -> "list[_Measured]":
+        captured = self.backend.capture(batch.tokens, batch.segments, self.config.hooks)
+        return [_measure(captured[hook], dtype=self.dtype) for hook in self.config.hooks]
+
+    def _content(self, batch: Batch, measured: "list[_Measured]") -> dict:
         """What the store gets of a batch; waits for the device."""
         assert self.sink is not None
         n, positions, segments = len(batch.sequences), batch.positions, self._finite(batch, measured)
@@ -227,7 +239,7 @@ class _Run:
             | ({"not_finite": int(lost.sum())} if self.config.on_nonfinite is OnNonfinite.drop else {}),
         }
 
-    def _finite(self, batch: _Batch, measured: "list[_Measured]") -> np.ndarray:
+    def _finite(self, batch: Batch, measured: "list[_Measured]") -> np.ndarray:
         """The segments of a batch, 0 also for tokens that are not finite where those are dropped; waits for the device.
 
         Raises:
@@ -249,9 +261,14 @@ class _Run:
             "the model overflowed; model_dtype=float32 may help, on_nonfinite=drop leaves such tokens out"
         )
 
-    def _sink(self, path: pathlib.Path) -> Sink:
+    def measure_sink(self) -> None:
+        """Fixes the rule where there is no store; what was computed on the way is forgotten."""
+        self.sink = self._sink(None)
+        self._ahead.clear()
+
+    def _sink(self, path: pathlib.Path | None) -> Sink:
         """The rule of the store if it was begun, or of the other split; otherwise measured now."""
-        if manifest := _begun(path):
+        if path is not None and (manifest := _begun(path)):
             return Sink(**manifest["sink"])
         if self.sink is None:
             shards = set(range(self.config.sink_calibration_tokens + 1))
@@ -309,7 +326,7 @@ def _norms(measured: list[_Measured]) -> Float[np.ndarray, "*sites_b s"]:
     return norms[0] if len(norms) == 1 else np.stack(norms)
 
 
-def _one_late(batches: Iterator[_Batch], dispatch: Callable) -> Iterator[tuple[_Batch, Any]]:
+def _one_late(batches: Iterator[Batch], dispatch: Callable) -> Iterator[tuple[Batch, Any]]:
     """Hands out each batch with its result after the next one was dispatched, so the device never waits."""
     waiting = None
     for batch in batches:

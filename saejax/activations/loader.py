@@ -96,15 +96,7 @@ class Stream:
         """
         saved = state["stream"] if isinstance(state["stream"], dict) else {}
         stream = self._of_rows(saved.get("rows")) if saved.get("block_rows") == self._identity["block_rows"] else self
-        wrong = [
-            f"{key} was {str(saved.get(key))[:12]} and is {str(value)[:12]}"
-            for key, value in stream._identity.items()
-            if saved.get(key) != value
-        ]
-        if wrong:
-            raise UserError(
-                f"the loader cannot continue: {', '.join(wrong)}; resume needs the same data, batch, lanes and seed"
-            )
+        same_stream(state, stream._identity)
         if stream is not self:
             log.info("continuing on the first %d of now %d rows", stream.n_rows, self.n_rows)
         self.n_rows, self._identity, self._iterator = stream.n_rows, stream._identity, stream._iterator
@@ -116,6 +108,24 @@ class Stream:
         if self._first_rows is None or self.n_rows is None or n_rows is None or n_rows >= self.n_rows:
             return self
         return self._first_rows(n_rows)
+
+
+def same_stream(state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse a position in another stream.
+
+    Raises:
+        UserError: says what differs.
+    """
+    saved = state["stream"] if isinstance(state["stream"], dict) else {}
+    wrong = [
+        f"{key} was {str(saved.get(key))[:12]} and is {str(value)[:12]}"
+        for key, value in identity.items()
+        if saved.get(key) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"the loader cannot continue: {', '.join(wrong)}; resume needs the same data, batch, lanes and seed"
+        )
 
 
 def _record_numbers():

@@ -2,6 +2,6 @@
 
 from saejax.activations.language_model.backend import LanguageModel, LMBackend
 from saejax.activations.language_model.config import ModelConfig
-from saejax.activations.language_model.loading import load
+from saejax.activations.language_model.loading import load, read_config
 
-__all__ = ["LMBackend", "LanguageModel", "ModelConfig", "load"]
+__all__ = ["LMBackend", "LanguageModel", "ModelConfig", "load", "read_config"]

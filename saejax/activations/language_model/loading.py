@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from saejax import sharding
 from saejax.activations.language_model import families, gguf_file, gguf_tokenizer, hf, smollm2, weights
 from saejax.activations.language_model.backend import LanguageModel
+from saejax.activations.language_model.config import ModelConfig
 from saejax.errors import UserError
 
 _HASHED_BYTES = 4 * 2**30  # larger models are identified by the sizes of their files: hashing would take minutes
@@ -35,23 +36,32 @@ def load(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     kept = _dtype(dtype, mesh)
-    name = str(path_or_name)
-    path = smollm2.find() if name == smollm2.NAME else pathlib.Path(path_or_name).expanduser()
-    if path.is_dir():
-        raw = hf.read_config(path)
-        source, tokenizer = hf.SafetensorsDirectory(path), hf.read_tokenizer(path)
-        files = [file for file in (path / "config.json", path / "tokenizer.json") if file.is_file()] + source.files
-    elif path.is_file() and path.suffix == ".gguf":
-        source = gguf_file.GGUFFile(path)
-        raw, tokenizer, files = source.hf_config(), gguf_tokenizer.build(source.metadata, path.name), [path]
+    path, source, raw = _find(str(path_or_name))
+    if isinstance(source, gguf_file.GGUFFile):
+        tokenizer, files = gguf_tokenizer.build(source.metadata, path.name), [path]
     else:
-        raise UserError(
-            f"model={name!r} not found; allowed: a Hugging Face directory, a .gguf file, or {smollm2.NAME!r}"
-        )
+        tokenizer = hf.read_tokenizer(path)
+        files = [file for file in (path / "config.json", path / "tokenizer.json") if file.is_file()] + source.files
     config = families.model_config(raw)
     state = weights.load(config, source, mesh=mesh, dtype=kept)
-    provenance = _provenance(path, name, config.family, kept, files)
+    provenance = _provenance(path, str(path_or_name), config.family, kept, files)
     return LanguageModel(config, state, tokenizer=tokenizer, provenance=provenance, mesh=mesh)
+
+
+def read_config(path_or_name: str | pathlib.Path) -> ModelConfig:
+    """The configuration of a model, its weights left on disk. See `load`."""
+    return families.model_config(_find(str(path_or_name))[2])
+
+
+def _find(name: str) -> tuple[pathlib.Path, hf.SafetensorsDirectory | gguf_file.GGUFFile, dict[str, Any]]:
+    """Where a model lies, its weights, and the contents of its config.json."""
+    path = smollm2.find() if name == smollm2.NAME else pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return path, hf.SafetensorsDirectory(path), hf.read_config(path)
+    if path.is_file() and path.suffix == ".gguf":
+        source = gguf_file.GGUFFile(path)
+        return path, source, source.hf_config()
+    raise UserError(f"model={name!r} not found; allowed: a Hugging Face directory, a .gguf file, or {smollm2.NAME!r}")
 
 
 def _dtype(dtype: str | np.dtype | None, mesh: Mesh) -> jnp.dtype:

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What a part of saejax may import of saejax, besides itself and `errors`.
-BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "processes", "sae", "sharding"}
+BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "plain", "processes", "sae", "sharding"}
 BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training", "whole"}
 BELOW_TOP = BELOW_CONFIG | {"config", "run"}
 TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "preflight", "report", "standing"}
@@ -27,18 +27,19 @@ LAYERS: dict[str, set[str]] = {
     "sae": {"kernels"},
     "sparse_coding": {"kernels", "sae"},
     "codes": {"kernels", "sparse_coding"},
+    "plain": set(),
     "processes": set(),
     "sharding": {"processes"},
     "tracking": {"whole"},
     "whole": set(),
     "digest": set(),
     "checkpoint": {"digest", "processes"},
-    "activations": {"kernels", "processes", "sharding"},
+    "activations": {"kernels", "plain", "processes", "sharding"},
     "evals": {"kernels", "sae", "sharding", "whole"},
     "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
     "run": BELOW_CONFIG | {"config"},
-    "standing": {"checkpoint", "config"},
+    "standing": {"checkpoint", "config", "plain"},
     "ensembles": BELOW_TOP | {"standing"},
     "interop": BELOW_TOP,
     "report": BELOW_TOP,

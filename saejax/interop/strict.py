@@ -16,65 +16,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-import yaml
 from safetensors import SafetensorError
 
 from saejax.errors import UserError
 from saejax.interop import torch_file
+from saejax.plain import one_line, read_json, read_yaml
 from saejax.sae import EncoderKind, base
 from saejax.sae.sites import Family
+
+__all__ = ["one_line", "read_json", "read_yaml"]  # of saejax.plain, which every format reads with
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_EXPANSION, _ANY_EXPANSION = 100, 2**24
 """What a compressed archive may grow by: that many times its size, and that many bytes in any case."""
-_LONGEST, _DEEPEST = 1000, 50
-"""Characters of a message that quotes a file, and levels of a YAML file."""
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the mapping in a JSON file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no valid JSON ({error})") from None
-    return _mapping(path, found)
-
-
-def read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file that says no more than JSON can: no tags, no aliases."""
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)  # noqa: S506
-        found = json.loads(json.dumps(found, default=str))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no valid YAML ({one_line(error)})") from None
-    return _mapping(path, found)
-
-
-class _PlainYaml(yaml.SafeLoader):
-    """Refuses aliases, with which a few lines stand for billions, and what takes forever to nest."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Returns the next node, which must not be an alias."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read")
-        self.depth += 1
-        if self.depth > _DEEPEST:
-            raise yaml.YAMLError(f"more than {_DEEPEST} levels")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def _mapping(path: pathlib.Path, found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold a mapping, got {type(found).__name__}")
-    return found
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -264,12 +218,6 @@ def shifted(params: base.SAEParams, sign: float) -> base.SAEParams:
     """Moves b_dec on the input into b_enc: (x - b_dec) W + b = x W + (b - b_dec W) for -1, and back for +1."""
     shift = np.asarray(params.b_dec, np.float32) @ np.asarray(params.W_enc, np.float32)
     return dataclasses.replace(params, b_enc=jnp.asarray(np.asarray(params.b_enc) + np.float32(sign) * shift))
-
-
-def one_line(found: object) -> str:
-    """Returns the text of a message that quotes a file: printable, one line, cut short."""
-    text = "".join(c if c.isprintable() else " " for c in " ".join(str(found).splitlines()))
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
 def _bad(array: np.ndarray) -> str:

@@ -22,7 +22,7 @@ from saejax.report import page, plot, records
 _METRICS = ("fvu", "l0", "dead_share", "recovered_zero", "delta_ce", "mcc", "tokens_per_second")
 _SPARSITY = ("sae.k", "sae.l1_coef")
 """Knobs that move a run along its curve; runs that differ only in these and in the seed form one group."""
-_PLACES = ("dir", "path", "run", "name", "resume")
+_PLACES = ("dir", "path", "run", "name", "resume", "saejax_version")
 """Last parts of config keys that say where or as what a run was written, not what it was."""
 _DEPTH = 3
 

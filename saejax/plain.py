@@ -1,0 +1,132 @@
+"""Files that say no more than JSON can: the readers of every configuration and manifest that may come from elsewhere.
+
+No tags, no aliases, no interpolations, no endless nesting; what is not a mapping is refused in one line. The config of
+a run carries the version of its format, and what a newer saejax wrote is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saejax.errors import UserError
+
+RUN_FORMAT = 1
+"""Version of what a run's config.yaml says; files without one are of version 1."""
+
+_STAMP = ("format_version", "saejax_version")
+_LONGEST, _DEEPEST = 1000, 50
+"""Characters of a message that quotes a file, and levels of a YAML file."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no valid JSON ({one_line(error)})") from None
+    return _mapping(path, found)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file that says no more than JSON can: no tags, no aliases."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)  # noqa: S506
+        found = json.loads(json.dumps(found, default=str))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: no valid YAML ({one_line(error)})") from None
+    return _mapping(path, found)
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """Returns what a run's config.yaml says, its version taken off.
+
+    Args:
+      run_dir: a run directory.
+
+    Raises:
+      UserError: no such file, no plain YAML, or the format of a newer saejax.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run_dir} is not a run directory: it holds no config.yaml")
+    tree = read_yaml(path)
+    version, writer = (tree.pop(key, None) for key in _STAMP)
+    if version not in (None, RUN_FORMAT) or isinstance(version, bool):
+        raise UserError(
+            f"{path} was written by saejax {one_line(writer)} in format {one_line(version)}; this is "
+            f"{metadata.version('saejax')}, which reads formats up to {RUN_FORMAT}: install a newer one"
+        )
+    if any("${" in text for text in _texts(tree)):
+        raise UserError(f"{path}: must hold values, not interpolations, and holds ${{...}}")
+    for group in ("sae", "source"):
+        part = tree.get(group)
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise UserError(f"{path}: {group}.type must be given")
+    return tree
+
+
+def stamped(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns the mapping of a config with the version of its format and of its writer in front."""
+    return dict(zip(_STAMP, (RUN_FORMAT, metadata.version("saejax")), strict=True)) | tree
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Returns the file of that name, which must lie in the folder, whatever links say.
+
+    The store of a hub's cache, whose files are links to `../../blobs`, counts as one folder.
+
+    Raises:
+      UserError: it leads somewhere else.
+    """
+    path, root = folder / name, folder.resolve()
+    target = path.resolve()
+    if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
+        raise UserError(f"{path}: leads out of its folder, to {target}")
+    return path
+
+
+def one_line(found: object) -> str:
+    """Returns the text of a message that quotes a file: printable, one line, cut short."""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(str(found).splitlines()))
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """Refuses aliases, with which a few lines stand for billions, and what takes forever to nest."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Returns the next node, which must not be an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _mapping(path: Path, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a mapping, got {type(found).__name__}")
+    return found
+
+
+def _texts(tree: Any) -> list[str]:
+    """Every string in nested mappings and lists, keys included."""
+    if isinstance(tree, dict):
+        return [text for key, value in tree.items() for text in (str(key), *_texts(value))]
+    if isinstance(tree, list):
+        return [text for value in tree for text in _texts(value)]
+    return [tree] if isinstance(tree, str) else []

@@ -200,6 +200,8 @@ def _logged_to(paths: list[Path]) -> Iterator[None]:
 
 def _say(result: ensembles.Result, where: Path) -> int:
     """Lines about members that were trained together, and the exit status."""
+    if not processes.first():
+        return FAILED if result.failed else DONE if result.signum is None else stopped_status(result.signum)
     if result.signum is not None:
         print(f"stopped, all members saved; the same command goes on ({where})", file=sys.stderr)
         return stopped_status(result.signum)

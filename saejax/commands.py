@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from saejax import config, interop, run, sharding
+from saejax import config, interop, processes, run, sharding
 from saejax.activations import harvest, language_model, sinks, store, store_source
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
@@ -50,6 +50,8 @@ class EvaluateConfig:
     """Held-out sequences for the splice at most; null takes all of them."""
     splice_batch: int = 4
     """Sequences per compiled call of the splice, at least 1; no effect on the figures."""
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    """Devices that rows and latents are split over, and whose processes they belong to; no effect on the figures."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "batch", "splice_sequences", "splice_batch"):
@@ -117,15 +119,17 @@ def evaluate(cfg: EvaluateConfig) -> str:
     if not _of_run(run_dir):
         raise UserError(f"run={run_dir}: no run directory; what other tools wrote is measured with activations=ROWS")
     sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
-    heldout = _heldout_store(trained) if cfg.language_model else None
+    # The language model runs on the devices of one process.
+    heldout = _heldout_store(trained) if cfg.language_model and processes.first() else None
     backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once
-    n_data = jax.device_count()
-    mesh = sharding.make_mesh(n_data) if n_data > 1 else None
+    shape = cfg.mesh.shape(jax.device_count())
+    mesh = sharding.make_mesh(*shape) if max(shape) > 1 else None
     result = evaluation.evaluate(sae, trained.source, batch_rows=cfg.batch, max_rows=cfg.rows, mesh=mesh)
     result.data.update({"source": trained.source.fingerprint(), "step": sae.provenance["step"]})
     if heldout is not None and backend is not None:
         result = result.joined(_spliced(sae, backend, heldout, cfg))
-    results.write_json(result, run_dir / "eval.json")
+    if processes.first():
+        results.write_json(result, run_dir / "eval.json")
     lines = [f"  {name:<32} {value:.6g}" for name, value in result.items()]
     return "\n".join([f"held-out metrics of {run_dir}, step {sae.provenance['step']}:", *lines])
 

@@ -36,8 +36,8 @@ def alone(run_dir, n_steps: int, *overrides: str) -> config.Config:
 
 
 def lines(run_dir) -> list[dict]:
-    """metrics.jsonl without what a clock says."""
-    clocks = ("train/tokens_per_second", "train/data_wait_share")
+    """metrics.jsonl without what a clock says, or the machine."""
+    clocks = ("train/tokens_per_second", "train/data_wait_share", "train/peak_memory_bytes")
     found = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name not in clocks} for line in found]
 

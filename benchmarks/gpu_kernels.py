@@ -26,7 +26,7 @@ import numpy as np
 
 import saejax
 from saejax.errors import UserError
-from saejax.kernels import choice, pallas_decode, pallas_encode, sparse_decode, sparse_encode, top_k
+from saejax.kernels import choice, matmul, pallas_decode, pallas_encode, sparse_decode, top_k
 from saejax.kernels.choice import Operation
 
 SHAPES = [(512, 4096, 32, 2048), (768, 16384, 32, 4096), (2048, 65536, 64, 4096), (4096, 131072, 64, 8192)]
@@ -54,7 +54,7 @@ def forms(operation: Operation, shape: tuple[int, ...], *, whole: bool = False, 
 
     if operation is Operation.encode:
         pallas, xla = (functools.partial(form, k=k) for form in (pallas_encode.top_k_of_product, unfused))
-        return Forms(pallas, xla, (draw(batch, d_in), draw(d_in, d_sae), draw(d_sae), draw(d_in)))
+        return Forms(pallas, xla, (draw(batch, d_in), draw(d_in, d_sae), draw(d_sae)))
     values, indices = draw(batch, k), jax.random.randint(next(keys), (batch, k), 0, d_sae)
     indices = indices.at[:, 0].set(0) if hot else indices
     if operation is Operation.decode:
@@ -65,9 +65,9 @@ def forms(operation: Operation, shape: tuple[int, ...], *, whole: bool = False, 
     return Forms(pallas, xla, (values, indices, draw(batch, d_in)))
 
 
-def unfused(x: jax.Array, W_enc: jax.Array, b_enc: jax.Array, b_dec: jax.Array, k: int) -> Any:
-    """The default: the whole product, then top-k."""
-    return top_k.top_k(sparse_encode.pre_activations(x, W_enc, b_enc, b_dec, "bfloat16"), k)
+def unfused(x: jax.Array, W: jax.Array, bias: jax.Array, k: int) -> Any:
+    """The whole product, then top-k."""
+    return top_k.top_k(matmul.matmul(x, W, "bfloat16") + bias[None, :], k)
 
 
 def check(operation: Operation, shape: tuple[int, ...]) -> None:

@@ -12,12 +12,13 @@ import contextlib
 import contextvars
 import enum
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
 from saejax.errors import UserError
-from saejax.kernels import mosaic, pallas_decode, pallas_encode, partition
+from saejax.kernels import mosaic, pallas_decode, pallas_encode
 
 VARIABLE = "SAEJAX_KERNELS"
 """The environment variable."""
@@ -56,7 +57,7 @@ def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, 
     Args:
       operation: What is computed.
       preferred: What the caller's rule chooses for this backend and these sizes.
-      rows, n: Rows of the batch and latents, of all devices; inside a `shard_map`, of this one.
+      rows, n: Rows of the batch and latents, on one device.
       width: Entries of a row of `x`, `y` or the dictionary.
       dtype: Operands of the product.
 
@@ -73,11 +74,16 @@ def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, 
     if form is Form.pallas:
         check_device(operation, text)
         if operation is Operation.encode:
-            fits = pallas_encode.fits(*partition.local_sizes(rows, n), width, dtype)
+            fits = pallas_encode.fits(rows, width, n, dtype)
         else:
             fits = dtype == "float32" and pallas_decode.fits(width)
         return Form.pallas if fits else preferred
     return preferred if operation is Operation.encode else form
+
+
+def on_gpu(operation: Operation, kernel: Callable, xla: Callable, **sizes: Any) -> Callable:
+    """Returns the kernel where the user chose pallas and it takes these sizes (those of `of`), else the XLA form."""
+    return kernel if of(operation, Form.sparse, **sizes) is Form.pallas else xla
 
 
 def said() -> str:

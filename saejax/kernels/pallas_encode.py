@@ -14,10 +14,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from saejax.kernels import matmul, mosaic, partition, top_k
+from saejax.kernels import matmul, mosaic, top_k
 
 TILE = 256
 """Latents of a tile: the widest product of one warpgroup."""
@@ -30,71 +29,27 @@ _REDONE = 1e-5  # rows done again that are tolerated, as a share, where winners 
 _NONE = 2**31 - 1
 
 
-def encode_top_k(
-    x: Float[Array, "b d_in"],
-    W_enc: Float[Array, "d_in d_sae"],
-    b_enc: Float[Array, "d_sae"],
-    b_dec: Float[Array, "d_in"],
-    k: int,
-    *,
-    interpret: bool = False,
-) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    """Returns `top_k(pre_activations(x, W_enc, b_enc, b_dec, "bfloat16"), k)` on any mesh, without a gradient.
-
-    Each shard of latents selects its own k; only these are gathered.
-
-    Args:
-      x, W_enc, b_enc, b_dec: The encoder and what it reads; a shard's sizes must pass `fits`.
-      k: How many to keep, in [1, d_sae].
-      interpret: Whether to run on the CPU, for tests.
-    """
-    cut = partition.of(x.shape[0], W_enc.shape[1])
-
-    def shard(x, W_enc, b_enc, b_dec):
-        n_local = W_enc.shape[1]
-        values, indices = top_k_of_product(x, W_enc, b_enc, b_dec, min(k, n_local), interpret=interpret)
-        if cut.latents is None:
-            return values, indices
-        # Shards lie in the order of their latents, the entries of one by index among equals: ties stay right.
-        values = lax.all_gather(values, cut.latents, axis=1, tiled=True)
-        indices = lax.all_gather(indices + cut.first_latent(n_local), cut.latents, axis=1, tiled=True)
-        values, best = top_k.top_k(values, k)
-        return values, jnp.take_along_axis(indices, best, axis=1)
-
-    rows = P(cut.rows, None)
-    in_specs = (rows, P(None, cut.latents), P(cut.latents), P())
-    return cut.run(shard, in_specs, (rows, rows))(*lax.stop_gradient((x, W_enc, b_enc, b_dec)))
-
-
-def fits(b: int, n: int, d_in: int, dtype: str) -> bool:
+def fits(b: int, d_in: int, n: int, dtype: str) -> bool:
     """Returns whether the kernel takes these sizes and this precision of the operands."""
     return b % ROWS == 0 and d_in % _DEPTH == 0 and n % TILE == 0 and dtype == "bfloat16"
 
 
 def top_k_of_product(
-    x: Float[Array, "b d_in"],
-    W_enc: Float[Array, "d_in n"],
-    b_enc: Float[Array, "n"],
-    b_dec: Float[Array, "d_in"],
-    k: int,
-    *,
-    interpret: bool = False,
+    x: Float[Array, "b d_in"], W: Float[Array, "d_in n"], bias: Float[Array, "n"], k: int, *, interpret: bool = False
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    """Returns the k largest entries of each row of `(x - b_dec) @ W_enc + b_enc`, best first, and their indices.
-
-    On one device.
+    """Returns the k largest entries of each row of `x @ W + bias`, best first, and their indices; on one device.
 
     Args:
-      x, W_enc, b_enc, b_dec: The encoder and what it reads; operands of the product are rounded to bfloat16.
+      x, W: Operands of the product; rounded to bfloat16.
+      bias: Added in float32.
       k: How many to keep, in [1, n].
       interpret: Whether to run on the CPU, for tests.
     """
-    (b, d_in), n = x.shape, W_enc.shape[1]
-    if not fits(b, n, d_in, "bfloat16"):
+    (b, d_in), n = x.shape, W.shape[1]
+    if not fits(b, d_in, n, "bfloat16"):
         raise ValueError(f"b, d_in and n must be multiples of {ROWS}, {_DEPTH} and {TILE}, got {b}, {d_in}, {n}")
-    x, W_enc = (x - b_dec[None, :]).astype(jnp.bfloat16), W_enc.astype(jnp.bfloat16)
-    kept = kept_per_tile(k, n // TILE)
-    return select(x, W_enc, b_enc, k, *candidates(x, W_enc, b_enc, kept, interpret=interpret))
+    x, W = x.astype(jnp.bfloat16), W.astype(jnp.bfloat16)
+    return select(x, W, bias, k, *candidates(x, W, bias, kept_per_tile(k, n // TILE), interpret=interpret))
 
 
 def kept_per_tile(k: int, n_tiles: int) -> int:

@@ -55,10 +55,3 @@ def of(n_rows: int, n_latents: int) -> Partition:
         return axis if size > 1 and n % size == 0 and axis not in manual else None
 
     return Partition(rows=cut(DATA, n_rows), latents=cut(LATENT, n_latents))
-
-
-def local_sizes(n_rows: int, n_latents: int) -> tuple[int, int]:
-    """Returns how many of the rows and of the latents one shard of `of(n_rows, n_latents)` holds."""
-    cut = of(n_rows, n_latents)
-    sizes = {None: 1} | dict(jax.sharding.get_abstract_mesh().shape)
-    return n_rows // sizes[cut.rows], n_latents // sizes[cut.latents]

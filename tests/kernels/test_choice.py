@@ -89,12 +89,9 @@ def test_sizes_that_no_kernel_takes_keep_the_rule(device):
         assert choice.of(Operation.accumulate, Form.dense, rows=7, width=384, n=9) is Form.pallas
 
 
-@pytest.mark.parametrize(
-    ("shape", "form"), [((2, 4), Form.pallas), ((8, 1), Form.sparse), ((1, 8), Form.sparse), (None, Form.pallas)]
-)
-def test_sizes_are_those_of_a_shard(device, on_mesh, shape, form):
-    if not choice.mosaic.available():
-        pytest.skip("this jax has no Mosaic GPU backend")
-    with on_mesh(shape), choice.use("pallas"):
-        device("gpu", "9.0")
-        assert choice.of(Operation.encode, Form.sparse, rows=256, width=128, n=1024, dtype="bfloat16") is form
+def test_on_gpu_returns_the_kernel_only_where_it_was_chosen(device):
+    device("gpu", "9.0")
+    for text in ("", "sparse", "dense", "pallas"):
+        with choice.use(text):
+            picked = choice.on_gpu(Operation.decode, "kernel", "xla", **SIZES)
+        assert picked == ("kernel" if text == "pallas" and choice.mosaic.available() else "xla")

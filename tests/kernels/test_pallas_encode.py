@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
-from saejax.kernels import matmul, mosaic, pallas_encode
+from saejax.kernels import mosaic, pallas_encode
 from saejax.kernels.pallas_encode import ROWS, TILE
 
 needs_pallas = pytest.mark.skipif(not mosaic.available(), reason="this jax has no Mosaic GPU backend")
@@ -100,28 +99,10 @@ def test_enough_is_kept(k, n_tiles):
 def exact_product(b, n):
     """Small integers: products and sums of them are exact in bfloat16 operands and float32, and tie often."""
     rng = np.random.default_rng(b + n)
-    x, W, b_enc, b_dec = (rng.integers(-2, 3, shape).astype(np.float32) for shape in [(b, D), (D, n), n, D])
-    b_enc[:: n // 8] = -np.inf  # latents that are switched off
-    x[0] = b_dec  # a row whose product is zero
-    return (x, W, b_enc, b_dec), (x - b_dec) @ W + b_enc
-
-
-@pytest.mark.parametrize(("shape", "k"), [(None, 5), ((2, 2), 5), ((1, 4), 300)])  # 300: more than a shard holds
-def test_every_mesh_selects_the_same(on_mesh, monkeypatch, shape, k):
-    def in_xla(x, W, bias, kept, *, interpret):
-        a = matmul.matmul(x, W, "bfloat16") + bias[None, :]
-        values, columns = lax.top_k(a.reshape(a.shape[0], -1, TILE), kept)
-        indices = columns + jnp.arange(a.shape[1] // TILE)[None, :, None] * TILE
-        return values.transpose(1, 2, 0), indices.transpose(1, 2, 0)
-
-    monkeypatch.setattr(pallas_encode, "candidates", in_xla)
-    args, a = exact_product(2 * ROWS, 4 * TILE)
-    with on_mesh(shape):
-        encode = jax.jit(functools.partial(pallas_encode.encode_top_k, k=k))
-        values, indices = encode(*map(jnp.asarray, args))
-    expected_values, expected_indices = brute_force(a, k)
-    np.testing.assert_array_equal(indices, expected_indices)
-    np.testing.assert_array_equal(values, expected_values)
+    x, W, bias = (rng.integers(-2, 3, shape).astype(np.float32) for shape in [(b, D), (D, n), n])
+    bias[:: n // 8] = -np.inf  # latents that are switched off
+    x[0] = 0  # a row whose product is zero
+    return (x, W, bias), x @ W + bias
 
 
 @needs_pallas
@@ -148,7 +129,7 @@ def test_kernel_equals_a_stable_sort_of_the_product(b, n, k):
 @pytest.mark.parametrize(("b", "k", "n", "d"), [
     (384, 2, 1024, 320), pytest.param(8192, 64, 131072, 4096, marks=pytest.mark.slow)])  # fmt: skip
 def test_lowers_for_a_gpu_without_one(b, k, n, d):
-    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(b, d), (d, n), (n,), (d,)]]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(b, d), (d, n), (n,)]]
     encode = functools.partial(pallas_encode.top_k_of_product, k=k)
     text = jax.jit(encode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text and f"tensor<{b}x{n}x" not in text  # the pre-activations are nowhere
@@ -157,4 +138,4 @@ def test_lowers_for_a_gpu_without_one(b, k, n, d):
 @pytest.mark.parametrize("b", [1, ROWS + 1])
 def test_sizes_that_no_tile_fits_are_refused(b):
     with pytest.raises(ValueError, match="must be multiples of 128, 64 and 256"):
-        pallas_encode.top_k_of_product(jnp.ones((b, D)), jnp.ones((D, TILE)), jnp.ones(TILE), jnp.ones(D), 1)
+        pallas_encode.top_k_of_product(jnp.ones((b, D)), jnp.ones((D, TILE)), jnp.ones(TILE), 1)

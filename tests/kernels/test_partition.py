@@ -21,6 +21,3 @@ def test_cut(on_mesh, shape, rows, latents, expected):
     with on_mesh(shape):
         cut = partition.of(rows, latents)
     assert (cut.rows, cut.latents) == expected
-    sizes = {None: 1, "data": (shape or (1, 1))[0], "latent": (shape or (1, 1))[1]}
-    with on_mesh(shape):
-        assert partition.local_sizes(rows, latents) == (rows // sizes[expected[0]], latents // sizes[expected[1]])

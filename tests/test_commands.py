@@ -33,6 +33,7 @@ def moved(small_model, heldout, tmp_path) -> store.Reader:
     file = tmp_path / "heldout" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["harvest"]["model"] = str(tmp_path / "model")
+    manifest.pop("sha256", None)  # of what it was
     file.write_text(json.dumps(manifest))
     return store.Reader(tmp_path / "heldout")
 

@@ -6,7 +6,8 @@ import os
 import pathlib
 from collections import Counter
 
-from saejax.activations import store_format
+from saejax import plain
+from saejax.activations import store_format, store_schema
 from saejax.errors import UserError
 
 
@@ -31,7 +32,7 @@ def info(path: str | os.PathLike) -> dict:
     manifest = store_format.read_manifest(path)
     records = manifest["shards"]
     if not manifest["complete"]:
-        records = [store_format.read_json(path / f"{_name(n)}.json") for n in store_format.published(path)]
+        records = [store_schema.read_record(path, n) for n in store_format.published(path)]
     masked = sum((Counter(record["masked"]) for record in records), Counter())
     facts = {key: value for key, value in manifest.items() if key != "shards"}
     return facts | {
@@ -62,7 +63,7 @@ def verify(path: str | os.PathLike) -> list[str]:
 def is_whole(path: pathlib.Path, number: int, manifest: dict) -> bool:
     """Whether a published shard has all of its files, in their full sizes; nothing of them is read."""
     try:
-        record = store_format.read_json(path / f"{_name(number)}.json")
+        record = store_schema.read_record(path, number)
         shapes = store_format.shard_shapes(record, manifest)
         return all(
             (path / (_name(number) + suffix)).stat().st_size == dtype.itemsize * math.prod(shape)
@@ -87,7 +88,7 @@ def _verify(path: pathlib.Path) -> list[str]:
         problems.append(f"{path} is not complete: {len(there)} of {manifest['n_shards']} shards; run the harvest again")
     rows = 0
     for number in numbers:
-        record, found = _verify_shard(path, _name(number), manifest, table.get(_name(number)))
+        record, found = _verify_shard(path, number, manifest, table.get(_name(number)))
         problems += found
         rows += record["rows"] if record else 0
     if manifest["complete"] and rows != manifest["rows"]:
@@ -96,14 +97,17 @@ def _verify(path: pathlib.Path) -> list[str]:
     return problems + [f"{path / _name(n)}.json is not in the manifest" for n in extra]
 
 
-def _verify_shard(path: pathlib.Path, name: str, manifest: dict, listed: dict | None) -> tuple[dict | None, list[str]]:
+def _verify_shard(
+    path: pathlib.Path, number: int, manifest: dict, listed: dict | None
+) -> tuple[dict | None, list[str]]:
+    name = _name(number)
     file = path / f"{name}.json"
     if manifest["complete"] and listed is None:
         return None, [f"{path / store_format.MANIFEST} does not list {name}"]
     if not file.is_file():
         return listed, [f"{file} is missing"]
     try:
-        record = store_format.read_json(file)
+        record = store_schema.read_record(path, number)
         problems = []
         for key, value in (listed or {}).items():
             if record[key] != value:
@@ -140,7 +144,7 @@ def _describe(facts: dict) -> str:
         "sinks": f"norm above {sink['factor']} x {_medians(sink['median_norm'])}" if sink.get("factor") else "kept",
         "fingerprint": facts["fingerprint"][:16],
     }
-    return "\n".join(f"{key:<12} {value}" for key, value in lines.items())
+    return "\n".join(f"{key:<12} {plain.one_line(value)}" for key, value in lines.items())
 
 
 def _medians(median: float | list[float]) -> str:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
+from saejax import plain
 from saejax.errors import UserError
 
 FORMAT = "saejax-activations"
@@ -81,7 +82,8 @@ def shard_shapes(record: dict, manifest: dict) -> dict[str, tuple[np.dtype, tupl
 
 def published(path: pathlib.Path) -> list[int]:
     """Numbers of the shards that exist, ascending."""
-    return sorted(int(record.stem.removeprefix(SHARD_PREFIX)) for record in path.glob(f"{SHARD_PREFIX}*.json"))
+    names = (record.stem.removeprefix(SHARD_PREFIX) for record in path.glob(f"{SHARD_PREFIX}*.json"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit() and len(name) < 10)
 
 
 def fingerprint(manifest: dict) -> str:
@@ -130,17 +132,21 @@ def read_manifest(path: str | os.PathLike) -> dict:
     Raises:
       UserError: there is no store, or one of another format.
     """
-    file = pathlib.Path(path) / MANIFEST
+    from saejax.activations import store_schema  # which knows the names here
+
+    file = plain.inside(pathlib.Path(path), MANIFEST)
     if not file.is_file():
         raise UserError(f"{path} is not an activation store: it has no {MANIFEST}")
     manifest = read_json(file)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{file}: format must be {FORMAT!r}, got {manifest.get('format')!r}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        version = manifest.get("format_version")
-        raise UserError(f"{file}: format_version must be {FORMAT_VERSION}, got {version!r}")
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        written = f"was written by a newer saejax: this one reads up to {FORMAT_VERSION}, install a newer one; "
+        raise UserError(f"{file} {written if newer else ''}format_version must be {FORMAT_VERSION}, got {version!r}")
     if manifest.get("sha256", checksum(manifest)) != checksum(manifest):  # older ones have none
         raise UserError(f"{file} is damaged: its checksum is not that of the harvest")
+    store_schema.check_manifest(file, manifest)
     return manifest
 
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, Shaped
 
-from saejax.activations import packing, store_format
+from saejax import plain
+from saejax.activations import packing, store_format, store_schema
 from saejax.errors import UserError
 
 _SOUND: set[tuple[str, int, int, int, str]] = set()
@@ -71,7 +72,7 @@ class Reader:
         else:
             numbers = store_format.published(self.path)
             run = [n for place, n in enumerate(numbers) if place == n]
-            self._shards = [store_format.read_json(self._file(n, ".json")) for n in run]
+            self._shards = [store_schema.read_record(self.path, n) for n in run]
         self._ends = list(itertools.accumulate(shard["rows"] for shard in self._shards))
         return self.n_rows
 
@@ -213,11 +214,11 @@ class Reader:
     def _record(self, number: int) -> dict:
         shard = self._shards[number]
         if "segment_documents" not in shard:  # the manifest's table leaves them to the shard's own record
-            shard |= store_format.read_json(self._file(number, ".json"))
+            shard |= store_schema.read_record(self.path, number)
         return shard
 
     def _file(self, number: int, suffix: str) -> pathlib.Path:
-        return self.path / (store_format.shard_name(number) + suffix)
+        return plain.inside(self.path, store_format.shard_name(number) + suffix)
 
     def __getstate__(self) -> dict:
         """For worker processes: the maps and the lock stay here."""

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from saejax import checkpoint, config, run, sharding, standing, tracking
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
-from saejax.training import ensemble, ensemble_config, loop, memory, optim, state
+from saejax.training import ensemble, ensemble_config, flops, loop, memory, optim, settings, state
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,9 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
             evaluate=group.evaluate,
             checkpoints=group,
             tracker=group,
+            inspect=run.inspector(cfg, next(iter(members)), mesh, rows, first),
+            work=flops.work(cfg.sae, n * cfg.train.batch, mesh.size, measure=cfg.train.measure_peak),
+            profile=next(iter(members)) / "profile" if cfg.train.profile and jax.process_index() == 0 else None,
         )
     return group.recorded(outcome)
 
@@ -353,6 +356,9 @@ def groups(members: Members) -> Iterator[dict[Path, config.Config]]:
     """
     found: dict[str, dict[Path, config.Config]] = {}
     for path, cfg in members.items():
+        if cfg.train.on_nonfinite is not settings.OnNonfinite.stop or cfg.ensemble.points:
+            found[str(path)] = {path: cfg}
+            continue
         same = dict.fromkeys(ensemble_config.knobs(cfg) | {"seed": 0}, 0)
         plain = config.to_plain(cfg) | {"stream": cfg.stream_seed, "data_seed": None}
         for name in same:

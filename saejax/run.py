@@ -27,7 +27,19 @@ from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.evals import evaluate
 from saejax.sae import base, model, per_row
-from saejax.training import diagnose, ensemble_config, fold, loop, memory, nonfinite, optim, settings, state, step
+from saejax.training import (
+    diagnose,
+    ensemble_config,
+    flops,
+    fold,
+    loop,
+    memory,
+    nonfinite,
+    optim,
+    settings,
+    state,
+    step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +111,8 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
                 checkpoints=checkpoints,
                 tracker=tracker,
                 inspect=inspector(cfg, run_dir, mesh, rows, first),
+                work=flops.work(cfg.sae, cfg.train.batch, mesh.size, measure=cfg.train.measure_peak),
+                profile=run_dir / "profile" if cfg.train.profile and jax.process_index() == 0 else None,
             )
         finally:
             tracker.close()

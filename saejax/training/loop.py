@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from saejax.activations.source import RowIterator
 from saejax.checkpoint import Checkpoints
 from saejax.errors import UserError
 from saejax.tracking import Tracker
-from saejax.training import interrupt, nonfinite
+from saejax.training import flops, interrupt, nonfinite
 from saejax.training.progress import Progress
 from saejax.training.settings import TrainConfig
 from saejax.training.state import TrainState
@@ -30,7 +31,7 @@ class Outcome:
       step: optimiser steps taken in all.
       signum: the signal that stopped the run, None when it reached its end.
       evaluation: the last held-out metrics.
-      speed: seconds, tokens_per_second, data_wait_share of this call.
+      speed: steps, seconds, tokens_per_second, data_wait_share and, where known, mfu of this call.
     """
 
     state: TrainState
@@ -52,6 +53,8 @@ def fit(
     checkpoints: Checkpoints,
     tracker: Tracker,
     inspect: nonfinite.Inspect = lambda *_: "",
+    work: flops.Work | None = None,
+    profile: Path | None = None,
 ) -> Outcome:
     """Train from where `state` and `rows` stand to the end of the run, or to a signal.
 
@@ -66,6 +69,8 @@ def fit(
       checkpoints: saved to every so many steps, at the end and on a signal.
       tracker: logged to.
       inspect: saves and describes the rows of a step that is not finite.
+      work: what a step costs; None leaves the utilisation out.
+      profile: where ten steps are profiled to; None profiles none.
 
     Returns:
       See `Outcome`. Everything is saved by then.
@@ -75,7 +80,7 @@ def fit(
         be written. A state that is not finite is never saved.
     """
     first, last = int(state.step), config.n_steps
-    progress = Progress(first, last, config.batch, show=jax.process_index() == 0)
+    progress = Progress(first, last, config.batch, jax.process_index() == 0, work, profile)
     watch = nonfinite.Watch(config, inspect, state.key)
     log = _Log(config, tracker, progress, watch)
     evaluation: dict[str, float] = {}

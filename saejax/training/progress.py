@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
+
+from saejax.training import flops, memory, trace
 
 
 class Progress:
@@ -16,10 +19,21 @@ class Progress:
       n_steps: steps of the whole run.
       batch: rows per step.
       show: whether to print at all; process 0 does.
+      work: what a step costs, for the utilisation; None leaves that out.
+      profile: where a profile of ten steps goes; None makes none.
     """
 
-    def __init__(self, start_step: int, n_steps: int, batch: int, show: bool = True) -> None:
-        self._batch = batch
+    def __init__(
+        self,
+        start_step: int,
+        n_steps: int,
+        batch: int,
+        show: bool = True,
+        work: flops.Work | None = None,
+        profile: Path | None = None,
+    ) -> None:
+        self._batch, self._work = batch, work
+        self._trace = trace.Trace(profile, n_steps - start_step)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=n_steps,
@@ -39,36 +53,38 @@ class Progress:
         self._steps += 1
         self._waited += waited_seconds
         self._bar.update(1)
+        started = time.perf_counter()
+        self._trace.step(self._steps)
+        self.pause(time.perf_counter() - started)
 
     def pause(self, seconds: float) -> None:
-        """Leave time spent on evaluation out of the speed."""
+        """Leave time spent on evaluation, or on writing a profile, out of the speed."""
         self._paused += seconds
 
     def lap(self) -> dict[str, float]:
         """Speed since the last lap.
 
         Returns:
-          tokens_per_second and data_wait_share, the share of the time that went by waiting for data.
+          What `_speed` says, and peak_memory_bytes so far.
         """
         now = time.perf_counter()
         seconds = max(now - self._mark - (self._paused - self._paused_marked), 1e-9)
-        lap = {
-            "tokens_per_second": (self._steps - self._steps_marked) * self._batch / seconds,
-            "data_wait_share": (self._waited - self._waited_marked) / seconds,
-        }
+        lap = self._speed(self._steps - self._steps_marked, self._waited - self._waited_marked, seconds)
+        peak = memory.peak_bytes()
+        lap |= {} if peak is None else {"peak_memory_bytes": float(peak)}
         self._mark, self._steps_marked = now, self._steps
         self._waited_marked, self._paused_marked = self._waited, self._paused
         return lap
 
     def total(self) -> dict[str, float]:
-        """Steps, seconds, tokens per second and data wait over this process's share of the run."""
+        """Steps, seconds and what `_speed` says of this process's share of the run."""
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
-        return {
-            "steps": self._steps,
-            "seconds": seconds,
-            "tokens_per_second": self._steps * self._batch / seconds,
-            "data_wait_share": self._waited / seconds,
-        }
+        return {"steps": self._steps, "seconds": seconds} | self._speed(self._steps, self._waited, seconds)
+
+    def _speed(self, steps: int, waited: float, seconds: float) -> dict[str, float]:
+        """tokens_per_second, data_wait_share (of the time) and, with `work`, model_flops_per_second and mfu."""
+        speed = {"tokens_per_second": steps * self._batch / seconds, "data_wait_share": waited / seconds}
+        return speed | ({} if self._work is None else self._work.rates(steps / seconds))
 
     def show(self, values: dict[str, float]) -> None:
         """Set the figures behind the bar."""
@@ -80,8 +96,13 @@ class Progress:
             "tok/s": f"{values['train/tokens_per_second']:.3g}",
             "wait": f"{values['train/data_wait_share']:.0%}",
         }
+        if "train/mfu" in values:
+            shown["mfu"] = f"{values['train/mfu']:.1%}"
+        if "train/peak_memory_bytes" in values:
+            shown["mem"] = f"{values['train/peak_memory_bytes'] / 2**30:.2f}GiB"
         self._bar.set_postfix(shown, refresh=False)
 
     def close(self) -> None:
-        """Leave the terminal clean."""
+        """Leave the terminal clean, and no profile half written."""
         self._bar.close()
+        self._trace.close()

@@ -67,6 +67,11 @@ class TrainConfig:
     out, so that parameters, optimiser and liveness stay as they are. Both save its rows under nonfinite/."""
     max_skipped_steps: int = 10
     """Steps left out in a row at which the run stops all the same; at least 1."""
+    measure_peak: bool = False
+    """Whether the FLOP/s of a device whose peak is not known, such as a CPU, are measured at the start, so that the
+    utilisation (mfu) can be said; a fraction of a second."""
+    profile: bool = False
+    """Whether ten steps after the first ten are recorded by JAX's profiler, into profile/ of the run directory."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "n_lanes", "log_every_steps", "eval_rows", "max_skipped_steps"):

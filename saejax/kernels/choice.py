@@ -49,7 +49,7 @@ class Operation(enum.Enum):
     """Rows added to where indices say: the gradients of the weights."""
 
 
-def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, dtype: str = "float32") -> Form:
+def of(operation: Operation, preferred: Form, *, width: int, rows: int = 1, n: int = 1, dtype: str = "float32") -> Form:
     """Returns the form to trace.
 
     The user's form gives way to `preferred` where it does not exist: sizes that no kernel takes, a dense `encode`.
@@ -57,8 +57,8 @@ def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, 
     Args:
       operation: What is computed.
       preferred: What the caller's rule chooses for this backend and these sizes.
-      rows, n: Rows of the batch and latents, on one device.
       width: Entries of a row of `x`, `y` or the dictionary.
+      rows, n: Rows of the batch and latents, on one device; only `encode` looks at them.
       dtype: Operands of the product.
 
     Raises:
@@ -66,7 +66,7 @@ def of(operation: Operation, preferred: Form, *, rows: int, width: int, n: int, 
 
     Example:
       >>> with use("accumulate=dense"):
-      ...     of(Operation.accumulate, Form.sparse, rows=8, width=4, n=16).name
+      ...     of(Operation.accumulate, Form.sparse, width=4).name
       'dense'
     """
     text = said()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from saejax.errors import UserError
 from saejax.sae import base
+from saejax.training.settings import OnNonfinite
 
 _Config = TypeVar("_Config")
 
@@ -194,6 +195,8 @@ def check(config: Any) -> None:
         raise UserError(f"mesh.ensemble must divide the number of members, {len(made)}, got {n_axis}")
     if n_axis > 1 and not made:
         raise UserError(f"mesh.ensemble must be 1 without an ensemble, got {n_axis}")
+    if made and config.train.on_nonfinite is not OnNonfinite.stop:
+        raise UserError("train.on_nonfinite must be stop with an ensemble: one member is left out, the others go on")
     if n_axis > 1 and ensemble.form is Form.loop:
         raise UserError(f"ensemble.form must be vmap or auto with mesh.ensemble={n_axis}, got loop")
     why = why_not_stacked(config.sae, set(ensemble.varied))

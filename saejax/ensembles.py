@@ -61,7 +61,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
 
     Returns:
       How it ended. Members that are finished are left alone, others go on from the newest step that they have in
-      common.
+      common, new ones begin.
 
     Raises:
       UserError: before any device work for impossible combinations; for lack of memory or a full disk; when no member
@@ -69,9 +69,9 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
     """
     there = (run_dir / "config.yaml").is_file()
     if there and not resume:
-        differing = [key for key in config.changed(config.from_run(run_dir), cfg) if key.startswith("ensemble.")]
-        if differing:
-            raise UserError(f"{run_dir} holds another ensemble: {differing[0]} differs; take another directory")
+        before, now = (set(ensemble_config.members(c)) for c in (config.from_run(run_dir), cfg))
+        if not before <= now:  # it may grow
+            raise UserError(f"{run_dir} holds another ensemble, with {min(before - now)}; take another directory")
     elif there:
         config.check_resumable(config.from_run(run_dir), cfg)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,7 @@ class Checkpoints:
         broken = []
         for candidate in candidates:
             try:
-                with processes.alike(), _alone():
+                with processes.alike(), _alone(partial_load=True):  # fields that are None now were once not there
                     record = _read_record(directory / str(candidate))
                     wanted = _in_saved_dtypes(directory / str(candidate), abstract_state)
                     found = self._checkpointer.load_checkpointables(candidate, {_STATE: wanted, _LOADER: None})
@@ -294,17 +294,16 @@ def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         name: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), found[name])
         for name in names
     }
-    context = _alone()
-    context.pytree.loading.partial_load = True
-    with context:
+    with _alone(partial_load=True):
         fields = ocp.load_checkpointables(str(path), {_STATE: want})[_STATE]
     _compare(record, fields)
     return fields
 
 
-def _alone() -> Any:
+def _alone(partial_load: bool = False) -> Any:
     """A context in which this process reads without waiting for others: damage may be seen by one of them only."""
     context = ocp.Context()
+    context.pytree.loading.partial_load = partial_load
     if processes.several():
         number, options = jax.process_index(), context.multiprocessing
         options.primary_host, options.active_processes, options.barrier_sync_key_prefix = number, {number}, f"{number}"
@@ -315,6 +314,9 @@ def _in_saved_dtypes(path: Path, wanted: Any) -> Any:
     """`wanted` with the dtypes of a checkpoint: the buffer held rows as floats before it held their bits."""
     saved = (ocp.checkpointables_metadata(str(path)).metadata or {}).get(_STATE)
     dtypes = {digest.name(where): leaf.dtype for where, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+    names = {digest.name(where) for where, _ in jax.tree_util.tree_leaves_with_path(wanted)}
+    if differing := sorted(names ^ dtypes.keys()):
+        raise _Damaged(f"of {', '.join(differing)} either it or the config knows nothing")
 
     def as_saved(where: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = dtypes.get(digest.name(where), leaf.dtype)
@@ -358,6 +360,8 @@ def _read_record(path: Path) -> dict[str, Any] | None:
             f"{path} was written by saejax {record['saejax_version']} in format {record['format_version']}; "
             f"this is {metadata.version('saejax')}, which reads formats up to {FORMAT_VERSION}: install a newer one"
         )
+    if (writer := record["saejax_version"]) != metadata.version("saejax"):
+        logger.info("%s was written by saejax %s, this is %s", path, writer, metadata.version("saejax"))
     return record
 
 

@@ -1,11 +1,12 @@
 """The activation store: the one name by which the rest of the project knows its writer, reader and checks."""
 
 from saejax.activations.store_check import describe, info, is_whole, stores_under, verify
-from saejax.activations.store_format import StoreDtype, read_manifest
+from saejax.activations.store_format import FORMAT_VERSION, StoreDtype, read_manifest
 from saejax.activations.store_reader import Origin, Reader
 from saejax.activations.store_writer import ShardWriter, Writer
 
 __all__ = [
+    "FORMAT_VERSION",
     "Origin",
     "Reader",
     "ShardWriter",

@@ -90,6 +90,11 @@ def train(arguments: list[str]) -> int:
     if wants_help(arguments):
         print(manual.of_command("train", config.Config, TRAIN_EXAMPLES))
         return DONE
+    if "--dry-run" in arguments:
+        from saejax import plan
+
+        print(plan.of_arguments(arguments))
+        return DONE
     resumed = [a for a in arguments if a.startswith("resume=")]
     if resumed:
         run_dir = Path(resumed[-1].removeprefix("resume="))
@@ -115,6 +120,7 @@ TRAIN_EXAMPLES = (
     "saejax train ensemble.k=[16,32,64] ensemble.seed=[0,1]",
     "saejax train -m sweep.fold=true sae.k=16,32,64 seed=0,1 data_seed=0",
     "saejax train resume=runs/2026-01-31_120000",
+    "saejax train --dry-run mesh.data=64 mesh.latent=32 train.n_lanes=64 sae.d_sae=33554432 --device-memory-gib=141",
 )
 
 
@@ -140,6 +146,10 @@ def _run_under_hydra(arguments: list[str]) -> None:
                 raise CompactHydraException(f"saejax train: {error}") from None
             print(f"saejax train: {error}", file=sys.stderr)
             status = MISTAKE
+        except Exception as error:
+            if not processes.several():
+                raise
+            status = processes.told(error)  # Hydra would make 1 of it
         if status:
             _pass_on(status)
             sys.exit(status)

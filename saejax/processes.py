@@ -298,7 +298,7 @@ def together(work: Callable[[], int]) -> int:
     except BaseException as error:
         if not several():
             raise
-        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else _told(error)
+        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else told(error)
     if several():
         _part(status)
     return status
@@ -307,8 +307,8 @@ def together(work: Callable[[], int]) -> int:
 _PEER_LOST = re.compile(r"gloo|nccl|connection (reset|closed)|coordination ?service|heartbeat|barrier timed out", re.I)
 
 
-def _told(error: BaseException) -> int:
-    """Say what ended this process; returns its exit status."""
+def told(error: BaseException) -> int:
+    """Say what ended one of several processes; returns its exit status."""
     if isinstance(error, UserError) or not _PEER_LOST.search(str(error)):
         traceback.print_exception(error)
         return FAILED

@@ -230,24 +230,20 @@ def first() -> bool:
 
 
 _numbers = itertools.count()
+_DAY_MS = 86_400_000
 
 
-def gather(value: str, timeout_seconds: int = 600) -> list[str]:
+def gather(value: str) -> list[str]:
     """The values of all processes, in their order. All must call it, in the same order; one alone gets its own.
 
-    Args:
-      value: of this process.
-      timeout_seconds: how long to wait for the slowest.
-
-    Raises:
-      RuntimeError: one of them did not come.
+    It waits for the slowest, say for one that still writes its part of a checkpoint; the silence of a dead one ends
+    this process (`mesh.dead_after_seconds`).
     """
     if not several():
         return [value]
     client, key = _client(), f"saejax/{next(_numbers)}"
     client.key_value_set(f"{key}/{jax.process_index()}", f"={value}")
-    wait = timeout_seconds * 1000
-    return [client.blocking_key_value_get(f"{key}/{i}", wait)[1:] for i in range(jax.process_count())]
+    return [client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)[1:] for i in range(jax.process_count())]
 
 
 @contextlib.contextmanager
@@ -263,10 +259,10 @@ def alike() -> Iterator[None]:
     except Exception as error:
         met = error
     kind = " " if met is None else "u" if isinstance(met, UserError) else "e"
-    told = gather(kind + (str(met or "").splitlines() or [""])[0])
+    heard = gather(kind + (str(met or "").splitlines() or [""])[0])
     if met is not None:
         raise met
-    for number, (kind, what) in enumerate((text[0], text[1:]) for text in told):
+    for number, (kind, what) in enumerate((text[0], text[1:]) for text in heard):
         if kind != " ":
             raise UserError(what) if kind == "u" else RuntimeError(f"process {number}: {what}")
 
@@ -323,7 +319,7 @@ def _part(status: int) -> None:
         stream.flush()
     try:
         # Process 0 may still be writing a report; of those that fail, none will come when it is the only one.
-        _client().wait_at_barrier(f"saejax/{'well' if well else 'failed'}", (86_400 if well else 5) * 1000)
+        _client().wait_at_barrier(f"saejax/{'well' if well else 'failed'}", _DAY_MS if well else 5000)
     except Exception:
         os._exit(status or FAILED)
     jax.distributed.shutdown()

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,17 +69,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     sharding.check_divides(mesh, n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
     check_run_dir(cfg, run_dir, resume)
     rows, put = open_stream(cfg, mesh)
-    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
-    make_step = step.make(
-        cfg.sae,
-        tx,
-        dead_window_tokens=cfg.train.dead_window_tokens,
-        learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps, cfg.sae.d_sae),
-        ema_decay=cfg.train.ema_decay,
-        resample_every_steps=cfg.train.resample_every_steps,
-        skip_nonfinite=cfg.train.on_nonfinite is settings.OnNonfinite.skip,
-    )
-
+    tx, make_step = learner(cfg)
     checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint)
     try:
         first = next(rows)
@@ -121,6 +112,21 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     if outcome.speed["steps"] or not (run_dir / "run.json").exists():
         write_record(cfg, run_dir, mesh, rows, outcome)
     return outcome
+
+
+def learner(cfg: config.Config) -> tuple[optax.GradientTransformation, step.Step]:
+    """Optimiser and training step of a run, the step not yet compiled."""
+    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
+    made = step.make(
+        cfg.sae,
+        tx,
+        dead_window_tokens=cfg.train.dead_window_tokens,
+        learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps, cfg.sae.d_sae),
+        ema_decay=cfg.train.ema_decay,
+        resample_every_steps=cfg.train.resample_every_steps,
+        skip_nonfinite=cfg.train.on_nonfinite is settings.OnNonfinite.skip,
+    )
+    return tx, made
 
 
 def load(run_dir: str | Path, step: int | None = None) -> model.SAE:

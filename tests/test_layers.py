@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "plain", "processes", "sae", "sharding"}
 BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training", "whole"}
 BELOW_TOP = BELOW_CONFIG | {"config", "run"}
-TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "preflight", "report", "standing"}
+TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report", "standing"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),
@@ -45,6 +45,7 @@ LAYERS: dict[str, set[str]] = {
     "report": BELOW_TOP,
     "experiments": BELOW_TOP,
     "manual": BELOW_TOP,
+    "plan": BELOW_TOP,
     "preflight": BELOW_TOP,
     "commands": BELOW_TOP | TOP,
     "cli": BELOW_TOP | TOP,

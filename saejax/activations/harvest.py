@@ -95,6 +95,7 @@ class Batch:
 
     @property
     def positions(self) -> np.ndarray:
+        """Position of every token in its segment."""
         return packing.positions(self.segments)
 
 

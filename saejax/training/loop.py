@@ -69,8 +69,7 @@ def fit(
       checkpoints: saved to every so many steps, at the end and on a signal.
       tracker: logged to.
       inspect: saves and describes the rows of a step that is not finite.
-      work: what a step costs; None leaves the utilisation out.
-      profile: where ten steps are profiled to; None profiles none.
+      work: what a step costs, and with `profile` where ten steps are recorded; None leaves them out.
 
     Returns:
       See `Outcome`. Everything is saved by then.

@@ -43,30 +43,48 @@ def compile_step(
     Raises:
       UserError: a device has less memory than the step needs.
     """
-    lanes, _, block_rows, d_in = wanted.buffer.rows.shape
-    fresh = jax.ShapeDtypeStruct((lanes, block_rows, d_in), wanted.buffer.dtype, sharding=lane_sharding)
+    compiled, state_bytes, temporaries = analysed(step, wanted, lane_sharding, mesh)
+    if temporaries is not None:
+        need = state_bytes + temporaries
+        logger.info("memory per device: state and batch %s, step %s in all", gib(state_bytes), gib(need))
+        limit = limit_bytes()
+        if limit is not None and need > limit:
+            if n_members > 1:
+                raise UserError(
+                    f"one step of {n_members} members needs {gib(need)} per device, there is {gib(limit)}: about "
+                    f"{fitting(need, limit, _bytes(wanted.buffer) // mesh.shape[DATA], n_members)} of them would fit"
+                )
+            raise UserError(
+                f"one step needs {gib(need)} per device, there is {gib(limit)}: lower train.batch, buffer.rows "
+                "or sae.d_sae, or raise mesh.latent"
+            )
+    return compiled
+
+
+def analysed(
+    step: Step | EnsembleStep, wanted: TrainState | EnsembleState, lane_sharding: NamedSharding, mesh: Mesh
+) -> tuple[Any, int, int | None]:
+    """The step compiled for a mesh; bytes per device of its state and batch, and of all it needs besides.
+
+    Nothing is allocated. Where the compiler does not say, the bytes are 0 and None.
+    """
+    fresh = record(wanted, lane_sharding)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
     with jax.set_mesh(mesh):
         compiled = jitted.lower(wanted, fresh).compile()
     analysis = compiled.memory_analysis()
-    if analysis is not None:
-        # Donated arguments and outputs share their bytes.
-        state_bytes = analysis.argument_size_in_bytes
-        need = state_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
-        logger.info("memory per device: state and batch %s, step %s in all", _gib(state_bytes), _gib(need))
-        limit = _limit_bytes()
-        if limit is not None and need > limit:
-            if n_members > 1:
-                raise UserError(
-                    f"one step of {n_members} members needs {_gib(need)} per device, there is {_gib(limit)}: about "
-                    f"{fitting(need, limit, _bytes(wanted.buffer) // mesh.shape[DATA], n_members)} of them would fit"
-                )
-            raise UserError(
-                f"one step needs {_gib(need)} per device, there is {_gib(limit)}: lower train.batch, buffer.rows "
-                "or sae.d_sae, or raise mesh.latent"
-            )
-    return compiled
+    if analysis is None:
+        return compiled, 0, None
+    # Donated arguments and outputs share their bytes.
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+    return compiled, analysis.argument_size_in_bytes, new
+
+
+def record(wanted: TrainState | EnsembleState, lane_sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """Shape and place of what a step takes besides its state."""
+    lanes, _, block_rows, d_in = wanted.buffer.rows.shape
+    return jax.ShapeDtypeStruct((lanes, block_rows, d_in), wanted.buffer.dtype, sharding=lane_sharding)
 
 
 def peak_bytes() -> int | None:
@@ -78,7 +96,7 @@ def peak_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _limit_bytes() -> int | None:
+def limit_bytes() -> int | None:
     """Memory of one device; fake CPU devices share what the machine has."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
@@ -109,5 +127,6 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _gib(n_bytes: int) -> str:
+def gib(n_bytes: int) -> str:
+    """Bytes as text, in GiB."""
     return f"{n_bytes / 2**30:.2f} GiB"

@@ -193,6 +193,18 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
+def placed(mesh: Mesh, tree: Any) -> Any:
+    """The arrays of a tree where the rule wants them; copies that every process holds become one array of all."""
+
+    def put(leaf: Any, where: NamedSharding) -> jax.Array:
+        if where.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, where)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, tree_shardings(mesh, tree))
+
+
 def check_divides(mesh: Mesh, *, n_lanes: int, d_sae: int) -> None:
     """Refuse sizes that a mesh cannot split evenly, before any device work.
 

@@ -87,7 +87,7 @@ class Evaluator:
           UserError: no rows, or rows of another width.
         """
         if self.mesh is not None:
-            params = jax.device_put(params, sharding.tree_shardings(self.mesh, params))
+            params = sharding.placed(self.mesh, params)
         mean = np.zeros(self.sparsifier.d_row, np.float32) if mean is None else mean
         scale = np.float32(1.0) if scale is None else scale
         states, pending, merged, rows, size = None, None, None, 0, 0

@@ -83,50 +83,43 @@ def fit(
     watch = nonfinite.Watch(config, inspect, state.key)
     log = _Log(config, tracker, progress, watch)
     evaluation: dict[str, float] = {}
-    number, position = first, rows.get_state()
+    number, position, fvu = first, rows.get_state(), None
     previous: jax.Array | None = None
     metrics: dict[str, jax.Array] = {}
-    fvu: float | None = None
-    try:
-        with interrupt.watch() as stop:
-            fresh = put(next(rows)) if first < last else None
-            while number < last and not stop.due(number):
-                state, metrics = step(state, fresh)  # pyright: ignore[reportArgumentType]
-                number, position = number + 1, rows.get_state()
-                watch.note(number, metrics)
-                started = time.perf_counter()
-                with _saved_on_failure(checkpoints, number, state, position, watch):
-                    fresh = put(next(rows)) if number < last else None
-                progress.step(time.perf_counter() - started)
-                log.flush()
-                if _due(number, config.log_every_steps) or number == last:
-                    log.hold(number, metrics)
-                save_now = _due(number, save_every_steps) or number == last
-                # A checkpoint that was not evaluated could not be kept as the best one.
-                evaluate_now = _due(number, config.eval_every_steps) or save_now and config.eval_every_steps is not None
-                fvu = None
-                if evaluate_now or save_now:
-                    log.flush()
-                    watch.check(number)
-                if evaluate_now or number == last:
-                    with _saved_on_failure(checkpoints, number, state, position, watch):
-                        evaluation = _evaluate(evaluate, state, number, progress, tracker)
-                    fvu = evaluation.get("fvu")
-                if save_now:
-                    checkpoints.save(number, state, position, fvu)
-                # One step runs ahead of the host, no more: memory stays bounded and a signal is seen at once.
-                jax.block_until_ready(previous)
-                previous = metrics["loss"]
-                watch.settle(number - 1)
+    with _closing(progress, checkpoints), interrupt.watch() as stop:
+        fresh = put(next(rows)) if first < last else None
+        while number < last and not stop.due(number):
+            state, metrics = step(state, fresh)  # pyright: ignore[reportArgumentType]
+            number, position = number + 1, rows.get_state()
+            watch.note(number, metrics)
+            started = time.perf_counter()
+            with _saved_on_failure(checkpoints, number, state, position, watch):
+                fresh = put(next(rows)) if number < last else None
+            progress.step(time.perf_counter() - started)
             log.flush()
-            if number < last:  # stopped, perhaps before its first step: then what was drawn and estimated is saved
+            if _due(number, config.log_every_steps) or number == last:
+                log.hold(number, metrics)
+            save_now = _due(number, save_every_steps) or number == last
+            # A checkpoint that was not evaluated could not be kept as the best one.
+            evaluate_now = _due(number, config.eval_every_steps) or save_now and config.eval_every_steps is not None
+            fvu = None
+            if evaluate_now or save_now:
+                log.flush()
                 watch.check(number)
-                fvu = None
-            checkpoints.ensure(number, state, position, fvu)
-    except FloatingPointError as error:
-        raise UserError(f"{error}; the last checkpoint is of step {checkpoints.latest_step}") from error
-    finally:
-        progress.close()
+            if evaluate_now or number == last:
+                with _saved_on_failure(checkpoints, number, state, position, watch):
+                    evaluation = _evaluate(evaluate, state, number, progress, tracker)
+                fvu = evaluation.get("fvu")
+            if save_now:
+                checkpoints.save(number, state, position, fvu)
+            # One step runs ahead of the host, no more: memory stays bounded and a signal is seen at once.
+            jax.block_until_ready(previous)
+            previous = metrics["loss"]
+            watch.settle(number - 1)
+        log.flush()
+        if number < last:  # stopped, perhaps before its first step: then what was drawn and estimated is saved
+            watch.check(number)
+        checkpoints.ensure(number, state, position, fvu)
     return Outcome(state, number, stop.agreed() if number < last else None, evaluation, progress.total())
 
 
@@ -155,6 +148,17 @@ class _Log:
         self._tracker.log(number, {"tokens": number * self._config.batch} | values)
         self._progress.show(values)
         self._watch.check(number)
+
+
+@contextlib.contextmanager
+def _closing(progress: Progress, checkpoints: Checkpoints) -> Iterator[None]:
+    """The terminal is left clean; a loss that is not finite is told with the step to go back to."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(f"{error}; the last checkpoint is of step {checkpoints.latest_step}") from error
+    finally:
+        progress.close()
 
 
 @contextlib.contextmanager

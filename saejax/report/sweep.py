@@ -20,7 +20,7 @@ from saejax.evals import knee
 from saejax.report import page, plot, records
 
 _METRICS = ("fvu", "l0", "dead_share", "recovered_zero", "delta_ce", "mcc", "tokens_per_second")
-_SPARSITY = ("sae.k", "sae.l1_coef")
+_SPARSITY = ("sae.k", "sae.l1_coef", "sae.l0_coef")
 """Knobs that move a run along its curve; runs that differ only in these and in the seed form one group."""
 _PLACES = ("dir", "path", "run", "name", "resume", "saejax_version")
 """Last parts of config keys that say where or as what a run was written, not what it was."""
@@ -180,12 +180,12 @@ def status(found: records.Run) -> str:
     """How far a run came.
 
     Returns:
-      "failed" (no metric at all), "evaluated" (eval.json is there), "trained" (it ended), "stopped" (by a signal) or
+      "failed" (no metric at all, or not finite in an ensemble), "evaluated" (eval.json is there), "trained" (it ended), "stopped" (by a signal) or
       "unfinished" (it runs still, or broke off).
     """
     if found.evaluation.get("metrics"):
         return "evaluated"
-    if not found.rows:
+    if not found.rows or "failed" in found.record:
         return "failed"
     if "finished" not in found.record:
         return "unfinished"

@@ -92,6 +92,9 @@ def test_members_are_their_own_runs_bit_for_bit(small):
     assert_same_runs(root / "ensemble" / "members", root / "apart")
     assert [path.name for path in result.evaluations] == list(ensemble_config.members(cfg))
     assert result.signum is None and not result.failed
+    one, other = (runs.saved(root / "apart" / name) for name in ("seed0_lr0.001_k2", "seed3_lr0.001_k4"))
+    np.testing.assert_array_equal(one["['buffer']['rows']"], other["['buffer']['rows']"])  # of one data_seed
+    assert (one["['params']['W_enc']"] != other["['params']['W_enc']"]).any()
     dead = runs.logged(root / "apart" / "seed0_lr0.001_k2", "train/dead_share")
     assert dead[-1] > 0  # or the test would not see AuxK
 

@@ -177,8 +177,14 @@ def test_a_member_that_is_not_finite_is_left_out(tmp_path, caplog):
     for step in checkpoint.steps(bad):
         assert all(np.isfinite(leaf).all() for leaf in runs.saved(bad, step).values())
     assert ensembles.train(cfg, tmp_path / "both").failed == [bad]  # and stays so until it goes on alone
-    with pytest.raises(UserError, match=r"train/\w+ is nan at step"):
-        ensembles.train(compose("topk", 6, *knobs, "ensemble.lr=[1e30,2e30]"), tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_an_ensemble_ends_when_no_member_is_finite(tmp_path):
+    knobs = ["ensemble.lr=[1e30,2e30]", "ensemble.seed=[]", "ensemble.k=[]", "optim.warmup_share=0"]
+    with pytest.raises(UserError, match=r"train/\w+ is nan at step .* lower optim.lr"):
+        ensembles.train(compose("topk", 6, *knobs), tmp_path)
+    assert all("failed" in json.loads(path.read_text()) for path in tmp_path.glob("members/*/run.json"))
 
 
 @pytest.mark.parametrize(

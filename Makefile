@@ -8,9 +8,9 @@ WORKERS ?= 2
 # XLA sizes its thread pool by NPROC; many fake devices on few cores need it.
 export NPROC ?= 16
 # Most of a test's time is compilation: runs that tests start share what they compiled, and so does the next `make test`.
-test test-slow: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax
-test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-test test-slow: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+test test-slow faults: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax
+test test-slow faults: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test test-slow faults: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 BIN   := $(VENV)/bin
 PINS  := constraints.txt
@@ -24,7 +24,7 @@ TEST_READY := $(VENV)/installed-test$(if $(PARITY),-parity)
 TEST_EXTRAS := demo,experiments,dev$(if $(PARITY),$(comma)parity)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reference test test-slow lint format bench constraints clean
+.PHONY: help demo reference test test-slow faults lint format bench constraints clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,10 +40,13 @@ reference: $(DEMO_READY)  ## the full run on block 15 that the README quotes, ab
 	$(BIN)/python scripts/demo.py reference
 
 test: $(TEST_READY)  ## the test suite, without slow tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not faults"
 
 test-slow: $(TEST_READY)  ## the tests that need minutes or the default language model
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not faults"
+
+faults: $(TEST_READY)  ## kill, cut off, flip bits, fill disks: hundreds of times; writes the table of docs/reliability.md
+	SAEJAX_FAULTS_TABLE=1 $(BIN)/python -m pytest -q -m faults tests/faults
 
 lint: $(TEST_READY)  ## formatting, lint and types, scripts and Dockerfile too; changes nothing
 	$(BIN)/ruff format --check .

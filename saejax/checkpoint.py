@@ -37,6 +37,17 @@ FORMAT_VERSION = 2
 """Of what a checkpoint holds; 1 had no record, so nothing in it could be compared."""
 
 
+class _NotOrbax(logging.Filter):
+    """Drops what asyncio prints, a page each, of reads that Orbax left unfinished over a broken file: a line of ours
+    has named the file by then."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.getMessage()
+
+
+logging.getLogger("asyncio").addFilter(_NotOrbax())
+
+
 class _Damaged(Exception):
     """What was read is not what was written."""
 

@@ -110,8 +110,10 @@ def _verify_shard(
         record = store_schema.read_record(path, number)
         problems = []
         for key, value in (listed or {}).items():
-            if record[key] != value:
+            if key != "json_sha256" and record[key] != value:
                 problems.append(f"{file}: {key} is {record[key]}, the manifest says {value}")
+        if listed and "json_sha256" in listed and not problems:
+            problems += _verify_file(file, file.stat().st_size, listed["json_sha256"])
         for suffix, (dtype, shape) in store_format.shard_shapes(record, manifest).items():
             expected = dtype.itemsize * math.prod(shape)
             problems += _verify_file(path / (name + suffix), expected, record["sha256"][name + suffix])

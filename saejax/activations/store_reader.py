@@ -214,7 +214,14 @@ class Reader:
     def _record(self, number: int) -> dict:
         shard = self._shards[number]
         if "segment_documents" not in shard:  # the manifest's table leaves them to the shard's own record
-            shard |= store_schema.read_record(self.path, number)
+            file, wanted = self._file(number, ".json"), shard.get("json_sha256")
+            content = file.read_bytes() if file.is_file() else b""
+            if self._verify and wanted is not None and hashlib.sha256(content).hexdigest() != wanted:
+                raise UserError(f"{file} is missing, or not that of the harvest: {_REMEDY}")
+            record = store_schema.read_record(self.path, number)
+            if "segment_documents" not in record:
+                raise UserError(f"{file}: segment_documents is missing: {_REMEDY}")
+            shard["segment_documents"] = record["segment_documents"]
         return shard
 
     def _file(self, number: int, suffix: str) -> pathlib.Path:

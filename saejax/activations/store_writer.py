@@ -106,8 +106,13 @@ class Writer:
         there = store_format.published(self.path)
         if there != list(range(self.manifest["n_shards"])):
             return False
-        records = [store_format.read_json(self.path / f"{store_format.shard_name(n)}.json") for n in there]
-        table = [{key: value for key, value in r.items() if key != "segment_documents"} for r in records]
+        files = [self.path / f"{store_format.shard_name(n)}.json" for n in there]
+        records = [store_format.read_json(file) for file in files]
+        table = [
+            {key: value for key, value in record.items() if key != "segment_documents"}
+            | {"json_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+            for record, file in zip(records, files, strict=True)
+        ]
         self.manifest |= {"complete": True, "rows": sum(r["rows"] for r in records), "shards": table}
         self.manifest["sha256"] = store_format.checksum(self.manifest)
         store_format.write_json(self.path / store_format.MANIFEST, self.manifest)

@@ -1,0 +1,88 @@
+"""Does anything grow? A long run of small steps, with its memory, open files and speed sampled as it goes.
+
+    python benchmarks/soak.py                      200,000 steps, a checkpoint every 500, an evaluation every 1,000
+    python benchmarks/soak.py --steps 4000 --every 100
+
+Prints a line per sample and at the end the slopes, fitted over the second half of the run (the first fills caches):
+resident memory in MB per 10,000 steps, descriptors and threads per 10,000 steps, and the change of speed. Status 1
+where memory grows by more than 1 MB per 10,000 steps, or a descriptor stays open for every 10,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from saejax import checkpoint, config, run, tracking
+
+SAVE_EVERY, EVALUATE_EVERY = 500, 1000
+MB_PER_10K, FILES_PER_10K = 1.0, 1.0
+
+
+class Sampler(tracking.Tracker):
+    """The tracker of the run, which also looks at the process every so many lines."""
+
+    samples: list[dict[str, float]] = []
+    began = time.monotonic()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        super().log(step, values)
+        if "tokens" not in values:
+            return
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        sample = {
+            "step": step,
+            "seconds": time.monotonic() - self.began,
+            "rss_mb": int(status["VmRSS"].split()[0]) / 1024,
+            "files": len(os.listdir("/proc/self/fd")),
+            "threads": int(status["Threads"]),
+        }
+        self.samples.append(sample)
+        print("  ".join(f"{name} {value:.6g}" for name, value in sample.items()), flush=True)
+
+
+def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
+    """What grows, per 10,000 steps, over the second half; and the speed of its end over that of its beginning."""
+    half = samples[len(samples) // 2 :]
+    steps = np.array([sample["step"] for sample in half]) / 1e4
+    found = {
+        f"{name}_per_10k": float(np.polyfit(steps, [sample[name] for sample in half], 1)[0])
+        for name in ("rss_mb", "files", "threads")
+    }
+    middle, last = half[len(half) // 2], half[-1]
+    speeds = [(b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in ((half[0], middle), (middle, last))]
+    return found | {"steps_per_second": speeds[1], "speed_ratio": speeds[1] / speeds[0]}
+
+
+def main() -> int:
+    """Run it; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200_000)
+    parser.add_argument("--every", type=int, default=1000, help="steps between two samples")
+    parser.add_argument("--out", type=Path, help="directory for the run; a temporary one by default")
+    given = parser.parse_args()
+    overrides = [
+        "sae.d_sae=64", "sae.k=4", "source.d_in=16", "source.n_features=64", "source.heldout_rows=512",
+        "train.batch=64", f"train.n_tokens={64 * given.steps}", "buffer.rows=512", "train.eval_rows=512",
+        f"train.eval_every_steps={EVALUATE_EVERY}", f"checkpoint.save_every_steps={SAVE_EVERY}",
+        f"train.log_every_steps={given.every}", "mesh=single",
+    ]  # fmt: skip
+    cfg = config.load("train", config.Config, overrides)
+    run.tracking.Tracker = Sampler
+    with tempfile.TemporaryDirectory() as temporary:
+        run_dir = given.out or Path(temporary) / "run"
+        run.train(cfg, run_dir, resume=bool(checkpoint.steps(run_dir)))
+    found = slopes(Sampler.samples)
+    print(json.dumps({"steps": given.steps} | found, indent=1))
+    return int(found["rss_mb_per_10k"] > MB_PER_10K or found["files_per_10k"] > FILES_PER_10K)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -144,7 +144,7 @@ def _array(found: records.Run, name: str) -> np.ndarray | None:
         return None
     try:
         return np.asarray([math.nan if v is None else v for v in values], float).reshape(-1)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -5,12 +5,11 @@ First step of a report: run directory -> Run -> page.py (one run) or sweep.py (m
 
 import dataclasses
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from saejax import plain
 from saejax.errors import UserError
 
 _MARKS = ("config.yaml", "metrics.jsonl", "run.json", "eval.json", "train.log", ".hydra")
@@ -65,12 +64,16 @@ def read(path: str | Path) -> Run:
     if not is_run(path):
         raise UserError(f"run={path}: no run directory (none of {', '.join(_MARKS[:4])} in it)")
     problems: list[str] = []
+    evaluation = _read_mapping(path / "eval.json", plain.read_json, problems)
+    for part in [key for key, value in evaluation.items() if not isinstance(value, dict)]:
+        problems.append(f"eval.json: {plain.one_line(part)} is no mapping")
+        del evaluation[part]
     return Run(
         path=path,
-        config=_read_mapping(path / "config.yaml", yaml.safe_load, problems),
+        config=_read_mapping(path / "config.yaml", plain.read_yaml, problems),
         rows=_read_rows(path / "metrics.jsonl", problems),
-        evaluation=_read_mapping(path / "eval.json", json.loads, problems),
-        record=_read_mapping(path / "run.json", json.loads, problems),
+        evaluation=evaluation,
+        record=_read_mapping(path / "run.json", plain.read_json, problems),
         problems=tuple(problems),
     )
 
@@ -92,25 +95,21 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
     """Returns whether a value read from JSON is a finite number (a bool is not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _first(*values: float | None) -> float | None:
     return next((v for v in values if v is not None), None)
 
 
-def _read_mapping(path: Path, parse: Any, problems: list[str]) -> dict[str, Any]:
+def _read_mapping(path: Path, parse: Callable[[Path], dict[str, Any]], problems: list[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        tree = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError, OSError) as error:
-        problems.append(f"{path.name} could not be read: {str(error).splitlines()[0]}")
+        return parse(path)
+    except (UserError, OSError) as error:
+        problems.append(f"{path.name} could not be read: {str(error).removeprefix(f'{path}: ')}")
         return {}
-    if not isinstance(tree, dict):
-        problems.append(f"{path.name} holds no mapping")
-        return {}
-    return tree
 
 
 def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -121,10 +120,10 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
-            rows.append(row)
+            rows.append({key: value for key, value in row.items() if is_number(value)})
         elif line.strip():
             broken += 1
     if broken:

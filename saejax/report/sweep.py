@@ -180,8 +180,8 @@ def status(found: records.Run) -> str:
     """How far a run came.
 
     Returns:
-      "failed" (no metric at all, or not finite in an ensemble), "evaluated" (eval.json is there), "trained" (it ended), "stopped" (by a signal) or
-      "unfinished" (it runs still, or broke off).
+      "failed" (no metric at all, or not finite in an ensemble), "evaluated" (eval.json is there), "trained" (it ended),
+      "stopped" (by a signal) or "unfinished" (it runs still, or broke off).
     """
     if found.evaluation.get("metrics"):
         return "evaluated"

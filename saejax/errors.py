@@ -11,8 +11,8 @@ import signal
 DONE = 0
 """The work was done."""
 FAILED = 1
-"""A check that was asked for did not pass (store verify, experiment), or a part of the work ended badly (a job of a sweep,
-a member of an ensemble); also any defect, with its traceback."""
+"""A check that was asked for did not pass (store verify, experiment), or a part of the work ended badly (a job of a
+sweep, a member of an ensemble); also any defect, with its traceback."""
 MISTAKE = 2
 """A `UserError`, or what a file system refuses: one line says what to mend."""
 LOST = 134

@@ -94,7 +94,8 @@ def test_four_processes_with_latents_over_them_and_their_checkpoint_elsewhere(tm
         cfg = alone(tmp_path / "one", 10)
         assert group.statuses() == [0] * 4, group.said(0)[-2000:]
     assert_same_curve(tmp_path / "one", there)
-    saved = runs.saved(there)
+    saved, name = runs.saved(there), "['liveness']['tokens_since_fired']"
+    np.testing.assert_array_equal(saved[name], runs.saved(tmp_path / "one")[name])  # over all rows, in any process
     for n_data, n_latent in ((1, 1), (2, 1), (1, 2), (4, 2)):
         copy = tmp_path / f"on{n_data}x{n_latent}"
         shutil.copytree(there, copy)

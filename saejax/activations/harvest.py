@@ -37,6 +37,9 @@ __all__ = ["HarvestConfig", "Sink", "harvest", "keep_mask"]
 
 logger = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What stops a harvest as Ctrl-C does."""
+
 TORCH_PREFIX = "torch:"
 """Marks a model that PyTorch runs; its hooks are module paths."""
 
@@ -372,7 +375,7 @@ def _interruptible() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Stopped(signum)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:

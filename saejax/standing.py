@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 from pathlib import Path
 from typing import Any
 
-from saejax import checkpoint, config
+from saejax import checkpoint, config, plain
 from saejax.errors import UserError
 
 MAY_DIFFER = ("mesh.", "checkpoint.", "tracker.", "source.path", "source.verify", "source.skip_damaged")
@@ -77,16 +76,17 @@ def objective(run_dir: Path, direction: Any) -> float | tuple[float, float] | No
     Returns:
       Held-out fvu; (l0, fvu) for two directions; None where nothing is searched or known.
     """
-    measured = _record(run_dir).get("evaluation", {})
-    if direction is None or not {"l0", "fvu"} <= measured.keys():
+    measured = _record(run_dir).get("evaluation")
+    if direction is None or not isinstance(measured, dict):
         return None
-    two = not isinstance(direction, (str, enum.Enum)) and len(direction) == 2
-    return (measured["l0"], measured["fvu"]) if two else measured["fvu"]
+    l0, fvu = measured.get("l0"), measured.get("fvu")
+    if not isinstance(l0, float) or not isinstance(fvu, float):
+        return None
+    return fvu if isinstance(direction, (str, enum.Enum)) or len(direction) != 2 else (l0, fvu)
 
 
 def _record(run_dir: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return plain.read_json(run_dir / "run.json")
+    except (OSError, UserError):
         return {}
-    return found if isinstance(found, dict) else {}

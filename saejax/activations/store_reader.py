@@ -175,9 +175,14 @@ class Reader:
         """
         token, position, document, sequence = (int(value) for value in self.index(row, row + 1)[0])
         number, place = divmod(sequence, self.manifest["shard_sequences"])
-        segment = 1 + self._record(number)["segment_documents"][place].index(document)
-        _, segments = self.tokens(sequence)
-        column = int(np.flatnonzero((segments == segment) & (packing.positions(segments) == position))[0])
+        try:
+            segment = 1 + self._record(number)["segment_documents"][place].index(document)
+            _, segments = self.tokens(sequence)
+            column = int(np.flatnonzero((segments == segment) & (packing.positions(segments) == position))[0])
+        except (LookupError, ValueError):
+            raise UserError(
+                f"{self._file(number, '.json')} is damaged: row {row} is not in sequence {sequence}"
+            ) from None
         return Origin(token, position, document, sequence, column)
 
     def _range(self, suffix: str, start: int, stop: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Does anything grow? A long run of small steps, with its memory, open files and speed sampled as it goes.
 
     python benchmarks/soak.py                      200,000 steps, a checkpoint every 500, an evaluation every 1,000
-    python benchmarks/soak.py --steps 4000 --every 100
+    python benchmarks/soak.py --steps 4000 --every 100 --save-every 20     200 checkpoints: do they grow?
 
 Prints a line per sample and at the end the slopes, fitted over the second half of the run (the first fills caches):
 resident memory in MB per 10,000 steps, descriptors and threads per 10,000 steps, and the change of speed. Status 1
@@ -22,7 +22,6 @@ import numpy as np
 
 from saejax import checkpoint, config, run, tracking
 
-SAVE_EVERY, EVALUATE_EVERY = 500, 1000
 MB_PER_10K, FILES_PER_10K = 1.0, 1.0
 
 
@@ -65,13 +64,15 @@ def main() -> int:
     """Run it; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200_000)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints")
+    parser.add_argument("--evaluate-every", type=int, default=1000, help="steps between two evaluations")
     parser.add_argument("--every", type=int, default=1000, help="steps between two samples")
     parser.add_argument("--out", type=Path, help="directory for the run; a temporary one by default")
     given = parser.parse_args()
     overrides = [
         "sae.d_sae=64", "sae.k=4", "source.d_in=16", "source.n_features=64", "source.heldout_rows=512",
         "train.batch=64", f"train.n_tokens={64 * given.steps}", "buffer.rows=512", "train.eval_rows=512",
-        f"train.eval_every_steps={EVALUATE_EVERY}", f"checkpoint.save_every_steps={SAVE_EVERY}",
+        f"train.eval_every_steps={given.evaluate_every}", f"checkpoint.save_every_steps={given.save_every}",
         f"train.log_every_steps={given.every}", "mesh=single",
     ]  # fmt: skip
     cfg = config.load("train", config.Config, overrides)

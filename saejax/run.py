@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import saejax
-from saejax import checkpoint, config, sharding, tracking, whole
+from saejax import checkpoint, config, processes, sharding, tracking, whole
 from saejax.activations import normalize
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
@@ -192,7 +192,7 @@ def open_stream(cfg: config.Config, mesh: Mesh) -> tuple[RowIterator, Put]:
     n_lanes, lane_sharding = cfg.train.n_lanes, NamedSharding(mesh, P(sharding.DATA))
     lanes = _own_lanes(lane_sharding, n_lanes)
     rows = cfg.source.open(n_lanes=n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.stream_seed)
-    return rows, functools.partial(_to_devices, lane_sharding, n_lanes)
+    return rows, functools.partial(_to_devices, lane_sharding, n_lanes, lanes)
 
 
 def filling(cfg: config.Config, first: np.ndarray) -> jax.ShapeDtypeStruct:
@@ -228,8 +228,16 @@ def _own_lanes(lane_sharding: NamedSharding, n_lanes: int) -> range:
     return range(min(starts), max(stops))
 
 
-def _to_devices(lane_sharding: NamedSharding, n_lanes: int, record: np.ndarray) -> jax.Array:
-    return jax.make_array_from_process_local_data(lane_sharding, record, (n_lanes, *record.shape[1:]))
+def _to_devices(lane_sharding: NamedSharding, n_lanes: int, lanes: range, record: np.ndarray) -> jax.Array:
+    shape = (n_lanes, *record.shape[1:])
+    if not processes.several():
+        return jax.make_array_from_process_local_data(lane_sharding, record, shape)
+
+    def part(index: Any) -> np.ndarray:  # a process whose members change may hold the first and the last lanes only
+        start, stop, _ = index[0].indices(n_lanes)
+        return record[start - lanes.start : stop - lanes.start]
+
+    return jax.make_array_from_callback(shape, lane_sharding, part)
 
 
 def evaluation(cfg: config.Config, mesh: Mesh, heldout: Callable[[], Iterable[np.ndarray]] | None = None) -> Any:

@@ -39,10 +39,11 @@ FORMAT_VERSION = 2
 
 class _NotOrbax(logging.Filter):
     """Drops what asyncio prints, a page each, of reads that Orbax left unfinished over a broken file: a line of ours
-    has named the file by then."""
+    names the checkpoint."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.getMessage()
+        said = record.getMessage()
+        return not any(word in said for word in ("orbax", "tensorstore", "zarr", "OCDBT"))
 
 
 logging.getLogger("asyncio").addFilter(_NotOrbax())

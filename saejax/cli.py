@@ -360,6 +360,7 @@ def _quiet_libraries() -> None:
     """Orbax and JAX log a page per checkpoint at INFO, HTTP clients every call."""
     for name in ("absl", "jax", "orbax", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax guesses aloud over a broken file; a line of ours names it
     if not processes.first():
         logging.getLogger().setLevel(logging.ERROR)
 

@@ -49,11 +49,20 @@ def _sites(value: Any) -> bool:
     return known and all(_text(site.get("hook")) and _size(site.get("d_in")) for site in value)
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _sink(value: Any) -> bool:
     try:
-        return value is None or isinstance(Sink(**value), Sink)
+        sink = value and Sink(**value)
     except (TypeError, UserError):
         return False
+    if not sink:
+        return value in (None, {})
+    medians = sink.median_norm if isinstance(sink.median_norm, tuple) else (sink.median_norm,)
+    known = all(median is None or _number(median) for median in medians) and _count(sink.calibration_tokens)
+    return known and (sink.factor is None or _number(sink.factor) and None not in medians)
 
 
 _MANIFEST: dict[str, Check] = {

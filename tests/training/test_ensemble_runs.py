@@ -52,8 +52,9 @@ def train_apart(cfg, root):
 
 def assert_same_runs(members, apart, *, exactly=True):
     """The same files, configs, logs and arrays."""
-    assert sorted(path.name for path in members.iterdir()) == sorted(path.name for path in apart.iterdir())
-    for one in apart.iterdir():
+    there, wanted = ({path.name: path for path in root.iterdir() if path.is_dir()} for root in (members, apart))
+    assert there.keys() == wanted.keys()  # a sweep of Hydra has a multirun.yaml beside them
+    for one in wanted.values():
         other = members / one.name
         assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
         assert (one / "config.yaml").read_text() == (other / "config.yaml").read_text()
@@ -286,13 +287,13 @@ def test_the_stacked_form_is_the_loop_up_to_rounding(architecture, mesh, tmp_pat
 
 @pytest.mark.slow
 def test_a_folded_sweep_leaves_what_the_sweep_would(tmp_path):
-    sweep = ["train", "-m", "seed=0,1", "data_seed=0", "sae.k=2,4", "train.n_tokens=512,768", "train.batch=128"]
+    sweep = ["train", "-m", "seed=0,1", "data_seed=0", "sae.k=2", "train.n_tokens=512,768", "train.batch=128"]
     sweep += [*SMALL, *DEAD]
     assert cli.main([*sweep, f"hydra.sweep.dir={tmp_path / 'apart'}"]) == 0
     assert cli.main([*sweep, "sweep.fold=true", f"hydra.sweep.dir={tmp_path / 'folded'}"]) == 0
     assert_same_runs(tmp_path / "folded", tmp_path / "apart")
     log = (tmp_path / "folded" / "3" / "train.log").read_text()
-    assert "folded into one step: 1, 3, 5, 7" in log
+    assert "folded into one step: 1, 3" in log
     # Again: nothing is left to do.
     before = (tmp_path / "folded" / "3" / "run.json").read_bytes()
     assert cli.main([*sweep, "sweep.fold=true", f"hydra.sweep.dir={tmp_path / 'folded'}"]) == 0

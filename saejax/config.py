@@ -264,7 +264,7 @@ def to_object(composed: DictConfig) -> Any:
         raise UserError(f"unknown key {key}: it is not in the schema (a leading + cannot add one)") from error
     except UserError:
         raise
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, OverflowError) as error:
         raise UserError(_one_line(error)) from error
 
 
@@ -392,6 +392,6 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
         node[group] = schema(registry[chosen])
     try:
         merged = OmegaConf.merge(node, saved, OmegaConf.from_dotlist(overrides or []))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(_one_line(error)) from error
     return to_object(merged)  # pyright: ignore[reportArgumentType]

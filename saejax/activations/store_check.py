@@ -138,7 +138,7 @@ def _describe(facts: dict) -> str:
     sink = facts.get("sink") or {}
     lines = {
         "store": f"{facts['path']} ({state})",
-        "hook": f"{facts['hook']} of {facts.get('harvest', {}).get('model', '?')}",
+        "hook": f"{facts['hook']} of {(facts.get('harvest') or {}).get('model', '?')}",
         "text": f"{(facts.get('text') or {}).get('type', '?')}, {facts.get('split', '?')} documents",
         "rows": f"{facts['rows']:,} x {facts['d_in']} {facts['dtype']} ({facts['bytes'] / 2**20:,.1f} MiB)",
         "tokens": f"{facts['tokens']:,} in {facts['sequences']:,} sequences of {facts['context_length']}",

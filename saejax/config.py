@@ -98,12 +98,7 @@ class Config:
         fold.check(self.sae, self.normalize.mode)
         if self.optim.averages and self.train.ema_decay is not None:
             raise UserError("train.ema_decay must be null with optim.name=schedule_free, which averages by itself")
-
         ensemble_config.check(self)
-        if self.ensemble.points and self.train.on_nonfinite is settings.OnNonfinite.skip:
-            raise UserError(
-                "train.on_nonfinite must be stop in an ensemble, which leaves out members by itself, got skip"
-            )
 
     @property
     def stream_seed(self) -> int:

@@ -55,7 +55,7 @@ def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
         f"{name}_per_10k": float(np.polyfit(steps, [sample[name] for sample in half], 1)[0])
         for name in ("rss_mb", "files", "threads")
     }
-    middle, last = half[len(half) // 2], half[-1]
+    middle, last = half[(len(half) - 1) // 2], half[-1]
     speeds = [(b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in ((half[0], middle), (middle, last))]
     return found | {"steps_per_second": speeds[1], "speed_ratio": speeds[1] / speeds[0]}
 
@@ -80,6 +80,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         run_dir = given.out or Path(temporary) / "run"
         run.train(cfg, run_dir, resume=bool(checkpoint.steps(run_dir)))
+    if len(Sampler.samples) < 8:
+        print("too few samples for a slope: at least 8 are needed, so lower --every")
+        return 2
     found = slopes(Sampler.samples)
     print(json.dumps({"steps": given.steps} | found, indent=1))
     return int(found["rss_mb_per_10k"] > MB_PER_10K or found["files_per_10k"] > FILES_PER_10K)

@@ -42,7 +42,7 @@ def train(run_dir: str, changes: list[str], **wrong: object) -> int:
     cli._log_to_stderr()
     try:
         return cli._come_to(pathlib.Path(run_dir), composed(tuple(changes)))
-    except errors.UserError as error:
+    except (errors.UserError, OSError) as error:
         print(f"saejax train: {error}")
         return errors.MISTAKE
 

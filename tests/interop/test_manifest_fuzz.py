@@ -98,6 +98,7 @@ def answers(read) -> None:
     """Fails on any exception but the documented one, and on a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # as elsewhere: of event loops that Orbax drops
         try:
             read()
         except UserError as error:
@@ -136,7 +137,7 @@ def test_damaged_manifests_end_in_what_they_say_or_in_one_line(seed, count, fold
         finally:
             opened = None
             file.write_bytes(whole)
-        assert not outside, f"case {seed}-{number}"
+        assert not outside, f"case {seed}-{number}: {outside}"
         counts[file.name if file.parent in (run_dir, folder / "store", folder / "growing") else "record"] += 1
     with capsys.disabled():
         if count > 1000:

@@ -36,19 +36,16 @@ FOLDS = "runs fold where they differ in seed (with data_seed set), optim.lr, sae
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a call of `train` ended.
-
-    Attributes:
-      evaluations: run directory -> last held-out metrics, of members that are finished.
-      failed: directories of members that are no longer finite, now or before.
-      signum: the signal that stopped it, None when it reached its end.
-      tokens_per_second: rows per second of the stream, each row seen by every member; 0 where nothing was left to do.
-    """
+    """How a call of `train` ended."""
 
     evaluations: dict[Path, dict[str, float]]
+    """Run directory -> last held-out metrics, of members that are finished."""
     failed: list[Path]
+    """Directories of members that are no longer finite, now or before."""
     signum: int | None = None
+    """The signal that stopped it, None when it reached its end."""
     tokens_per_second: float = 0.0
+    """Rows per second of the stream, each row seen by every member; 0 where nothing was left to do."""
 
 
 def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:

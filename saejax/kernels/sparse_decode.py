@@ -4,6 +4,8 @@ Decoding, the gradient of the active values and the gradient of the dictionary a
 encoder's gradient (`sparse_encode`) is made of the same. Each has a form for CPU and one for accelerators.
 """
 
+import os
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from saejax.kernels import partition
 
-_BLOCK = 32  # rows whose gathered dictionary rows fit the L2 cache
+_CORES = min(os.cpu_count() or 1, 16)
+_BLOCK = 16  # rows whose gathered dictionary rows stay near the core: 65 ms against 77 with 8 (4,096 rows, k 32, d 768)
 
 
 def sparse_decode(
@@ -48,6 +51,72 @@ def _backward(saved, cotangent):
 
 
 _sparse_decode.defvjp(_forward, _backward)
+
+
+def squared_error(
+    values: Float[Array, "b k"],
+    indices: Int[Array, "b k"],
+    W_dec: Float[Array, "d_sae d_in"],
+    y: Float[Array, "b d_in"],
+) -> tuple[Float[Array, ""], Float[Array, "b d_in"]]:
+    r"""Returns :math:`\frac1b \sum_r \|y_r - \sum_j v_{rj} W_{i_{rj}}\|^2` and the residuals, which have no gradient.
+
+    The gradient of the values is taken in the same pass as the residual, from the same gathered rows.
+
+    Args:
+      values: Coefficients.
+      indices: Rows of `W_dec`, in [0, d_sae); repeats add up.
+      W_dec: One row per latent.
+      y: What the code shall reconstruct.
+
+    Example:
+      >>> error, residual = squared_error(jnp.array([[2.0]]), jnp.array([[1]]), jnp.eye(2), jnp.array([[1.0, 2.0]]))
+      >>> float(error), residual.tolist()
+      (1.0, [[1.0, 0.0]])
+    """
+    return _squared_error(values, indices, W_dec, y)
+
+
+@jax.custom_vjp
+def _squared_error(values, indices, W_dec, y):
+    return _error_of(y - combine_rows(values, indices, W_dec))
+
+
+def _error_of(residual):
+    return jnp.mean(jnp.sum(residual**2, axis=1)), residual
+
+
+def _error_forward(values, indices, W_dec, y):
+    residual, dots = _residual_and_dots(values, indices, W_dec, y)
+    return _error_of(residual), (values, indices, residual, dots, jnp.zeros((W_dec.shape[0], 0)))
+
+
+def _error_backward(saved, cotangents):
+    values, indices, residual, dots, width = saved
+    slope = 2 * cotangents[0] / len(residual)
+    d_W = accumulate_rows(-slope * values, indices, residual, width.shape[0])
+    return -slope * dots, None, d_W, slope * residual
+
+
+_squared_error.defvjp(_error_forward, _error_backward)
+
+
+def _residual_and_dots(values, indices, W, y):
+    """The residual of each row, and its inner products with the rows of `W` that it names."""
+    cut = partition.of(values.shape[0], W.shape[0])
+    if cut.latents is not None:  # no shard knows the residual before the sum over all of them
+        residual = y - combine_rows(values, indices, W)
+        return residual, dot_rows(residual, indices, W)
+
+    def separate(values, indices, W, y):
+        residual = y - _combine(values, indices, W)
+        return residual, _dot(residual, indices, W)
+
+    def shard(values, indices, W, y):
+        return lax.platform_dependent(values, indices, W, y, cpu=_residual_and_dots_cpu, default=separate)
+
+    rows = P(cut.rows, None)
+    return cut.run(shard, (rows, rows, P(), rows), (rows, rows))(values, indices, W, y)
 
 
 def combine_rows(
@@ -88,11 +157,22 @@ def accumulate_rows(
     def shard(values, indices, y):
         own, indices = _own(indices, cut, n_local)
         values = jnp.where(own, values, 0)
-        zeros = jnp.zeros((n_local, y.shape[1]), y.dtype)
+        zeros = jnp.full((n_local, y.shape[1]), _zero_after(values, indices), y.dtype)
         return cut.sum_rows(lax.platform_dependent(zeros, values, indices, y, cpu=_accumulate_cpu, default=_accumulate))
 
     rows = P(cut.rows, None)
     return cut.run(shard, (rows, rows, rows), P(cut.latents, None))(values, indices, y)
+
+
+def _zero_after(values, indices):
+    """A zero that the compiler must read from the data.
+
+    Buffers filled with it are filled only now, by a task of their own, which then goes on with the loop over its
+    buffer: so two accumulations run side by side on CPU. Two constant buffers would be one, and its copy.
+    """
+    if values.size == 0:
+        return jnp.zeros(())
+    return jnp.where((values[0, 0] > jnp.inf) | (indices[0, 0] < 0), 1.0, 0.0)
 
 
 def _own(indices, cut: partition.Partition, n_local: int):
@@ -127,21 +207,50 @@ def _dot_cpu(y, indices, W):
     return lax.map(one, (y, indices), batch_size=_BLOCK)
 
 
+def _residual_and_dots_cpu(values, indices, W, y):
+    def one(row):
+        values, indices, y = row
+        named = jnp.take(W, indices, axis=0, mode="clip")
+        residual = y - values @ named
+        return residual, named @ residual
+
+    # Every part is one loop on one core; the parts do not wait for each other.
+    n_parts = min(_CORES, max(1, len(y) // _BLOCK))
+    cuts = [len(y) * part // n_parts for part in range(1, n_parts)]
+    parts = zip(*(jnp.split(array, cuts) for array in (values, indices, y)), strict=True)
+    done = [lax.map(one, part, batch_size=_BLOCK) for part in parts]
+    return tuple(jnp.concatenate(found) for found in zip(*done, strict=True))
+
+
 def _accumulate(zeros, values, indices, y):
     rows = values[:, :, None] * y[:, None, :]
     return zeros.at[indices].add(rows, mode="promise_in_bounds")
 
 
 def _accumulate_cpu(zeros, values, indices, y):
-    # Row by row in place: XLA's scatter-add is 2 to 10 times slower here.
-    k = values.shape[1]
-    flat_values, flat_indices = values.reshape(-1), indices.reshape(-1)
+    # Row by row in place, latent by latent, so that a row of the result stays in the cache until it is done: less than
+    # half the time of the order in which rows come, or of XLA's scatter.
+    if y.shape[1] == 1:
+        return _accumulate(zeros, values, indices, y)
+    latents, places = _by_latent(indices, zeros.shape[0])
+    values, rows = values.reshape(-1)[places], places // values.shape[1]
 
     def add_row(n, total):
-        at = (flat_indices[n], 0)
-        row = lax.dynamic_slice(total, at, (1, y.shape[1])) + flat_values[n] * lax.dynamic_slice(
-            y, (n // k, 0), (1, y.shape[1])
-        )
+        at = (latents[n], 0)
+        row = lax.dynamic_slice(total, at, (1, y.shape[1]))
+        row = row + values[n] * lax.dynamic_slice(y, (rows[n], 0), (1, y.shape[1]))
         return lax.dynamic_update_slice(total, row, at)
 
-    return lax.fori_loop(0, values.size, add_row, zeros)
+    return lax.fori_loop(0, values.size, add_row, zeros, unroll=2)
+
+
+def _by_latent(indices, n):
+    """Returns the latents that are named, sorted, and their places in `indices`; equals in the order of places."""
+    flat, count = indices.reshape(-1), indices.size
+    if n * count >= 2**32:
+        places = lax.iota(jnp.int32, count)
+        latents, places = lax.sort((flat, places), num_keys=1)
+        return latents, places
+    # One word that holds both sorts four times as fast as a pair.
+    keys = lax.sort(flat.astype(jnp.uint32) * jnp.uint32(count) + lax.iota(jnp.uint32, count), is_stable=False)
+    return (keys // jnp.uint32(count)).astype(jnp.int32), (keys % jnp.uint32(count)).astype(jnp.int32)

@@ -67,7 +67,8 @@ def _backward(saved, cotangent):
     d_x = sparse_decode.combine_rows(d_pre, indices, W_enc.T)
     # The sum of -d_x over the rows, as one matrix-vector product.
     d_b_dec = -(W_enc @ d_b_enc)
-    return None, None, d_x, d_W.T, d_b_enc, d_b_dec
+    # Transposed once: fused into every pass of the optimiser, it would be read across its rows there.
+    return None, None, d_x, jax.lax.optimization_barrier(d_W.T), d_b_enc, d_b_dec
 
 
 with_encoder_gradient.defvjp(_forward, _backward)

@@ -38,22 +38,35 @@ def top_k(pre_acts: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], I
 
     def shard(local):
         n_local = local.shape[1]
-        values, indices = _select(local, min(k, n_local))  # a shard may hold fewer than k latents
-        if cut.latents is None:
-            return values, indices
-        indices = indices + cut.first_latent(n_local)
-        # Candidates lie in the order of shards, and by index among equals of one shard: ties stay right.
-        values = lax.all_gather(values, cut.latents, axis=1, tiled=True)
-        indices = lax.all_gather(indices, cut.latents, axis=1, tiled=True)
-        values, best = _barrier_top_k(values, k)
-        return values, jnp.take_along_axis(indices, best, axis=1)
+        return of_shards(*on_device(local, min(k, n_local)), k, cut, n_local)  # a shard may hold fewer than k latents
 
     rows = P(cut.rows, None)
     return cut.run(shard, (P(cut.rows, cut.latents),), (rows, rows))(lax.stop_gradient(pre_acts))
 
 
-def _select(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    """Top-k on one device."""
+def of_shards(
+    values: Float[Array, "b c"], indices: Int[Array, "b c"], k: int, cut: partition.Partition, n_local: int
+) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """Returns the k best of all shards of latents from the best of each, inside `Partition.run`.
+
+    Args:
+      values, indices: Of this shard, as `on_device` gives them.
+      k: How many to keep.
+      cut: How the mesh cuts the latents.
+      n_local: Latents of this shard.
+    """
+    if cut.latents is None:
+        return values, indices
+    indices = indices + cut.first_latent(n_local)
+    # Candidates lie in the order of shards, and by index among equals of one shard: ties stay right.
+    values = lax.all_gather(values, cut.latents, axis=1, tiled=True)
+    indices = lax.all_gather(indices, cut.latents, axis=1, tiled=True)
+    values, best = _barrier_top_k(values, k)
+    return values, jnp.take_along_axis(indices, best, axis=1)
+
+
+def on_device(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """Returns the k largest entries of each row and their indices, as `top_k`, on one device."""
     if a.shape[1] % _GROUP or a.shape[1] < 4 * _GROUP * k:
         return _barrier_top_k(a, k)
     return lax.platform_dependent(a, cpu=lambda a: _by_groups(a, k), default=lambda a: _barrier_top_k(a, k))

@@ -67,32 +67,36 @@ aux_k_loss.defvjp(_forward, _backward)
 
 
 def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed, n_groups):
-    """The loss and its gradients at once, in one conditional that costs nothing when nothing is dead."""
+    zeros = jax.tree.map(jnp.zeros_like, (W_enc, b_enc, W_dec))
+    return added(zeros, (W_enc, b_enc, W_dec), read, residual, dead, k_aux, dtype, signed, n_groups)
+
+
+def added(
+    grads: tuple[jax.Array, jax.Array, jax.Array],
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    read: Float[Array, "b m"],
+    residual: Float[Array, "b d_out"],
+    dead: Bool[Array, "d_sae"],
+    k_aux: int,
+    dtype: str,
+    signed: bool,
+    n_groups: int,
+    weight: Float[Array, ""] | float = 1.0,
+) -> tuple[Float[Array, ""], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Returns the AuxK loss of `aux_k_loss`, and `grads` plus `weight` times its gradients.
+
+    A loop that runs once or not at all changes its arrays in place; a conditional would copy them, and the sum of two
+    gradients passes over both. So it costs nothing when nothing is dead.
+
+    Args:
+      grads: Gradients of `weights` so far.
+      weights: W_enc, b_enc, W_dec.
+      read, residual, dead, k_aux, dtype, signed, n_groups: As in `aux_k_loss`.
+      weight: Factor on the gradients.
+    """
     n_dead = jnp.sum(dead)
-    weights = (W_enc, b_enc, W_dec)
 
-    def none():
-        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights)
-
-    def few():
-        # At most k_aux are dead, so all of them take part: a small dense problem on their copies.
-        chosen = jnp.nonzero(dead, size=k_aux, fill_value=0)[0]
-        real = jnp.arange(k_aux) < n_dead
-        part = (W_enc[:, chosen], b_enc[chosen], W_dec[chosen])
-        groups = chosen // (dead.shape[0] // n_groups)
-        loss, (g_enc, g_bias, g_dec) = jax.value_and_grad(explain)(part, real, groups)
-        zero_enc, zero_bias, zero_dec = none()[1]
-        # Spare slots name latent 0 with gradient 0.
-        return loss, (
-            zero_enc.at[:, chosen].add(g_enc),
-            zero_bias.at[chosen].add(g_bias),
-            zero_dec.at[chosen].add(g_dec),
-        )
-
-    def many():
-        return jax.value_and_grad(explain)(weights, dead)
-
-    def explain(part, use, groups=None):
+    def explain(part, use, read, residual, groups=None):
         W_enc, b_enc, W_dec = part
         pre_acts = sites.product(read, W_enc, n_groups, dtype, groups) + b_enc[None, :]
         values = jnp.where(use[None, :], pre_acts if signed else jax.nn.relu(pre_acts), 0)
@@ -104,10 +108,36 @@ def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, si
         ratio = jnp.sum((residual - estimate) ** 2) / jnp.maximum(jnp.sum(centred**2), 1e-20)
         return ratio * jnp.minimum(n_dead / k_aux, 1.0)
 
+    def held(turn):
+        """What does not change in a loop, as if it did: the compiler would compute ahead of a loop that never runs."""
+        return lax.optimization_barrier((weights, read, residual, turn))[:3]
+
+    def few(turn, state):
+        # At most k_aux are dead, so all of them take part: a small dense problem on their copies.
+        chosen = jnp.nonzero(dead, size=k_aux, fill_value=0)[0]
+        real = jnp.arange(k_aux) < n_dead
+        (W_enc, b_enc, W_dec), *given = held(turn)
+        part = (W_enc[:, chosen], b_enc[chosen], W_dec[chosen])
+        groups = chosen // (dead.shape[0] // n_groups)
+        loss, (g_enc, g_bias, g_dec) = jax.value_and_grad(explain)(part, real, *given, groups)
+        on_enc, on_bias, on_dec = state[1]
+        # Spare slots name latent 0 with gradient 0.
+        return loss, (
+            on_enc.at[:, chosen].add(weight * g_enc),
+            on_bias.at[chosen].add(weight * g_bias),
+            on_dec.at[chosen].add(weight * g_dec),
+        )
+
+    def many(turn, state):
+        weights, *given = held(turn)
+        loss, more = jax.value_and_grad(explain)(weights, dead, *given)
+        return loss, jax.tree.map(lambda grad, more: grad + weight * more, state[1], more)
+
+    state = (jnp.zeros(()), grads)
     if k_aux == dead.shape[0]:
-        return lax.cond(n_dead > 0, many, none)
-    size = jnp.where(n_dead == 0, 0, jnp.where(n_dead <= k_aux, 1, 2))
-    return lax.switch(size, [none, few, many])
+        return lax.fori_loop(0, (n_dead > 0).astype(jnp.int32), many, state)
+    state = lax.fori_loop(0, ((n_dead > 0) & (n_dead <= k_aux)).astype(jnp.int32), few, state)
+    return lax.fori_loop(0, (n_dead > k_aux).astype(jnp.int32), many, state)
 
 
 def _best(values: Float[Array, "b n"], k: int) -> Float[Array, "b n"]:

@@ -7,7 +7,7 @@ differentiates `Sparsifier.loss`; evaluation and users call `encode` and `decode
 import abc
 import dataclasses
 import enum
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from saejax.errors import UserError
-from saejax.kernels import matmul, sparse_decode, sparse_encode
-from saejax.sae import constraint, encoders
+from saejax.kernels import encode_top_k, matmul, sparse_decode, sparse_encode
+from saejax.sae import constraint, encoders, with_aux_k
 from saejax.sae import sites as sites_of
-from saejax.sae.aux_k import aux_k_loss
 from saejax.sae.encoders import EncoderKind
 from saejax.sae.encoding import Encoding
 from saejax.sae.initialise import EncoderInit
@@ -182,6 +181,14 @@ class Sparsifier(abc.ABC):
     ) -> tuple[Float[Array, ""], Aux]:
         """Returns the training loss of one batch but for AuxK, and what it was made of."""
 
+    def n_best(self, step: Int[Array, ""] | None) -> int | None:
+        """Returns how many of the largest pre-activations of a row decide about its code; None where all do."""
+        return None
+
+    def keep(self, values: Float[Array, "b n"], indices: Int[Array, "b n"], step: Int[Array, ""] | None) -> Encoding:
+        """Returns the encoding of rows with these best pre-activations, largest first, where `n_best` asks for them."""
+        raise NotImplementedError
+
     def extra(self) -> dict[str, jax.Array]:
         """Returns the parameters that the architecture adds, as they start."""
         return {}
@@ -221,7 +228,7 @@ class Sparsifier(abc.ABC):
         self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None = None
     ) -> Float[Array, "b d_sae"]:
         """Returns what the encoder gives each latent before the activation, differentiable."""
-        read, carried = self._encoder_inputs(params, x, step)
+        read, carried = self.encoder_inputs(params, x, step)
         return encoders.product(self, params, read, carried)
 
     def encode(self, params: SAEParams, x: Float[Array, "b d_in"]) -> Encoding:
@@ -235,9 +242,12 @@ class Sparsifier(abc.ABC):
         if self.encoder in (EncoderKind.linear, EncoderKind.tied) and self.n_groups == 1:
             # One dense product forward; the gradient touches active latents only.
             bias = params.b_dec if self.centres else jnp.zeros(self.d_in)
-            weights = params.W_enc, params.b_enc, bias
-            pre_acts = sparse_encode.pre_activations(x, *weights, self.matmul_dtype.value)
-            chosen = self.activate(params, pre_acts, step)
+            weights, dtype = (params.W_enc, params.b_enc, bias), self.matmul_dtype.value
+            n_best = self.n_best(step)
+            if n_best is None:
+                chosen = self.activate(params, sparse_encode.pre_activations(x, *weights, dtype), step)
+            else:
+                chosen = self.keep(*encode_top_k.encode_top_k(x, *weights, n_best, dtype), step)
             values = sparse_encode.with_encoder_gradient(chosen.values, chosen.indices, x, *weights)
         else:
             pre_acts = self.pre_activations(params, x, step)
@@ -274,11 +284,17 @@ class Sparsifier(abc.ABC):
     def reconstruct(
         self, params: SAEParams, x: Float[Array, "b d_in"], target: Float[Array, "b d_out"], step: Int[Array, ""]
     ) -> Aux:
-        """Returns the training reconstruction with the term "mse": sum over d_out, mean over rows."""
+        """Returns the training reconstruction with the term "mse": sum over d_out, mean over rows.
+
+        The gradient flows through the term; the reconstruction of a k-sparse code has none of its own.
+        """
         encoding = self.code(params, x, step)
+        if encoding.values is not None and encoding.indices is not None:
+            y = target - params.b_dec[None, :]
+            mse, residual = sparse_decode.squared_error(encoding.values, encoding.indices, params.W_dec, y)
+            return Aux(recon=lax.stop_gradient(target - residual), encoding=encoding, terms={"mse": mse})
         recon = self.decode(params, encoding)
-        residual = target - recon
-        return Aux(recon=recon, encoding=encoding, terms={"mse": jnp.mean(jnp.sum(residual**2, axis=1))})
+        return Aux(recon=recon, encoding=encoding, terms={"mse": jnp.mean(jnp.sum((target - recon) ** 2, axis=1))})
 
     def loss(
         self,
@@ -288,33 +304,19 @@ class Sparsifier(abc.ABC):
         dead: Bool[Array, "d_sae"],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Aux]:
-        r"""Returns the training loss of one batch and what it was made of: objective :math:`+ \alpha\, s^2\,` aux.
+        """Returns the training loss of one batch and what it was made of (`with_aux_k`)."""
+        return with_aux_k.loss(self, params, rows, dead, step)
 
-        aux is dimensionless (`aux_k`), and :math:`s^2 = E\|y - \bar y\|^2` of the targets y, from the batch and without
-        a gradient, gives it the unit of mse. So with TopK the loss is that of Gao et al. (mse / s^2 + alpha aux) times
-        s^2, alpha means the same at every scale of the data, and with centred data of E||x||^2 = 1 it is the loss of
-        dictionary_learning's TopK trainer but for the factor min(n_dead / k_aux, 1). With `skip` the objective's
-        target is what x W_skip leaves over, and the gradient flows into W_skip.
-
-        Args:
-          params: Parameters.
-          rows: Normalised activations, float32.
-          dead: Latents that count as dead at this step.
-          step: Number of optimiser steps already taken, for schedules.
-        """
-        x, target = self.split(rows)
-        aim = target - self.skipped(params, x) if self.skip else target
-        loss, aux = self.objective(params, x, aim, step)
-        if self.aux_alpha > 0:
-            read, _ = self._encoder_inputs(params, x, step)
-            fixed = lax.stop_gradient((read, aim - aux.recon))
-            dtype = self.matmul_dtype.value
-            weights = params.W_enc, params.b_enc, params.W_dec
-            term: Any = aux_k_loss(*weights, *fixed, dead, self.n_aux, dtype, self.signed, self.n_groups)
-            spread = jnp.mean(jnp.sum((target - jnp.mean(target, axis=0, keepdims=True)) ** 2, axis=1))
-            loss = loss + self.aux_alpha * lax.stop_gradient(spread) * term
-            aux = dataclasses.replace(aux, terms=aux.terms | {"aux_k": term})
-        return loss, dataclasses.replace(aux, recon=self.add_skip(params, aux.recon, x))
+    def value_and_grad(
+        self,
+        params: SAEParams,
+        rows: Float[Array, "b d_row"],
+        *,
+        dead: Bool[Array, "d_sae"],
+        step: Int[Array, ""],
+    ) -> tuple[tuple[Float[Array, ""], Aux], SAEParams]:
+        """Returns `loss` and its gradient: what `jax.value_and_grad` gives, AuxK's part added in place."""
+        return with_aux_k.value_and_grad(self, params, rows, dead, step)
 
     def constrain(self, params: SAEParams) -> SAEParams:
         """Maps parameters back onto the constraint after an optimiser step."""
@@ -350,7 +352,10 @@ class Sparsifier(abc.ABC):
             W_dec=params.W_dec / some[:, None],
         )
 
-    def _encoder_inputs(self, params, x, step):
+    def encoder_inputs(
+        self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None
+    ) -> tuple[Array, Array | None]:
+        """Returns what the last encoder product reads, and what is added to it beside b_enc (`encoders.inputs`)."""
         return encoders.inputs(self, params, x, lambda pre_acts: self._dense(params, pre_acts, step))
 
     def _dense(self, params, pre_acts, step):

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from saejax.kernels import matmul, sparse_decode
+from saejax.kernels import matmul, sparse_decode, top_k
 from saejax.sae import base, selection, sites
 
 
@@ -78,10 +78,18 @@ class Matryoshka(base.Sparsifier):
     def activate(self, params, pre_acts, step=None):
         """Returns the latents that the selection keeps."""
         if self.k_sparse:
-            return selection.of_rows(pre_acts, self.k)
+            return self.keep(*top_k.top_k(pre_acts, self.k), step)
         if step is None:
             return selection.above(pre_acts, params.extra["threshold"], self.k)
         return selection.of_batch(pre_acts, self.k)
+
+    def n_best(self, step):
+        """Returns k with `topk`."""
+        return self.k if self.k_sparse else None
+
+    def keep(self, values, indices, step):
+        """Returns the best of each row, those below zero as 0."""
+        return base.Encoding(values=jnp.maximum(values, 0), indices=indices, d_sae=self.d_sae)
 
     def objective(self, params, x, target, step):
         """Returns the mean of the squared errors of all prefixes, "prefix_mse"; "mse" is that of the last."""

@@ -12,17 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from saejax.kernels import kth_largest, top_k
+from saejax.kernels import kth_largest
 from saejax.sae import base
 
 RATE = 0.01
 """Weight of the newest batch in the running mean."""
-
-
-def of_rows(pre_acts: Float[Array, "b d_sae"], k: int) -> base.Encoding:
-    """Returns the k largest latents of each row, those below zero as 0; without a gradient."""
-    values, indices = top_k.top_k(pre_acts, k)
-    return base.Encoding(values=jnp.maximum(values, 0), indices=indices, d_sae=pre_acts.shape[1])
 
 
 def of_batch(pre_acts: Float[Array, "b d_sae"], k: int) -> base.Encoding:

@@ -17,7 +17,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from saejax.sae import base, selection
+from saejax.kernels import top_k
+from saejax.sae import base
 
 
 @base.register
@@ -73,10 +74,16 @@ class TopK(base.Sparsifier):
 
     def activate(self, params, pre_acts, step=None):
         """Returns the k largest latents of each row; those below zero become 0."""
-        if step is None or not self.anneals:
-            return selection.of_rows(pre_acts, self.k)
-        # The largest k of the schedule fixes the shape; slots beyond the present k are unused.
-        return self._best(selection.of_rows(pre_acts, max(self.k, self.k_start or 1)), step)
+        return self.keep(*top_k.top_k(pre_acts, self.n_best(step)), step)
+
+    def n_best(self, step):
+        """Returns k at inference, the largest k of the schedule in training: it fixes the shape."""
+        return self.k if step is None or not self.anneals else max(self.k, self.k_start or 1)
+
+    def keep(self, values, indices, step):
+        """Returns the best of each row; slots beyond the present k are unused."""
+        encoding = base.Encoding(values=jnp.maximum(values, 0), indices=indices, d_sae=self.d_sae)
+        return self._best(encoding, step) if step is not None and self.anneals else encoding
 
     def objective(self, params, x, target, step):
         """Returns the squared error, plus "multi_mse" times its weight."""

@@ -33,7 +33,7 @@ def make(
     """Build the training step of one architecture.
 
     Args:
-      sparsifier: architecture; its `loss`, `project`, `constrain` and `track` are used.
+      sparsifier: architecture; its `value_and_grad`, `project`, `constrain` and `track` are used.
       tx: optimiser.
       dead_window_tokens: tokens without firing after which a latent is dead.
       learning_rate: the schedule inside `tx`, for the log.
@@ -100,11 +100,7 @@ def make_learn(
         state: TrainState, x: Float[Array, "b d_row"], key: Key[Array, ""]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         dead = liveness.dead(state.liveness, dead_window_tokens)
-
-        def loss_fn(params: base.SAEParams) -> tuple[Float[Array, ""], base.Aux]:
-            return sparsifier.loss(params, x, dead=dead, step=state.step)
-
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, aux), grads = sparsifier.value_and_grad(state.params, x, dead=dead, step=state.step)
         grads = sparsifier.project(state.params, grads)
         new_params, opt_state = _apply(tx, grads, state)
         params = sparsifier.track(sparsifier.constrain(new_params), aux, state.step)

@@ -45,6 +45,46 @@ def test_decode_and_its_gradients_equal_the_dense_product(mesh, problem):
         np.testing.assert_allclose(mine, expected, **TOLERANCE)
 
 
+def test_squared_error_and_its_gradients_equal_the_dense_form(mesh, problem):
+    values, indices, W, y = problem
+
+    def sparse(values, W, y):
+        return sparse_decode.squared_error(values, indices, W, y)[0]
+
+    def dense(values, W, y):
+        return jnp.mean(jnp.sum((y - dense_code(values, indices) @ W) ** 2, axis=1))
+
+    error, residual = jax.jit(sparse_decode.squared_error)(values, indices, W, y)
+    np.testing.assert_allclose(residual, y - dense_code(values, indices) @ W, **TOLERANCE)
+    np.testing.assert_allclose(error, dense(values, W, y), rtol=1e-6)
+    grads = jax.jit(jax.grad(sparse, argnums=(0, 1, 2)))(values, W, y)
+    for mine, expected in zip(grads, jax.grad(dense, argnums=(0, 1, 2))(values, W, y), strict=True):
+        np.testing.assert_allclose(mine, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("b", [1, 15, 16, 50])
+def test_squared_error_of_any_number_of_rows(b):
+    rng = np.random.default_rng(b)
+    indices = rng.integers(0, D_SAE, (b, K)).astype(np.int32)
+    values, y, W = (rng.standard_normal(size).astype(np.float32) for size in ((b, K), (b, D_IN), (D_SAE, D_IN)))
+    (error, residual), grad = jax.jit(jax.value_and_grad(sparse_decode.squared_error, has_aux=True))(
+        *map(jnp.asarray, (values, indices, W, y))
+    )
+    wanted = y - np.einsum("bk,bkd->bd", values, W[indices])
+    np.testing.assert_allclose(residual, wanted, **TOLERANCE)
+    np.testing.assert_allclose(error, np.mean(np.sum(wanted**2, axis=1)), rtol=1e-5)
+    np.testing.assert_allclose(grad, -2 / b * np.einsum("bd,bkd->bk", wanted, W[indices]), **TOLERANCE)
+
+
+def test_latents_are_sorted_alike_in_one_word_and_in_two():
+    indices = jnp.asarray(np.random.default_rng(0).integers(0, D_SAE, (50, K)), jnp.int32)
+    one, two = sparse_decode._by_latent(indices, D_SAE), sparse_decode._by_latent(indices, 2**31)
+    wanted = np.argsort(np.asarray(indices).reshape(-1), kind="stable")
+    for latents, places in (one, two):
+        np.testing.assert_array_equal(places, wanted)
+        np.testing.assert_array_equal(latents, np.asarray(indices).reshape(-1)[wanted])
+
+
 def test_cpu_and_accelerator_forms_agree(problem):
     values, indices, W, y = problem
     zeros = jnp.zeros_like(W)

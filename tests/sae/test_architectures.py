@@ -250,6 +250,19 @@ def test_folding_moves_the_normalisation_into_the_parameters(sparsifier, params,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), back, params)
 
 
+@pytest.mark.parametrize("n_dead", [0, 3, 20])
+def test_value_and_grad_is_that_of_the_loss(sparsifier, params, x, n_dead):
+    # None dead, at most k_aux = 8 of them, more than that.
+    dead = jnp.arange(sparsifier.d_sae) % 3 == 0
+    dead &= jnp.cumsum(dead) <= n_dead
+    given = {"dead": dead, "step": STEP}
+    wanted = jax.jit(jax.value_and_grad(lambda p: sparsifier.loss(p, x, **given), has_aux=True))(params)
+    found = jax.jit(lambda p: sparsifier.value_and_grad(p, x, **given))(params)
+    # The same sums in another order: some roundings of the largest entry.
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * max(1, np.abs(want).max(initial=0)))
+
+
 def test_project_keeps_the_constraint_to_first_order(sparsifier, params, x):
     grads = jax.jit(jax.grad(lambda p: sparsifier.loss(p, x, dead=alive(sparsifier), step=STEP)[0]))(params)
     once = sparsifier.project(params, grads)

@@ -30,10 +30,11 @@ def sparse_form(sparsifier: topk.TopK) -> LossAndGrads:
     """What training differentiates."""
     dead, step = jnp.zeros(sparsifier.d_sae, bool), jnp.zeros((), jnp.int32)
 
-    def loss(params: base.SAEParams, x: Float[Array, "b d_in"]) -> Float[Array, ""]:
-        return sparsifier.loss(params, x, dead=dead, step=step)[0]
+    def both(params: base.SAEParams, x: Float[Array, "b d_in"]) -> tuple[jax.Array, base.SAEParams]:
+        (loss, _), grads = sparsifier.value_and_grad(params, x, dead=dead, step=step)
+        return loss, grads
 
-    return jax.jit(jax.value_and_grad(loss))
+    return jax.jit(both)
 
 
 def dense_form(sparsifier: topk.TopK) -> LossAndGrads:
@@ -57,13 +58,22 @@ def seconds(form: LossAndGrads, params: base.SAEParams, x: jax.Array) -> float:
     return time.perf_counter() - start
 
 
-def check_equal(sparse: LossAndGrads, dense: LossAndGrads, params: base.SAEParams, x: jax.Array) -> None:
-    """Both forms must compute the same thing, or their times mean nothing; compiles both on the way."""
+def check_equal(sparse: LossAndGrads, dense: LossAndGrads, params: base.SAEParams, x: jax.Array) -> float:
+    """Both forms must compute the same thing, or their times mean nothing; returns the largest relative difference."""
     ours, theirs = sparse(params, x), dense(params, x)
+    errors = []
     for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         got, want = np.asarray(got), np.asarray(want)
-        error = np.linalg.norm(got - want) / np.linalg.norm(want)
-        assert error < 1e-4, f"the two forms differ by {error:.1e}"
+        errors.append(float(np.linalg.norm(got - want) / np.linalg.norm(want)))
+    assert max(errors) < 1e-4, f"the two forms differ by {max(errors):.1e}"
+    return max(errors)
+
+
+def memory(form: LossAndGrads, params: base.SAEParams, x: jax.Array) -> float:
+    """MiB of the gradients and of all temporary arrays, as the compiler planned them."""
+    analysis = jax.jit(form).lower(params, x).compile().memory_analysis()
+    assert analysis is not None
+    return (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**20
 
 
 def cpu_name() -> str:
@@ -90,7 +100,7 @@ def main() -> None:
     params = sparsifier.init(key_params)
     x = jax.random.normal(key_x, (args.batch, args.d_in)) / args.d_in**0.5
     sparse, dense = sparse_form(sparsifier), dense_form(sparsifier)
-    check_equal(sparse, dense, params, x)
+    error = check_equal(sparse, dense, params, x)
 
     pairs = [(seconds(sparse, params, x), seconds(dense, params, x)) for _ in range(args.repeats)]
     ratios = [dense_s / sparse_s for sparse_s, dense_s in pairs]
@@ -101,6 +111,9 @@ def main() -> None:
     print(f"d_in {args.d_in}, d_sae {args.d_sae}, k {args.k}, batch {args.batch}, float32, {args.repeats} turns")
     print(f"sparse {1e3 * statistics.median(s for s, _ in pairs):8.1f} ms")
     print(f"dense  {1e3 * statistics.median(d for _, d in pairs):8.1f} ms")
+    print(f"largest relative difference of the loss and the gradients: {error:.1e}")
+    needs = [memory(form, params, x) for form in (sparse, dense)]
+    print(f"gradients and temporaries: sparse {needs[0]:.0f} MiB, dense {needs[1]:.0f} MiB")
     print(f"dense / sparse: median {middle:.2f}, quartiles {low:.2f} to {high:.2f}")
 
 

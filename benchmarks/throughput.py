@@ -1,10 +1,11 @@
-"""Full training steps of saejax and of every installed peer, turn by turn in one process, and the machine's floor.
+"""Full training steps of saejax and of every installed peer, turn by turn, and the machine's floor.
 
 A step is forward, loss, AuxK with its active path present, backward, clipping where the trainer clips, Adam, unit
 decoder rows where the trainer keeps them, dead-latent tracking. Every peer runs its own trainer's step: SAELens
 `SAETrainer.step`, dictionary_learning `Trainer.update`; sparsify's loop cannot be called step by step, so the body of
-its loop is called here in its order. All contenders get the same batches, and within a turn run one after the other;
-printed are medians over the turns of the time, and of the ratios within a turn. Latents are warm, none is dead.
+its loop is called here in its order. Every contender lives in a process of its own, as it would in use, with the same
+batches; within a turn they run one after the other, the others asleep. Printed are medians over the turns of the time,
+and of the ratios within a turn. No latent is dead.
 
 The floor of the k-sparse step is the encoder product at the best float32 (or bfloat16) rate that XLA or PyTorch reach
 here, four passes over batch x k rows of d_in numbers and seven over every parameter at the best copying rate.
@@ -16,12 +17,15 @@ here, four passes over batch x k rows of d_in numbers and seven over every param
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
 import pathlib
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -34,7 +38,7 @@ import numpy as np
 from saejax import sharding
 from saejax.activations import normalize
 from saejax.sae import base
-from saejax.training import optim, settings, state, step
+from saejax.training import memory, optim, settings, state, step
 
 N_BATCHES = 4
 """Different batches that the contenders cycle through."""
@@ -301,21 +305,59 @@ def floor_seconds(task: Task, rates: dict[str, float]) -> dict[str, float]:
     return parts | {"all": sum(parts.values())}
 
 
+def contend(name: str, task: Task, answers_to: int) -> None:
+    """A contender's process: prints "ready", then the seconds of a step for every line that it reads."""
+    if name == "saejax":
+        memory.keep_pages()  # as `saejax train`
+    advance = CONTENDERS[name].steps(task, task.batches())
+    for number in range(3):
+        advance(number)
+    answers = os.fdopen(answers_to, "w", buffering=1)
+    print("ready", file=answers)
+    for number, _ in enumerate(sys.stdin):
+        print(seconds(lambda: advance(number)), file=answers)  # noqa: B023
+
+
 def measure(task: Task, wanted: list[str], turns: int) -> dict[str, Any]:
     """One table's figures: seconds of every turn of every contender, ceilings, floor."""
-    batches, steps = task.batches(), {}
-    for name, contender in installed(task, wanted).items():
-        steps[name] = contender.steps(task, batches)
-    for number in range(2):
-        for advance in steps.values():
-            advance(number)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns):
-        for name, advance in steps.items():
-            taken[name].append(seconds(lambda: advance(turn + 2)))  # noqa: B023
-    steps.clear()
+    with contextlib.ExitStack() as stack:
+        asked = {name: stack.enter_context(_process(name, task)) for name in installed(task, wanted)}
+        taken: dict[str, list[float]] = {name: [] for name in asked}
+        for _ in range(turns):
+            for name, ask in asked.items():
+                taken[name].append(float(ask()))
     rates = ceilings(task)
     return {**dataclasses.asdict(task), "seconds": taken, "ceilings": rates, "floor": floor_seconds(task, rates)}
+
+
+@contextlib.contextmanager
+def _process(name: str, task: Task) -> Iterator[Callable[[], str]]:
+    """A contender's process, ready; what it yields asks for one step."""
+    reading, writing = os.pipe()
+    command = [sys.executable, __file__, "--contend", name, json.dumps(dataclasses.asdict(task))]
+    # Its answers come by a pipe of their own: peers print what they like.
+    run = subprocess.Popen(
+        [*command, "--answers", str(writing)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        pass_fds=(writing,),
+    )
+    os.close(writing)
+    assert run.stdin is not None
+    with os.fdopen(reading) as answers:
+
+        def ask() -> str:
+            print(file=run.stdin, flush=True)
+            return answers.readline()
+
+        if answers.readline() != "ready\n":
+            raise SystemExit(f"{name} could not start on {task.name}")
+        try:
+            yield ask
+        finally:
+            run.stdin.close()
+            run.wait()
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
@@ -365,11 +407,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=pathlib.Path, help="JSON lines are added to this file")
+    parser.add_argument("--contend", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if importlib.util.find_spec("torch"):
         import torch
 
         torch.set_num_threads(os.cpu_count() or 1)
+    if args.contend:
+        contend(args.contend[0], Task(**json.loads(args.contend[1])), args.answers)
+        return
     print(machine(), flush=True)
     for architecture in args.architecture:
         for shape in args.shape or [(512, 4096, 32, 2048), (768, 16384, 32, 4096)]:

@@ -86,6 +86,7 @@ def _run(arguments: list[str]) -> int:
 def train(arguments: list[str]) -> int:
     """`saejax train`: one run, a sweep (-m), or the continuation of a run (resume=RUN_DIR)."""
     from saejax import config, manual, preflight
+    from saejax.training import memory
 
     if wants_help(arguments):
         print(manual.of_command("train", config.Config, TRAIN_EXAMPLES))
@@ -95,6 +96,7 @@ def train(arguments: list[str]) -> int:
 
         print(plan.of_arguments(arguments))
         return DONE
+    memory.keep_pages()
     resumed = [a for a in arguments if a.startswith("resume=")]
     if resumed:
         run_dir = Path(resumed[-1].removeprefix("resume="))

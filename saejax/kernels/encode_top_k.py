@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from saejax.kernels import matmul, partition, top_k
+from saejax.kernels import choice, matmul, pallas_encode, partition, top_k
 
 _CPU_BYTES = 2**26  # pre-activations of a block; half or twice as many are as fast
 _BYTES = 2**30  # the same on accelerators: enough rows to fill them
@@ -48,7 +48,10 @@ def encode_top_k(
         select = functools.partial(_in_blocks, k=min(k, W_enc.shape[1]), dtype=dtype)
         cpu = functools.partial(select, block_bytes=_CPU_BYTES)
         default = functools.partial(select, block_bytes=_BYTES)
-        values, indices = lax.platform_dependent(x - b_dec[None, :], W_enc, b_enc, cpu=cpu, default=default)
+        kernel = functools.partial(pallas_encode.top_k_of_product, k=min(k, W_enc.shape[1]))
+        sizes = {"rows": x.shape[0], "width": x.shape[1], "n": W_enc.shape[1], "dtype": dtype}
+        cuda = choice.on_gpu(choice.Operation.encode, kernel, default, **sizes)
+        values, indices = lax.platform_dependent(x - b_dec[None, :], W_enc, b_enc, cpu=cpu, cuda=cuda, default=default)
         return top_k.of_shards(values, indices, k, cut, W_enc.shape[1])
 
     rows = P(cut.rows, None)

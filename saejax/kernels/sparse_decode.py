@@ -5,6 +5,7 @@ encoder's gradient (`sparse_encode`) is made of the same. Each has a form for CP
 """
 
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from saejax.kernels import partition
+from saejax.kernels import choice, pallas_decode, partition
+from saejax.kernels.choice import Form, Operation
 
+_DENSE_LATENTS = 8  # latents per slot up to which dense products win on CPU: 27 against 35 ms at 8, 46 against 42 at 16
 _CORES = min(os.cpu_count() or 1, 16)
 _BLOCK = 16  # rows whose gathered dictionary rows stay near the core: 65 ms against 77 with 8 (4,096 rows, k 32, d 768)
 
@@ -104,13 +107,16 @@ _squared_error.defvjp(_error_forward, _error_backward)
 def _residual_and_dots(values, indices, W, y):
     """The residual of each row, and its inner products with the rows of `W` that it names."""
     cut = partition.of(values.shape[0], W.shape[0])
-    if cut.latents is not None:  # no shard knows the residual before the sum over all of them
+    forms = [_form(operation, values, W.shape) for operation in (Operation.decode, Operation.dot)]
+    # With latents over shards, none knows the residual before the sum over all of them.
+    fused = cut.latents is None and Form.dense not in forms
+
+    def separate(values, indices, W, y):
         residual = y - combine_rows(values, indices, W)
         return residual, dot_rows(residual, indices, W)
 
-    def separate(values, indices, W, y):
-        residual = y - _combine(values, indices, W)
-        return residual, _dot(residual, indices, W)
+    if not fused:
+        return separate(values, indices, W, y)
 
     def shard(values, indices, W, y):
         return lax.platform_dependent(values, indices, W, y, cpu=_residual_and_dots_cpu, default=separate)
@@ -124,11 +130,12 @@ def combine_rows(
 ) -> Float[Array, "b d"]:
     """Returns the sum of the rows of `W` at `indices`, weighted by `values`."""
     cut = partition.of(values.shape[0], W.shape[0])
+    combine = _chosen(Operation.decode, values, W.shape)
 
     def shard(values, indices, W):
         own, indices = _own(indices, cut, W.shape[0])
         values = jnp.where(own, values, 0)
-        return cut.sum_latents(lax.platform_dependent(values, indices, W, cpu=_combine_cpu, default=_combine))
+        return cut.sum_latents(combine(values, indices, W))
 
     rows = P(cut.rows, None)
     return cut.run(shard, (rows, rows, P(cut.latents, None)), rows)(values, indices, W)
@@ -137,11 +144,11 @@ def combine_rows(
 def dot_rows(y: Float[Array, "b d"], indices: Int[Array, "b k"], W: Float[Array, "n d"]) -> Float[Array, "b k"]:
     """Returns the inner product of each row of `y` with each of its rows of `W`."""
     cut = partition.of(y.shape[0], W.shape[0])
+    dot = _chosen(Operation.dot, indices, W.shape)
 
     def shard(y, indices, W):
         own, indices = _own(indices, cut, W.shape[0])
-        dots = lax.platform_dependent(y, indices, W, cpu=_dot_cpu, default=_dot)
-        return cut.sum_latents(jnp.where(own, dots, 0))
+        return cut.sum_latents(jnp.where(own, dot(y, indices, W), 0))
 
     rows = P(cut.rows, None)
     return cut.run(shard, (rows, rows, P(cut.latents, None)), rows)(y, indices, W)
@@ -152,16 +159,33 @@ def accumulate_rows(
 ) -> Float[Array, "n d"]:
     """Returns the [n, d] array whose row i is the sum of `values * y` over all places that name i."""
     cut = partition.of(values.shape[0], n)
+    accumulate = _chosen(Operation.accumulate, values, (n, y.shape[1]))
     n_local = n if cut.latents is None else n // jax.sharding.get_abstract_mesh().shape[cut.latents]
 
     def shard(values, indices, y):
         own, indices = _own(indices, cut, n_local)
         values = jnp.where(own, values, 0)
         zeros = jnp.full((n_local, y.shape[1]), _zero_after(values, indices), y.dtype)
-        return cut.sum_rows(lax.platform_dependent(zeros, values, indices, y, cpu=_accumulate_cpu, default=_accumulate))
+        return cut.sum_rows(accumulate(zeros, values, indices, y))
 
     rows = P(cut.rows, None)
     return cut.run(shard, (rows, rows, rows), P(cut.latents, None))(values, indices, y)
+
+
+def _form(operation: Operation, places: Array, shape: tuple[int, ...]) -> Form:
+    """Which form runs for places [b, k] and a dictionary [n, d]: the user's, or the one that was faster on CPU."""
+    small = shape[0] <= _DENSE_LATENTS * places.shape[1] and jax.default_backend() == "cpu"
+    return choice.of(operation, Form.dense if small else Form.sparse, width=shape[1])
+
+
+def _chosen(operation: Operation, places: Array, shape: tuple[int, ...]) -> Callable[..., Array]:
+    """What computes an operation on one device."""
+    form = _form(operation, places, shape)
+    dense, cpu, xla, kernel = _FORMS[operation]
+    if form is Form.dense:
+        return dense
+    cuda = kernel if form is Form.pallas else xla
+    return lambda *args: lax.platform_dependent(*args, cpu=cpu, cuda=cuda, default=xla)
 
 
 def _zero_after(values, indices):
@@ -254,3 +278,32 @@ def _by_latent(indices, n):
     # One word that holds both sorts four times as fast as a pair.
     keys = lax.sort(flat.astype(jnp.uint32) * jnp.uint32(count) + lax.iota(jnp.uint32, count), is_stable=False)
     return (keys // jnp.uint32(count)).astype(jnp.int32), (keys % jnp.uint32(count)).astype(jnp.int32)
+
+
+def _code(values, indices, n):
+    rows = jnp.arange(values.shape[0])[:, None]
+    return jnp.zeros((values.shape[0], n), values.dtype).at[rows, indices].add(values)
+
+
+def _combine_dense(values, indices, W):
+    return _code(values, indices, W.shape[0]) @ W
+
+
+def _dot_dense(y, indices, W):
+    return jnp.take_along_axis(y @ W.T, indices, axis=1)
+
+
+def _accumulate_dense(zeros, values, indices, y):
+    return zeros + _code(values, indices, zeros.shape[0]).T @ y
+
+
+def _accumulate_pallas(zeros, values, indices, y):
+    return pallas_decode.accumulate_rows(values, indices, y, zeros.shape[0])
+
+
+_FORMS = {
+    Operation.decode: (_combine_dense, _combine_cpu, _combine, pallas_decode.combine_rows),
+    Operation.dot: (_dot_dense, _dot_cpu, _dot, pallas_decode.dot_rows),
+    Operation.accumulate: (_accumulate_dense, _accumulate_cpu, _accumulate, _accumulate_pallas),
+}
+"""Of each operation: dense, sparse on CPU, sparse by XLA elsewhere, the kernel for GPUs."""

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.kernels import matmul, sparse_decode, sparse_encode
+from saejax.kernels import choice, matmul, sparse_decode, sparse_encode
 
-B, K, D_SAE, D_IN = 16, 4, 32, 8
+B, K, D_SAE, D_IN = 16, 4, 48, 8
 # Sums of at most B * K = 64 products of O(1) numbers: 64 eps(float32) = 8e-6, doubled for either order.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
@@ -88,13 +88,32 @@ def test_latents_are_sorted_alike_in_one_word_and_in_two():
 def test_cpu_and_accelerator_forms_agree(problem):
     values, indices, W, y = problem
     zeros = jnp.zeros_like(W)
-    pairs = [
-        (sparse_decode._combine, sparse_decode._combine_cpu, (values, indices, W)),
-        (sparse_decode._dot, sparse_decode._dot_cpu, (y, indices, W)),
-        (sparse_decode._accumulate, sparse_decode._accumulate_cpu, (zeros, values, indices, y)),
-    ]
-    for accelerator, cpu, args in pairs:
-        np.testing.assert_allclose(accelerator(*args), cpu(*args), **TOLERANCE)
+    args = {"decode": (values, indices, W), "dot": (y, indices, W), "accumulate": (zeros, values, indices, y)}
+    for operation, (dense, cpu, accelerator, _) in sparse_decode._FORMS.items():
+        for form in (dense, cpu):
+            np.testing.assert_allclose(form(*args[operation.name]), accelerator(*args[operation.name]), **TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse", "decode=dense", "accumulate=dense"])
+def test_the_user_chooses_the_form(mesh, problem, form):
+    values, indices, W, y = problem
+
+    def error(values, W):
+        return sparse_decode.squared_error(values, indices, W, y)[0]
+
+    wanted = jax.grad(lambda v, W: jnp.mean(jnp.sum((y - dense_code(v, indices) @ W) ** 2, axis=1)), (0, 1))(values, W)
+    with choice.use(form):
+        found = jax.jit(jax.grad(error, (0, 1)))(values, W)
+    for mine, expected in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, expected, **TOLERANCE)
+
+
+def test_few_latents_per_slot_take_dense_products(problem):
+    values, _, W, _ = problem
+    assert sparse_decode._form(choice.Operation.dot, values, W.shape) is choice.Form.sparse  # 48 for 4
+    assert sparse_decode._form(choice.Operation.dot, values, (32, 8)) is choice.Form.dense
+    with choice.use("dot=sparse"):
+        assert sparse_decode._form(choice.Operation.dot, values, (32, 8)) is choice.Form.sparse
 
 
 @pytest.mark.parametrize("b", [1, 31, 33, 64])

@@ -57,7 +57,8 @@ def _find(name: str) -> tuple[pathlib.Path, hf.SafetensorsDirectory | gguf_file.
     """Where a model lies, its weights, and the contents of its config.json."""
     path = smollm2.find() if name == smollm2.NAME else pathlib.Path(name).expanduser()
     if path.is_dir():
-        return path, hf.SafetensorsDirectory(path), hf.read_config(path)
+        raw = hf.read_config(path)
+        return path, hf.SafetensorsDirectory(path), raw
     if path.is_file() and path.suffix == ".gguf":
         source = gguf_file.GGUFFile(path)
         return path, source, source.hf_config()

@@ -28,9 +28,10 @@ LossAndGrads = Callable[[base.SAEParams, jax.Array], tuple[jax.Array, base.SAEPa
 
 def sparse_form(sparsifier: topk.TopK) -> LossAndGrads:
     """What training differentiates."""
-    dead, step = jnp.zeros(sparsifier.d_sae, bool), jnp.zeros((), jnp.int32)
+    step = jnp.zeros((), jnp.int32)
 
     def both(params: base.SAEParams, x: Float[Array, "b d_in"]) -> tuple[jax.Array, base.SAEParams]:
+        dead = params.W_dec[:, 0] > 2  # none: the rows have norm 1; but the compiler cannot know
         (loss, _), grads = sparsifier.value_and_grad(params, x, dead=dead, step=step)
         return loss, grads
 

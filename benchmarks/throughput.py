@@ -14,6 +14,13 @@ here, four passes over batch x k rows of d_in numbers and seven over every param
     python benchmarks/throughput.py --architecture jumprelu gated --shape 512 4096 32 2048
 """
 
+import sys
+
+from saejax import pages
+
+if "saejax" in sys.argv:  # a process that contends for it; as `saejax train`, before NumPy and JAX
+    pages.keep()
+
 import argparse
 import contextlib
 import dataclasses
@@ -25,7 +32,6 @@ import pathlib
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -34,8 +40,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from trainers import CONTENDERS, OURS, Contender, Task
-
-from saejax.training import memory
 
 
 def installed(task: Task, wanted: list[str]) -> dict[str, Contender]:
@@ -99,8 +103,6 @@ def floor_seconds(task: Task, rates: dict[str, float]) -> dict[str, float]:
 
 def contend(name: str, task: Task, answers_to: int) -> None:
     """A contender's process: prints "ready", then the seconds of a step for every line that it reads."""
-    if name == "saejax":
-        memory.keep_pages()  # as `saejax train`
     advance = CONTENDERS[name].steps(task, task.batches())
     for number in range(3):
         advance(number)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import saejax
-from saejax import processes
+from saejax import pages, processes
 from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def _run(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """`saejax train`: one run, a sweep (-m), or the continuation of a run (resume=RUN_DIR)."""
+    pages.keep()
     from saejax import config, manual, preflight
-    from saejax.training import memory
 
     if wants_help(arguments):
         print(manual.of_command("train", config.Config, TRAIN_EXAMPLES))
@@ -96,7 +96,6 @@ def train(arguments: list[str]) -> int:
 
         print(plan.of_arguments(arguments))
         return DONE
-    memory.keep_pages()
     resumed = [a for a in arguments if a.startswith("resume=")]
     if resumed:
         run_dir = Path(resumed[-1].removeprefix("resume="))

@@ -23,6 +23,7 @@ BELOW_TOP = BELOW_CONFIG | {"config", "run"}
 TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report", "standing"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "pages": set(),
     "kernels": set(),
     "sae": {"kernels"},
     "sparse_coding": {"kernels", "sae"},
@@ -48,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
     "plan": BELOW_TOP,
     "preflight": BELOW_TOP,
     "commands": BELOW_TOP | TOP,
-    "cli": BELOW_TOP | TOP,
+    "cli": BELOW_TOP | TOP | {"pages"},
     "__init__": BELOW_TOP | {"interop"},
     "__main__": {"cli"},
 }

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from saejax.kernels import matmul, top_k
+from saejax.kernels import matmul, partition, top_k
 from saejax.sae import sites
+
+_BLOCK_BYTES = 2**25  # latents of a block of rows, of which some copies exist at once
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
@@ -95,6 +97,9 @@ def added(
       weight: Factor on the gradients.
     """
     n_dead = jnp.sum(dead)
+    centred = residual - jnp.mean(residual, axis=0, keepdims=True)
+    # A residual without variance (a perfect or an empty batch) gives 0, not NaN.
+    scale = jnp.minimum(n_dead / k_aux, 1.0) / jnp.maximum(jnp.sum(centred**2), 1e-20)
 
     def explain(part, use, read, residual, groups=None):
         W_enc, b_enc, W_dec = part
@@ -102,11 +107,7 @@ def added(
         values = jnp.where(use[None, :], pre_acts if signed else jax.nn.relu(pre_acts), 0)
         if values.shape[1] > k_aux:
             values = values * _best(jnp.abs(values) if signed else values, k_aux)
-        estimate = matmul.matmul(values, W_dec, dtype)
-        centred = residual - jnp.mean(residual, axis=0, keepdims=True)
-        # A residual without variance (a perfect or an empty batch) gives 0, not NaN.
-        ratio = jnp.sum((residual - estimate) ** 2) / jnp.maximum(jnp.sum(centred**2), 1e-20)
-        return ratio * jnp.minimum(n_dead / k_aux, 1.0)
+        return scale * jnp.sum((residual - matmul.matmul(values, W_dec, dtype)) ** 2)
 
     def held(turn):
         """What does not change in a loop, as if it did: the compiler would compute ahead of a loop that never runs."""
@@ -128,16 +129,29 @@ def added(
             on_dec.at[chosen].add(weight * g_dec),
         )
 
+    n_blocks = _blocks(len(read), dead.shape[0])
+
     def many(turn, state):
         weights, *given = held(turn)
-        loss, more = jax.value_and_grad(explain)(weights, dead, *given)
-        return loss, jax.tree.map(lambda grad, more: grad + weight * more, state[1], more)
+        rows = len(read) // n_blocks
+        block = (lax.dynamic_slice_in_dim(array, turn * rows, rows) for array in given) if n_blocks > 1 else given
+        loss, more = jax.value_and_grad(explain)(weights, dead, *block)
+        return state[0] + loss, jax.tree.map(lambda grad, more: grad + weight * more, state[1], more)
 
     state = (jnp.zeros(()), grads)
-    if k_aux == dead.shape[0]:
-        return lax.fori_loop(0, (n_dead > 0).astype(jnp.int32), many, state)
-    state = lax.fori_loop(0, ((n_dead > 0) & (n_dead <= k_aux)).astype(jnp.int32), few, state)
-    return lax.fori_loop(0, (n_dead > k_aux).astype(jnp.int32), many, state)
+    least = 0
+    if k_aux < dead.shape[0]:
+        state = lax.fori_loop(0, ((n_dead > 0) & (n_dead <= k_aux)).astype(jnp.int32), few, state)
+        least = k_aux
+    return lax.fori_loop(0, jnp.where(n_dead > least, n_blocks, 0), many, state)
+
+
+def _blocks(n_rows: int, n_latents: int) -> int:
+    """In how many equal blocks rows pass, so that all their latents at once stay small; 1 where the mesh cuts them."""
+    if partition.of(n_rows, n_latents).rows is not None:
+        return 1
+    least = -(-4 * n_rows * n_latents // _BLOCK_BYTES)
+    return next((n for n in range(max(least, 1), n_rows + 1) if n_rows % n == 0), 1)
 
 
 def _best(values: Float[Array, "b n"], k: int) -> Float[Array, "b n"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
@@ -20,23 +19,6 @@ from saejax.training.state import TrainState
 from saejax.training.step import Step
 
 logger = logging.getLogger(__name__)
-
-# Of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-
-
-def keep_pages() -> None:
-    """Let the allocator keep the memory that a step gives back, where it is glibc's.
-
-    XLA on CPU takes its temporary arrays from the system and gives them back in every step; clearing those pages anew
-    was a fifth of the time of a step. Holds for the whole process, whose memory then stays at its peak; call it before
-    JAX starts its threads.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)  # the other arenas always map large blocks
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def compile_step(

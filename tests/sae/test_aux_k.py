@@ -117,3 +117,16 @@ def test_default_k_aux_is_half_of_d_in_capped_by_the_latents():
     assert sae.TopK(d_in=64, d_sae=256, k=4).n_aux == 32
     assert sae.TopK(d_in=64, d_sae=16, k=4).n_aux == 16
     assert sae.TopK(d_in=64, d_sae=256, k=4, k_aux=7).n_aux == 7
+
+
+def test_many_dead_latents_pass_in_blocks_of_rows(monkeypatch):
+    params, x = CONFIG.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (24, CONFIG.d_in))
+    dead = dead_latents(CONFIG.d_sae)
+    given = {"dead": dead, "step": jnp.zeros((), int)}
+    whole = jax.jit(lambda p: CONFIG.value_and_grad(p, x, **given))(params)
+    assert aux_k._blocks(24, CONFIG.d_sae) == 1
+    monkeypatch.setattr(aux_k, "_BLOCK_BYTES", 4 * CONFIG.d_sae * 5)  # 5 rows at most: 4 divide 24
+    assert aux_k._blocks(24, CONFIG.d_sae) == 6
+    blocks = jax.jit(lambda p: CONFIG.value_and_grad(p, x, **given))(params)
+    for got, want in zip(jax.tree.leaves(blocks), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

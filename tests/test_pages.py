@@ -7,9 +7,9 @@ import pytest
 
 CHILD = """
 import ctypes, resource, sys
-from saejax.training import memory
+from saejax import pages
 if sys.argv[1] == "keep":
-    memory.keep_pages()
+    pages.keep()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 size = 64 << 20

@@ -141,7 +141,7 @@ def _run_under_hydra(arguments: list[str]) -> None:
         multirun = hydra_config.mode == RunMode.MULTIRUN
         run_dir = Path(hydra_config.runtime.output_dir)
         try:
-            status = _come_to(run_dir, config.to_object(composed))
+            status = _come_to(run_dir, config.to_object(composed), multirun)
         except (UserError, OSError) as error:
             if multirun:  # the launcher marks this job as failed and goes on with the others
                 raise CompactHydraException(f"saejax train: {error}") from None
@@ -227,7 +227,7 @@ def _say(result: ensembles.Result, where: Path) -> int:
     return FAILED if result.failed else DONE
 
 
-def _come_to(run_dir: Path, cfg: object) -> int:
+def _come_to(run_dir: Path, cfg: object, of_sweep: bool = True) -> int:
     """Start a run in its directory, go on with it, or leave it alone if it is finished; a line says which."""
     from saejax import standing
 
@@ -236,7 +236,8 @@ def _come_to(run_dir: Path, cfg: object) -> int:
     cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
     run_dir = Path(processes.gather(str(run_dir))[0])
     found = standing.look(cfg, run_dir)  # pyright: ignore[reportArgumentType]
-    logging.getLogger(__name__).info("%s %s", run_dir, found)
+    if of_sweep or found.standing is not standing.Standing.new:  # one new run may be a mistake, which is one line
+        logging.getLogger(__name__).info("%s %s", run_dir, found)
     state = standing.Standing[processes.gather(found.standing.name)[0]]
     if state is standing.Standing.finished:
         return DONE

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -153,18 +152,3 @@ def test_half_a_file_is_no_result(plan, path, text, pending):
     finish(plan)
     write(plan.root / path, text, 9)
     assert names(plan) == pending
-
-
-@pytest.mark.parametrize("kept, resumed", [([], False), (["100.orbax-checkpoint-tmp"], False), (["7", "9.tmp"], True)])
-def test_the_batch_script_resumes_from_complete_checkpoints_only(kept, resumed, tmp_path):
-    run, programs = tmp_path / "run", tmp_path / "bin"
-    for name in kept:
-        (run / "checkpoints" / name).mkdir(parents=True)
-    programs.mkdir()
-    (programs / "srun").write_text('#!/bin/sh\necho "$@"\n')
-    (programs / "srun").chmod(0o755)
-    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "RUN_DIR": str(run)}
-    script = ["bash", str(SCRIPTS / "train.sbatch"), "sae.k=3"]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-    expected = f"resume={run}" if resumed else f"hydra.run.dir={run} sae.k=3"
-    assert done.stdout == f"--kill-on-bad-exit=1 saejax train {expected}\n"

@@ -231,7 +231,7 @@ def test_what_cannot_be_folded_is_refused(arguments, message, capfd):
 
 
 def test_memory_names_the_members_that_would_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_limit_bytes", lambda: 1)
+    monkeypatch.setattr(memory, "limit_bytes", lambda: 1)
     with pytest.raises(UserError, match="one step of 2 members needs .* about 0 of them would fit"):
         ensembles.train(runs.compose("batch_topk", 4, *SMALL, "sae.aux_alpha=0", "ensemble.seed=[0,1]"), tmp_path)
     assert memory.fitting(need=700, limit=699, shared=100, n_members=3) == 2

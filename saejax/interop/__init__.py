@@ -129,7 +129,7 @@ def load(path: str | os.PathLike, format: str | None = None) -> SAE:
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # of scales and norms; what is not finite is refused
             sae = FORMATS[format].load(path)
-    except UserError as error:  # which may quote what is in the file
+    except (UserError, OSError) as error:  # which may quote what is in the file
         raise UserError(strict.one_line(error)) from None
     config = sae.sparsifier
     logger.info("%s: read as %s, %s with d_in=%d, d_sae=%d", path, format, config.name, config.d_in, config.d_sae)

@@ -118,7 +118,7 @@ def load(path: str | os.PathLike) -> SAE:
         raise UserError(f"{path / STANZA}: no list of releases ({type(error).__name__})") from None
     if len(folders) != 1:
         raise UserError(f"{path / STANZA}: lists {len(folders)} SAEs; load one of its folders by itself")
-    if folders[0].is_absolute() or ".." in folders[0].parts:
+    if folders[0].is_absolute() or ".." in folders[0].parts or not str(folders[0]).isprintable():
         raise UserError(f"{path / STANZA}: path must be a folder in this one, got {folders[0]}")
     return saelens.load(path / folders[0])
 

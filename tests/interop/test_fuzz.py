@@ -2,15 +2,20 @@
 
 The files are those of the example tables and what every writer writes; a format without any is a failure. Each is
 damaged in one place, as bytes or as what the bytes mean: a value of a JSON or YAML mapping, the header of a tensor
-file, a member of a zip archive.
+file, a member of a zip archive. No reader opens a file outside the folder, whatever is in it.
 """
 
+import collections
+import contextlib
 import io
 import json
+import os
 import resource
 import shutil
+import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,11 +31,43 @@ pytest.importorskip("torch")
 
 VALUES = (
     None, True, False, -1, 0, 2, 0.5, -1.5, 10**18, 10**400, 1e308, float("nan"), float("-inf"), "", "²", "x" * 300,
-    "6.0.0", "../..", "/", "a\nb", "topk", "jumprelu", [], [1], ["a"], [[], {}], {}, {"a": {}}, {"k": 4}, [["a"]],
+    "6.0.0", "../..", "/", "a\nb", "a\0b", "topk", "jumprelu", [], [1], ["a"], [[], {}], {}, {"a": {}}, {"k": 4},
+    [["a"]],
 )  # fmt: skip
 WORDS = (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\xff" * 8, b"\0\0\0\0\1\0\0\0", b"b", b"r", b"\x95")
 MORE_MEMORY = 2**30
 """Bytes that the process may grow by while it reads files of a few kilobytes; compiled code takes some of them."""
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMPILED = os.environ.get("JAX_COMPILATION_CACHE_DIR", REPOSITORY)
+OWN = (sys.prefix, sys.base_prefix, REPOSITORY, COMPILED, "/proc", "/dev/null", "/dev/urandom", "/sys")
+"""Where the program itself lies, and what libraries ask the system."""
+PARTS = [(0, 400), *(pytest.param(seed, 25_000, marks=[pytest.mark.slow]) for seed in range(1, 5))]
+"""Seeds and counts: a few always, and 100,000 in four parts that processes can share."""
+
+_opened: list[str] | None = None
+
+
+def _note_opened(event: str, arguments: tuple) -> None:
+    if _opened is not None and event == "open" and isinstance(arguments[0], str):
+        _opened.append(arguments[0])
+
+
+sys.addaudithook(_note_opened)
+
+
+@contextlib.contextmanager
+def nothing_opened_outside(folder):
+    """Fails when Python opens a file that is neither in the folder nor a part of the program."""
+    global _opened
+    _opened = []
+    try:
+        yield
+        paths = map(os.path.realpath, _opened)
+    finally:
+        _opened = None
+    roots = tuple(f"{os.path.realpath(root)}/" for root in (folder, *OWN))
+    outside = [path for path in paths if not f"{path}/".startswith(roots)]
+    assert not outside, outside
 
 
 def damaged_bytes(data, rng):
@@ -77,7 +114,7 @@ def damaged_json(data, rng):
 
 
 def damaged_yaml(data, rng):
-    tree = damaged_tree(yaml.safe_load(data), rng)
+    tree = damaged_tree(yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), rng)
     return str(tree).encode() if tree in (10**400,) else yaml.safe_dump(tree).encode()
 
 
@@ -114,7 +151,7 @@ STRUCTURED = {
 
 @pytest.fixture(scope="session")
 def examples(trained, tmp_path_factory):
-    """(format, what to load, folder) of every example and of what every writer writes."""
+    """(format, what to load, folder, its files) of every example and of what every writer writes."""
     found, tables = [], (published_examples.EXAMPLES, transcoder_examples.EXAMPLES)
     for table in tables:
         for format, *_, write in table.values():
@@ -128,35 +165,38 @@ def examples(trained, tmp_path_factory):
             except UserError:
                 continue
     assert {format for format, _, _ in found} == set(interop.FORMATS)
-    return found
+    return [(*example, sorted(file for file in example[2].rglob("*") if file.is_file())) for example in found]
 
 
-@pytest.mark.parametrize(
-    ("seed", "count"), [(0, 400), pytest.param(1, 100_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
-)
-def test_damaged_files_end_in_an_sae_or_in_one_line(examples, seed, count, tmp_path):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("seed", "count"), PARTS)
+def test_damaged_files_end_in_an_sae_or_in_one_line(examples, seed, count, tmp_path, capsys):
+    before, counts = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, collections.Counter()
     for number in range(count):
         rng = np.random.default_rng((seed, number))
-        format, path, folder = examples[number % len(examples)]
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        format, path, folder, files = examples[number % len(examples)]
         file = files[rng.integers(len(files))]
         change = STRUCTURED.get(file.suffix, damaged_bytes) if rng.random() < 0.6 else damaged_bytes
         whole = file.read_bytes()
-        damaged = change(whole, rng)
-        file.write_bytes(damaged)
+        file.write_bytes(change(whole, rng))
         try:
-            _read(format, path)
+            with nothing_opened_outside(folder):
+                counts[format, _read(format, path)] += 1
         except Exception as error:
             shutil.copytree(folder, tmp_path / "damaged")
             raise AssertionError(f"{format}, case {seed}-{number}, {file}: see {tmp_path}") from error
         finally:
             file.write_bytes(whole)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    with capsys.disabled():
+        if count > 1000:
+            print(f"\n{count} damaged files, {grown / 2**20:.0f} MiB more memory: {dict(counts)}")
     assert grown < MORE_MEMORY
+    assert all(counts[format, "refused"] for format in interop.FORMATS)
 
 
-def _read(format, path):
+def _read(format, path) -> str:
+    """What became of it: read or refused."""
     for name, module in interop.FORMATS.items():
         assert module.detect(path) in (True, False), name
     with warnings.catch_warnings(record=True) as warned:
@@ -165,6 +205,9 @@ def _read(format, path):
             sae = interop.load(path, format)
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 2000
+            end = "refused"
         else:
             assert all(np.isfinite(array).all() for array in jax.tree.leaves(sae.params))
+            end = "read"
     assert not warned, warned[0]
+    return end

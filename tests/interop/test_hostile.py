@@ -130,7 +130,7 @@ def test_json_nests_only_so_far(tmp_path):
     refused(strict.read_json, tmp_path / "config.json", "config.json: no valid JSON")
 
 
-@pytest.mark.parametrize("folder", ["../secret", "{absolute}", "a/../../secret"])
+@pytest.mark.parametrize("folder", ["../secret", "{absolute}", "a/../../secret", '"a\\0b"'])
 def test_a_list_of_releases_leads_nowhere_else(folder, trained, tmp_path):
     secret = interop.export(trained("topk"), tmp_path / "secret")
     given = neuronpedia.export(trained("topk"), tmp_path / "given")
@@ -140,6 +140,19 @@ def test_a_list_of_releases_leads_nowhere_else(folder, trained, tmp_path):
     )
     with pytest.raises(UserError, match="path must be a folder in this one, got"):
         interop.load(given)
+
+
+def test_what_the_system_refuses_is_one_line(trained, tmp_path):
+    given = neuronpedia.export(trained("topk"), tmp_path / "given")
+    file = given / neuronpedia.STANZA
+    file.write_text(file.read_text().replace("path: blocks.3.hook_resid_post", f"path: {'x' * 300}"))
+    with pytest.raises(UserError, match="File name too long"):
+        interop.load(given)
+    config = interop.export(trained("topk"), tmp_path / "x") / "cfg.json"
+    config.unlink()
+    config.mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        interop.load(tmp_path / "x", "saelens")
 
 
 def test_messages_that_quote_a_file_stay_on_one_line(trained, tmp_path):

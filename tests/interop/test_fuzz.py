@@ -209,5 +209,5 @@ def _read(format, path) -> str:
         else:
             assert all(np.isfinite(array).all() for array in jax.tree.leaves(sae.params))
             end = "read"
-    assert not warned, warned[0]
+    assert not warned, str(warned[0])
     return end

@@ -2,6 +2,7 @@
 
 import struct
 import tracemalloc
+import warnings
 import zipfile
 from itertools import pairwise
 
@@ -58,6 +59,12 @@ def test_a_pickle_reserves_no_memory(number, tmp_path):
     refused(
         torch_file.read, pt(tmp_path / "x.pt", b"\x80\x02}" + number + b"."), "damaged .*it numbers 16777215 things"
     )
+
+
+def test_a_pickle_with_an_odd_escape_is_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch_file.read(pt(tmp_path / "x.pt", b"\x80\x02S'\\!'\n.")) == "\\!"
 
 
 def test_a_pickle_is_not_compressed(tmp_path):

@@ -4,9 +4,11 @@ Both compiled steps carry all that training carries: draw from the buffer, norma
 constraint, counters of dead latents, metrics. In every turn the ensemble takes one step and each separate run takes
 one, so that whatever else the machine does hits both. Printed are medians, and the median of the ratios of turns with
 quartiles: time of the ensemble over the sum of the separate steps. A separate run would also read its own data, which
-is not counted here.
+is counted only with `--live`: there the language model runs beside the training, once for the ensemble and once for
+every separate run.
 
     python benchmarks/ensemble.py --k 8 16 24 32 40 48 56 64 --repeats 9 --json ensemble.json
+    python benchmarks/ensemble.py --live --repeats 5
 """
 
 import argparse
@@ -28,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 import saejax
 from saejax import sharding
 from saejax.activations import normalize
+from saejax.activations.live import Live
 from saejax.sae import topk
 from saejax.training import ensemble, memory, optim, settings, state, step
 from saejax.training.ensemble_config import Form
@@ -52,9 +55,13 @@ class Compared:
         tx = optim.make(rates, self._config.n_steps)
         rng = np.random.default_rng(0)
         lanes = NamedSharding(mesh, P(sharding.DATA))
-        block = args.batch // N_LANES
-        self.fresh = jax.device_put(rng.normal(size=(N_LANES, block, args.d_in)).astype(np.float32), lanes)
-        filled = jax.device_put(rng.normal(size=(N_LANES, args.buffer, block, args.d_in)).astype(np.float32), lanes)
+        n_lanes = 1 if args.live else N_LANES  # in one lane the model runs for every record, in eight for every eighth
+        block = args.batch // n_lanes
+        opened = {"n_lanes": n_lanes, "block_rows": block, "lanes": range(n_lanes), "seed": 0}
+        self._streams = [iter(args.live.open(**opened)) for _ in range(1 + len(args.k))] if args.live else []
+        self._lanes = lanes
+        self._fresh = jax.device_put(rng.normal(size=(n_lanes, block, args.d_in)).astype(np.float32), lanes)
+        filled = jax.device_put(rng.normal(size=(n_lanes, args.buffer, block, args.d_in)).astype(np.float32), lanes)
         shared: Any = {"seeds": range(len(saes)), "data_seed": 0, "mesh": mesh}
         born = state.create_many(saes[0], tx, self._config, normalizing, filled, **shared)
         single = state.abstract(saes[0], tx, self._config, normalizing, filled, mesh=mesh)
@@ -83,14 +90,20 @@ class Compared:
             for sae in saes
         ]
 
+    def _rows(self, stream: int) -> jax.Array:
+        """The next rows: of the language model, or always the same."""
+        if not self._streams:
+            return self._fresh
+        return jax.device_put(next(self._streams[stream]).astype(np.float32), self._lanes)
+
     def together(self) -> None:
         """One step of all members, finished."""
-        self.joined, metrics = self.ensemble_step(self.joined, self.fresh)
+        self.joined, metrics = self.ensemble_step(self.joined, self._rows(0))
         jax.block_until_ready((self.joined, metrics))
 
     def alone(self, i: int) -> None:
         """One step of one separate run, finished."""
-        self.states[i], metrics = self.steps[i](self.states[i], self.fresh)
+        self.states[i], metrics = self.steps[i](self.states[i], self._rows(1 + i))
         jax.block_until_ready((self.states[i], metrics))
 
     def difference(self) -> float:
@@ -146,9 +159,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--buffer", type=int, default=8, help="batches in the shuffle buffer")
     parser.add_argument("--form", choices=["loop", "vmap"], nargs="+", default=["loop"])
+    parser.add_argument("--live", action="store_true", help="rows of the default language model, of its width")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.live = Live(n_tokens=2**20, heldout_tokens=4096) if args.live else None
+    if args.live:
+        args.d_in = args.live.d_in
 
     device = jax.devices()[0]
     where = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind

@@ -76,8 +76,7 @@ def read(path: str | os.PathLike) -> Any:
             "run code: load it where you trust it and save it again with torch.save or safetensors"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _Unpickler(path, archive).load()
+        return _load(_Unpickler, path)
     except UserError:
         raise
     except DAMAGE as error:
@@ -90,8 +89,7 @@ def keys(path: str | os.PathLike) -> frozenset[str]:
     try:
         if not path.is_file() or not zipfile.is_zipfile(path):
             return frozenset()
-        with zipfile.ZipFile(path) as archive:
-            found = _Names(path, archive).load()
+        found = _load(_Names, path)
     except (UserError, *DAMAGE):
         return frozenset()
     return frozenset(key for key in found if isinstance(key, str)) if isinstance(found, dict) else frozenset()
@@ -249,13 +247,17 @@ class _Names(_Unpickler):
         return None
 
 
+def _load(reader: type[_Unpickler], path: pathlib.Path) -> Any:
+    with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd escapes in strings of protocol 0
+        return reader(path, archive).load()
+
+
 def _plain(program: bytes) -> bytes:
     """Returns a pickle, after none of its instructions is found to reserve more memory than it can fill."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd escapes in strings of protocol 0
-        for instruction, argument, _ in pickletools.genops(program):
-            if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(program):
-                raise ValueError(f"it numbers {argument} things in {len(program)} bytes")
+    for instruction, argument, _ in pickletools.genops(program):
+        if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(program):
+            raise ValueError(f"it numbers {argument} things in {len(program)} bytes")
     return program
 
 

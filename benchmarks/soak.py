@@ -10,6 +10,11 @@ where memory grows by more than 1 MB per 10,000 steps, or a descriptor stays ope
 
 from __future__ import annotations
 
+from saejax import pages
+
+if __name__ == "__main__":
+    pages.keep()  # as `saejax train`, before NumPy and JAX
+
 import argparse
 import json
 import os
@@ -62,7 +67,7 @@ def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
 
 def main() -> int:
     """Run it; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=200_000)
     parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints")
     parser.add_argument("--evaluate-every", type=int, default=1000, help="steps between two evaluations")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from saejax import digest, processes
@@ -38,8 +39,7 @@ FORMAT_VERSION = 2
 
 
 class _NotOrbax(logging.Filter):
-    """Drops what asyncio prints, a page each, of reads that Orbax left unfinished over a broken file: a line of ours
-    names the checkpoint."""
+    """Drops asyncio's page of text per read that Orbax left unfinished over a broken file; ours is a line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         said = record.getMessage()
@@ -47,6 +47,8 @@ class _NotOrbax(logging.Filter):
 
 
 logging.getLogger("asyncio").addFilter(_NotOrbax())
+# Its binding (0.1.86) never frees what it returns, and Orbax asks it twice in every save, for throughput it logs.
+tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 class _Damaged(Exception):
@@ -302,12 +304,10 @@ def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{path} holds {', '.join(found)}; {', '.join(missing)} is missing")
-    want = {
-        name: jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), found[name])
-        for name in names
-    }
+    wanted = {name: found[name] for name in names}
+    wanted = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), wanted)
     with _alone(partial_load=True):
-        fields = ocp.load_checkpointables(str(path), {_STATE: want})[_STATE]
+        fields = ocp.load_checkpointables(str(path), {_STATE: wanted})[_STATE]
     _compare(record, fields)
     return fields
 

@@ -60,6 +60,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "hydra": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
     "omegaconf": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
     "orbax": ("saejax.checkpoint",),
+    "tensorstore": ("saejax.checkpoint",),
     "safetensors": ("saejax.interop", "saejax.activations"),
     "grain": ("saejax.activations",),
     "torch": ("saejax.activations.torch_source", "saejax.interop.saebench"),

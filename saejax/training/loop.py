@@ -95,7 +95,9 @@ def fit(
             started = time.perf_counter()
             with _saved_on_failure(checkpoints, number, state, position, watch):
                 fresh = put(next(rows)) if number < last else None
-            progress.step(time.perf_counter() - started)
+            # While the step was still under way nothing waited; where it was done, it may all have been waiting.
+            idle = metrics["loss"].is_ready()
+            progress.step(time.perf_counter() - started if idle else 0.0)
             log.flush()
             if _due(number, config.log_every_steps) or number == last:
                 log.hold(number, metrics)

@@ -35,13 +35,13 @@ def composed(changes: tuple[str, ...]):
 
 def train(run_dir: str, changes: list[str], **wrong: object) -> int:
     """What `saejax train` does once its line is composed, in a world that is wrong in some way."""
-    from saejax import cli, errors
+    from saejax import cli, errors, processes
 
     for name, value in wrong.items():
         WRONG[name](value)
     cli._log_to_stderr()
     try:
-        return cli._come_to(pathlib.Path(run_dir), composed(tuple(changes)))
+        return processes.together(lambda: cli._come_to(pathlib.Path(run_dir), composed(tuple(changes))))
     except (errors.UserError, OSError) as error:
         print(f"saejax train: {error}")
         return errors.MISTAKE
@@ -84,6 +84,13 @@ def _host(name: str) -> None:
         sys.exit(77)
 
 
+def _user(bound: bool) -> None:
+    """Permissions bind this process as they bind a user: it gives up every capability of root."""
+    version_3, of_self = 0x20080522, 0
+    if bound and ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version_3, of_self), (ctypes.c_uint32 * 6)()):
+        sys.exit(77)
+
+
 def _dashboard(fails_at: str) -> None:
     """A wandb that fails when it starts, in the middle, or when it is closed."""
 
@@ -100,4 +107,4 @@ def _dashboard(fails_at: str) -> None:
     sys.modules["wandb"] = fake
 
 
-WRONG = {"clock": _clock, "host": _host, "dashboard": _dashboard}
+WRONG = {"clock": _clock, "host": _host, "user": _user, "dashboard": _dashboard}

@@ -4,8 +4,9 @@
     python benchmarks/soak.py --steps 4000 --every 100 --save-every 20     200 checkpoints: do they grow?
 
 Prints a line per sample and at the end the slopes, fitted over the second half of the run (the first fills caches):
-resident memory in MB per 10,000 steps, descriptors and threads per 10,000 steps, and the change of speed. Status 1
-where memory grows by more than 1 MB per 10,000 steps, or a descriptor stays open for every 10,000.
+resident memory in MB per 10,000 steps, descriptors and threads per 10,000 steps, and the change of speed, in steps per
+second and per second of CPU time, which other work on the machine disturbs less. Status 1 where
+memory grows by more than 1 MB per 10,000 steps, or a descriptor stays open for every 10,000.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if __name__ == "__main__":
     pages.keep()  # as `saejax train`, before NumPy and JAX
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -44,6 +46,7 @@ class Sampler(tracking.Tracker):
         sample = {
             "step": step,
             "seconds": time.monotonic() - self.began,
+            "cpu_seconds": time.process_time(),
             "rss_mb": int(status["VmRSS"].split()[0]) / 1024,
             "files": len(os.listdir("/proc/self/fd")),
             "threads": int(status["Threads"]),
@@ -60,9 +63,11 @@ def slopes(samples: list[dict[str, float]]) -> dict[str, float]:
         f"{name}_per_10k": float(np.polyfit(steps, [sample[name] for sample in half], 1)[0])
         for name in ("rss_mb", "files", "threads")
     }
-    middle, last = half[(len(half) - 1) // 2], half[-1]
-    speeds = [(b["step"] - a["step"]) / (b["seconds"] - a["seconds"]) for a, b in ((half[0], middle), (middle, last))]
-    return found | {"steps_per_second": speeds[1], "speed_ratio": speeds[1] / speeds[0]}
+    ends = half[0], half[(len(half) - 1) // 2], half[-1]
+    for name, clock in (("second", "seconds"), ("cpu_second", "cpu_seconds")):
+        before, after = ((b["step"] - a["step"]) / (b[clock] - a[clock]) for a, b in itertools.pairwise(ends))
+        found |= {f"steps_per_{name}": after, f"steps_per_{name}_ratio": after / before}
+    return found
 
 
 def main() -> int:

@@ -159,8 +159,15 @@ def test_help_shows_the_values_of_conf():
     assert shown["train"]["train.dead_after_tokens"] == "null"
 
 
-@pytest.mark.parametrize("sae", sorted(base.ARCHITECTURES))
-@pytest.mark.parametrize("source", ["arrays", "store", "synthetic"])
+def with_source(sae, source):
+    """Every architecture with one source and every source with one architecture; the other pairs are slow."""
+    return pytest.param(sae, source, marks=() if source == "synthetic" or sae == "topk" else pytest.mark.slow)
+
+
+SOURCES = ("arrays", "store", "synthetic")
+
+
+@pytest.mark.parametrize(("sae", "source"), [with_source(a, s) for s in SOURCES for a in sorted(base.ARCHITECTURES)])
 def test_saying_what_help_shows_changes_nothing(sae, source, array, small_store):
     shown = shown_by_help("train")
     needed = {"arrays": [f"source.path={array}"], "store": [f"source.path={small_store}"], "synthetic": []}[source]

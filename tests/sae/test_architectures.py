@@ -1,6 +1,7 @@
 """What holds for every registered architecture."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -250,14 +251,22 @@ def test_folding_moves_the_normalisation_into_the_parameters(sparsifier, params,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), back, params)
 
 
+@functools.cache
+def both_gradients(sparsifier):
+    """Autodiff of the loss, and what the architecture gives; compiled once for any number of dead latents."""
+
+    def of_the_loss(params, x, dead):
+        return jax.value_and_grad(lambda p: sparsifier.loss(p, x, dead=dead, step=STEP), has_aux=True)(params)
+
+    return jax.jit(of_the_loss), jax.jit(lambda p, x, dead: sparsifier.value_and_grad(p, x, dead=dead, step=STEP))
+
+
 @pytest.mark.parametrize("n_dead", [0, 3, 20])
 def test_value_and_grad_is_that_of_the_loss(sparsifier, params, x, n_dead):
     # None dead, at most k_aux = 8 of them, more than that.
     dead = jnp.arange(sparsifier.d_sae) % 3 == 0
     dead &= jnp.cumsum(dead) <= n_dead
-    given = {"dead": dead, "step": STEP}
-    wanted = jax.jit(jax.value_and_grad(lambda p: sparsifier.loss(p, x, **given), has_aux=True))(params)
-    found = jax.jit(lambda p: sparsifier.value_and_grad(p, x, **given))(params)
+    wanted, found = (gradients(params, x, dead) for gradients in both_gradients(sparsifier))
     # The same sums in another order: some roundings of the largest entry.
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * max(1, np.abs(want).max(initial=0)))

@@ -25,6 +25,7 @@ def problem():
     )
 
 
+@jax.jit
 def dense_code(values, indices):
     return jnp.zeros((values.shape[0], D_SAE)).at[jnp.arange(values.shape[0])[:, None], indices].add(values)
 
@@ -41,7 +42,7 @@ def test_decode_and_its_gradients_equal_the_dense_product(mesh, problem):
     recon = jax.jit(sparse_decode.sparse_decode)(values, indices, W)
     grads = jax.jit(jax.grad(sparse, argnums=(0, 1)))(values, W)
     np.testing.assert_allclose(recon, dense_code(values, indices) @ W, **TOLERANCE)
-    for mine, expected in zip(grads, jax.grad(dense, argnums=(0, 1))(values, W), strict=True):
+    for mine, expected in zip(grads, jax.jit(jax.grad(dense, argnums=(0, 1)))(values, W), strict=True):
         np.testing.assert_allclose(mine, expected, **TOLERANCE)
 
 
@@ -58,7 +59,7 @@ def test_squared_error_and_its_gradients_equal_the_dense_form(mesh, problem):
     np.testing.assert_allclose(residual, y - dense_code(values, indices) @ W, **TOLERANCE)
     np.testing.assert_allclose(error, dense(values, W, y), rtol=1e-6)
     grads = jax.jit(jax.grad(sparse, argnums=(0, 1, 2)))(values, W, y)
-    for mine, expected in zip(grads, jax.grad(dense, argnums=(0, 1, 2))(values, W, y), strict=True):
+    for mine, expected in zip(grads, jax.jit(jax.grad(dense, argnums=(0, 1, 2)))(values, W, y), strict=True):
         np.testing.assert_allclose(mine, expected, **TOLERANCE)
 
 
@@ -101,7 +102,10 @@ def test_the_user_chooses_the_form(mesh, problem, form):
     def error(values, W):
         return sparse_decode.squared_error(values, indices, W, y)[0]
 
-    wanted = jax.grad(lambda v, W: jnp.mean(jnp.sum((y - dense_code(v, indices) @ W) ** 2, axis=1)), (0, 1))(values, W)
+    def dense(values, W):
+        return jnp.mean(jnp.sum((y - dense_code(values, indices) @ W) ** 2, axis=1))
+
+    wanted = jax.jit(jax.grad(dense, (0, 1)))(values, W)
     with choice.use(form):
         found = jax.jit(jax.grad(error, (0, 1)))(values, W)
     for mine, expected in zip(found, wanted, strict=True):
@@ -150,7 +154,7 @@ def test_encoder_gradient_equals_that_of_the_dense_chain(mesh, problem):
 
     assert 0 < np.mean(chosen(*weights) > 0) < 1  # both sides of the ReLU are there
     grads = jax.jit(jax.grad(sparse, argnums=(0, 1, 2, 3)))(*weights)
-    for mine, expected in zip(grads, jax.grad(dense, argnums=(0, 1, 2, 3))(*weights), strict=True):
+    for mine, expected in zip(grads, jax.jit(jax.grad(dense, argnums=(0, 1, 2, 3)))(*weights), strict=True):
         np.testing.assert_allclose(mine, expected, **TOLERANCE)
 
 

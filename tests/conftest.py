@@ -19,6 +19,18 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+# Folders about formulas, which compare with a reference within rounding: most of their time was LLVM's optimisation.
+FORMULAS = {"codes", "evals", "experiments", "language_model", "sae", "sparse_coding"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilation(request):
+    """Quick compilation for formulas; what is trained, stored, resumed and timed is compiled as users compile it."""
+    quick = request.path.parent.name in FORMULAS
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # nothing of one kind is used by the other
+
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:

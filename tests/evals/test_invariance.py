@@ -22,14 +22,6 @@ RTOL = 1e-5
 NAMES = sorted(name for name, cls in metric.METRICS.items() if cls in EXAMPLES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Each metric is compiled four times, for the sizes 1, 7, all and, over 8 devices, 64: that is where time goes."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def measured(name):
     """The metric, its batch, and its value on all rows at once."""

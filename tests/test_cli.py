@@ -60,7 +60,7 @@ def test_known_features_are_measured_against_the_truth(tmp_path):
     assert found["mcc"] > found["mcc_chance"]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_a_sweep_gives_a_run_for_every_point_and_one_table(launcher, tmp_path):
     arguments = ["train", "-m", "sae.k=2,4,6", "seed=0,1", *QUICK, f"hydra.sweep.dir={tmp_path}"]
     if launcher == "submitit_local":

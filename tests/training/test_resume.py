@@ -58,7 +58,7 @@ def assert_equal_bits(a: dict, b: dict) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize("architecture", runs.every_architecture("topk", "jumprelu"))
+@pytest.mark.parametrize("architecture", runs.every_architecture("topk"))
 def test_killed_and_resumed_equals_straight_bit_for_bit(architecture, tmp_path):
     straight = tmp_path / "straight"
     assert start(architecture, straight).wait(240) == 0

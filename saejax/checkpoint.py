@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -129,6 +130,8 @@ class Checkpoints:
         metrics: Any = None if fvu is None else {"fvu": fvu}
         try:
             with processes.alike():
+                # Where no directory can be made, Orbax waits for it in threads that hold up the exit for minutes.
+                tempfile.TemporaryFile(dir=str(self._checkpointer.directory)).close()
                 self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
         except Exception as error:  # what a file system refuses comes in many kinds
             self._failed(error)

@@ -105,6 +105,21 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
+def test_orbax_is_not_asked_where_nothing_may_be_written(tmp_path, monkeypatch, caplog):
+    """Its threads would wait for minutes, also when the program wants to end."""
+    asked = []
+
+    def refused(**_):
+        raise PermissionError("Permission denied")
+
+    saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(saver._checkpointer, "save_checkpointables_async", lambda *_, **__: asked.append(True))
+    saver.save(1, state_on(sharding.make_mesh()), {"position": 1}, None)
+    assert not asked and "CHECKPOINT NOT WRITTEN" in caplog.text
+    saver.close()
+
+
 def test_a_full_disk_stops_no_run_and_costs_no_checkpoint(small_disk, monkeypatch, caplog):
     """Saves fail loudly while the disk is full, and work again as soon as there is room."""
     monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.0)

@@ -12,7 +12,9 @@ from fault_runs import RHYTHM, STEPS, TRIALS, arrays, losses, same, strike
 from saejax import checkpoint
 from saejax.errors import LOST, MISTAKE
 
-TWO = [RHYTHM, "mesh.data=2", "mesh.distributed=manual", "mesh.num_processes=2", process_groups.QUICK_DEATH]
+TWO = [RHYTHM, "mesh.data=2", "mesh.distributed=manual", "mesh.num_processes=2"]
+QUICK = (process_groups.QUICK_DEATH, "mesh.timeout_seconds=60")
+"""For the run that is struck; others may be starved by what else the machine does."""
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +25,10 @@ def pair(tmp_path_factory):
         forker.close()
 
 
-def start(pair, run_dir, patience: int = 300) -> list[int]:
+def start(pair, run_dir, patience: tuple[str, ...] = ()) -> list[int]:
     """Begins the run; the numbers of its processes."""
-    where = [f"mesh.coordinator=127.0.0.1:{process_groups.free_port()}", f"mesh.timeout_seconds={patience}"]
-    changes = [[*TWO, *where, f"mesh.process_id={number}"] for number in range(2)]
+    where = f"mesh.coordinator=127.0.0.1:{process_groups.free_port()}"
+    changes = [[*TWO, *patience, where, f"mesh.process_id={number}"] for number in range(2)]
     pairs = zip(pair, changes, strict=True)
     return [forker.start("train", run_dir=str(run_dir), changes=changed) for forker, changed in pairs]
 
@@ -47,13 +49,13 @@ def test_one_of_two_processes(pair, tmp_path, count):
     n = -(-TRIALS // 10)
     for number in range(n):
         run_dir, killed = tmp_path / str(number), number % 2
-        pids = start(pair, run_dir, patience=60)
+        pids = start(pair, run_dir, QUICK)
         status = strike(pair[killed], pids[killed], signal.SIGKILL, rng.uniform(0, seconds))
         other = pair[1 - killed].wait()
-        assert status in (0, -signal.SIGKILL)
-        # MISTAKE: it had not come to the other one yet.
-        assert other in ((0, LOST, -signal.SIGABRT, MISTAKE) if status else (0,)), pair[1 - killed].said()
-        struck += status != 0
+        # MISTAKE: it had not come to the other one yet. On a starved machine either may be taken for dead by itself.
+        alone = (0, LOST, -signal.SIGABRT, MISTAKE)
+        assert status in (*alone, -signal.SIGKILL) and other in alone, pair[1 - killed].said()
+        struck += status == -signal.SIGKILL
         there = checkpoint.steps(run_dir)
         newest = arrays(run_dir, there[-1]) if there else None
         to_the_end(pair, run_dir)

@@ -23,10 +23,10 @@ import pytest  # noqa: E402
 FORMULAS = {"codes", "evals", "experiments", "language_model", "sae", "sparse_coding"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compilation(request):
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the whole session, which are compared bit for bit
+def pytest_runtest_setup(item):
     """Quick compilation for formulas; what is trained, stored, resumed and timed is compiled as users compile it."""
-    quick = request.path.parent.name in FORMULAS
+    quick = item.path.parent.name in FORMULAS
     if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()  # nothing of one kind is used by the other

@@ -46,7 +46,7 @@ test-slow: $(TEST_READY)  ## the tests that need minutes or the default language
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not faults"
 
 faults: $(TEST_READY)  ## kill, cut off, flip bits, fill disks: hundreds of times; writes the table of docs/reliability.md
-	SAEJAX_FAULTS_TABLE=1 $(BIN)/python -m pytest -q -m faults tests/faults
+	SAEJAX_FAULTS_TABLE=1 $(BIN)/python -m pytest -q tests/faults
 
 lint: $(TEST_READY)  ## formatting, lint and types, scripts and Dockerfile too; changes nothing
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Which form of a kernel runs: dense, sparse or pallas, by operation, device and shape; the user has the last word.
+"""Which form of a kernel runs, by operation, device and shape; the user has the last word.
 
 A kernel asks `of` while it is traced and names the form that its own measured rule prefers. That is what it gets,
 unless the user named another: in the environment variable SAEJAX_KERNELS or through `use` (a config field). Written is
@@ -32,6 +32,8 @@ class Form(enum.Enum):
     """Dense products over all latents."""
     sparse = "sparse"
     """XLA over active latents only; for `encode`, the product and then top-k."""
+    screened = "screened"
+    """Of `encode` in float32 on a CPU: a bfloat16 product names candidates, which are computed exactly."""
     pallas = "pallas"
     """A Pallas kernel for NVIDIA GPUs; unmeasured."""
 
@@ -49,7 +51,16 @@ class Operation(enum.Enum):
     """Rows added to where indices say: the gradients of the weights."""
 
 
-def of(operation: Operation, preferred: Form, *, width: int, rows: int = 1, n: int = 1, dtype: str = "float32") -> Form:
+def of(
+    operation: Operation,
+    preferred: Form,
+    *,
+    width: int,
+    rows: int = 1,
+    n: int = 1,
+    k: int = 1,
+    dtype: str = "float32",
+) -> Form:
     """Returns the form to trace.
 
     The user's form gives way to `preferred` where it does not exist: sizes that no kernel takes, a dense `encode`.
@@ -58,7 +69,7 @@ def of(operation: Operation, preferred: Form, *, width: int, rows: int = 1, n: i
       operation: What is computed.
       preferred: What the caller's rule chooses for this backend and these sizes.
       width: Entries of a row of `x`, `y` or the dictionary.
-      rows, n: Rows of the batch and latents, on one device; only `encode` looks at them.
+      rows, n, k: Rows of the batch, latents, and how many are kept, on one device; only `encode` looks at them.
       dtype: Operands of the product.
 
     Raises:
@@ -78,7 +89,10 @@ def of(operation: Operation, preferred: Form, *, width: int, rows: int = 1, n: i
         else:
             fits = dtype == "float32" and pallas_decode.fits(width)
         return Form.pallas if fits else preferred
-    return preferred if operation is Operation.encode else form
+    if operation is not Operation.encode:
+        return preferred if form is Form.screened else form
+    fits = form is Form.sparse or form is Form.screened and dtype == "float32" and 2 * k < n
+    return form if fits else preferred
 
 
 def on_gpu(operation: Operation, kernel: Callable, xla: Callable, **sizes: Any) -> Callable:

@@ -10,7 +10,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from saejax.kernels import choice, matmul, pallas_encode, partition, top_k
+from saejax.kernels import choice, matmul, pallas_encode, partition, screen, top_k
+from saejax.kernels.choice import Form
 
 _CPU_BYTES = 2**26  # pre-activations of a block; half or twice as many are as fast
 _BYTES = 2**30  # the same on accelerators: enough rows to fill them
@@ -46,10 +47,12 @@ def encode_top_k(
 
     def shard(x, W_enc, b_enc, b_dec):
         select = functools.partial(_in_blocks, k=min(k, W_enc.shape[1]), dtype=dtype)
-        cpu = functools.partial(select, block_bytes=_CPU_BYTES)
+        preferred = Form.screened if screen.pays(W_enc.shape[1], k, dtype) else Form.sparse
         default = functools.partial(select, block_bytes=_BYTES)
         kernel = functools.partial(pallas_encode.top_k_of_product, k=min(k, W_enc.shape[1]))
-        sizes = {"rows": x.shape[0], "width": x.shape[1], "n": W_enc.shape[1], "dtype": dtype}
+        sizes = {"rows": x.shape[0], "width": x.shape[1], "n": W_enc.shape[1], "k": k, "dtype": dtype}
+        screened = choice.of(choice.Operation.encode, preferred, **sizes) is Form.screened
+        cpu = functools.partial(select, block_bytes=_CPU_BYTES, screened=screened)
         cuda = choice.on_gpu(choice.Operation.encode, kernel, default, **sizes)
         values, indices = lax.platform_dependent(x - b_dec[None, :], W_enc, b_enc, cpu=cpu, cuda=cuda, default=default)
         return top_k.of_shards(values, indices, k, cut, W_enc.shape[1])
@@ -59,15 +62,24 @@ def encode_top_k(
     return cut.run(shard, in_specs, (rows, rows))(*lax.stop_gradient((x, W_enc, b_enc, b_dec)))
 
 
-def _in_blocks(x, W_enc, b_enc, *, k, dtype, block_bytes):
+def _in_blocks(x, W_enc, b_enc, *, k, dtype, block_bytes, screened=False):
     n_rows, width = x.shape
-    W_enc = W_enc.astype(dtype)  # once, not in every block
     n_blocks = max(1, -(-n_rows * 4 * W_enc.shape[1] // block_bytes))
     block_rows = -(-n_rows // n_blocks)
     padded = jnp.pad(x, ((0, n_blocks * block_rows - n_rows), (0, 0)))
+    rounded = W_enc.astype(dtype)  # once, not in every block
 
-    def of_block(rows):
-        return top_k.on_device(matmul.matmul(rows, W_enc, dtype) + b_enc[None, :], k)
+    def whole(rows):
+        return top_k.on_device(matmul.matmul(rows, rounded, dtype) + b_enc[None, :], k)
+
+    if screened:
+        among_candidates = screen.candidates(W_enc, b_enc, k)
+
+        def of_block(rows):
+            certain, *best = among_candidates(rows)
+            return lax.cond(certain, lambda: tuple(best), lambda: whole(rows))
+    else:
+        of_block = whole
 
     best = lax.map(of_block, padded.reshape(n_blocks, block_rows, width))
     return tuple(found.reshape(-1, k)[:n_rows] for found in best)

@@ -4,6 +4,8 @@ An encoder calls it on its pre-activations. Plain jit would gather all latents o
 device; here each shard sends only its own k candidates.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -68,9 +70,9 @@ def of_shards(
 
 def on_device(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
     """Returns the k largest entries of each row and their indices, as `top_k`, on one device."""
-    if a.shape[1] % _GROUP or a.shape[1] < 4 * _GROUP * k:
-        return _barrier_top_k(a, k)
-    return lax.platform_dependent(a, cpu=lambda a: _by_groups(a, k), default=lambda a: _barrier_top_k(a, k))
+    grouped = a.shape[1] % _GROUP == 0 and a.shape[1] >= 4 * _GROUP * k
+    cpu = functools.partial(_by_groups if grouped else _side_by_side, k=k)
+    return lax.platform_dependent(a, cpu=cpu, default=functools.partial(_barrier_top_k, k=k))
 
 
 def _by_groups(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:

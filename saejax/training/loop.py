@@ -95,9 +95,7 @@ def fit(
             started = time.perf_counter()
             with _saved_on_failure(checkpoints, number, state, position, watch):
                 fresh = put(next(rows)) if number < last else None
-            # While the step was still under way nothing waited; where it was done, it may all have been waiting.
-            idle = metrics["loss"].is_ready()
-            progress.step(time.perf_counter() - started if idle else 0.0)
+            progress.step(_waited(started, metrics))
             log.flush()
             if _due(number, config.log_every_steps) or number == last:
                 log.hold(number, metrics)
@@ -193,6 +191,11 @@ def _evaluate(
     progress.pause(time.perf_counter() - started)
     tracker.log(number, {f"eval/{name}": value for name, value in evaluation.items()})
     return evaluation
+
+
+def _waited(started: float, metrics: dict[str, jax.Array]) -> float:
+    """Seconds since then in which the devices may have stood still: none while the step is under way."""
+    return time.perf_counter() - started if metrics["loss"].is_ready() else 0.0
 
 
 def _due(number: int, every: int | None) -> bool:

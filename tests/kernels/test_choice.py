@@ -48,7 +48,7 @@ def test_encode_has_no_dense_form():
 
 @pytest.mark.parametrize("text", ["triton", "encode=triton", "product=pallas", "encode=", "=", "encode:pallas"])
 def test_what_is_malformed_is_refused_in_one_line(text):
-    with pytest.raises(UserError, match="must be one of dense, sparse, pallas") as error, choice.use(text):
+    with pytest.raises(UserError, match="must be one of dense, sparse, screened, pallas") as error, choice.use(text):
         pass
     assert "\n" not in str(error.value)
 

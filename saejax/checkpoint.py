@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from saejax import digest, processes
+from saejax import digest, processes, whole
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -130,8 +129,7 @@ class Checkpoints:
         metrics: Any = None if fvu is None else {"fvu": fvu}
         try:
             with processes.alike():
-                # Where no directory can be made, Orbax waits for it in threads that hold up the exit for minutes.
-                tempfile.TemporaryFile(dir=str(self._checkpointer.directory)).close()
+                whole.check_writable(Path(self._checkpointer.directory))  # Orbax would wait for minutes, in threads
                 self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
         except Exception as error:  # what a file system refuses comes in many kinds
             self._failed(error)
@@ -202,6 +200,7 @@ class Checkpoints:
         for candidate in candidates:
             try:
                 with processes.alike(), _alone(partial_load=True):  # fields that are None now were once not there
+                    whole.check_readable(directory / str(candidate))
                     record = _read_record(directory / str(candidate))
                     wanted = _in_saved_dtypes(directory / str(candidate), abstract_state)
                     found = self._checkpointer.load_checkpointables(candidate, {_STATE: wanted, _LOADER: None})
@@ -255,14 +254,8 @@ def _kept(config: CheckpointConfig, spare: int = 0) -> Any:
     policies: Any = ocp.training.preservation_policies
     keep: list[Any] = [policies.LatestN(config.keep_last + spare)]
     if config.keep_best:
-        keep.append(
-            policies.BestN(
-                get_metric_fn=lambda metrics: metrics["fvu"],
-                reverse=True,
-                n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
+        lowest: Any = {"get_metric_fn": lambda metrics: metrics["fvu"], "reverse": True}
+        keep.append(policies.BestN(**lowest, n=config.keep_best, keep_checkpoints_without_metrics=False))
     return policies.AnyPreservationPolicy(keep)
 
 

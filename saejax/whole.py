@@ -1,10 +1,13 @@
-"""A text file that is there whole or not at all, whatever happens while it is written."""
+"""A text file that is there whole or not at all, whatever happens while it is written; what may be written or read."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
+
+from saejax.errors import UserError
 
 
 def write(path: str | os.PathLike[str], text: str) -> None:
@@ -31,3 +34,23 @@ def write(path: str | os.PathLike[str], text: str) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises what the file system says to a new file in a folder; none is seen there.
+
+    Raises:
+      OSError: it is not writable, or not there.
+    """
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_readable(path: Path) -> None:
+    """Refuses a folder of which this user may not read a part, which is no damage.
+
+    Raises:
+      UserError: names the part.
+    """
+    for part in (path, *path.rglob("*")):
+        if not os.access(part, os.R_OK):
+            raise UserError(f"{part}: Permission denied")

@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "tracking": {"whole"},
     "whole": set(),
     "digest": set(),
-    "checkpoint": {"digest", "processes"},
+    "checkpoint": {"digest", "processes", "whole"},
     "activations": {"kernels", "plain", "processes", "sharding"},
     "evals": {"kernels", "sae", "sharding", "whole"},
     "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},

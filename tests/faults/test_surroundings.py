@@ -172,13 +172,13 @@ def test_a_read_only_place(forker, straight, tmp_path, count):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("place", [".", "checkpoints", "config.yaml"])
+@pytest.mark.parametrize("place", [".", "checkpoints", "config.yaml", "checkpoints/10", "checkpoints/10/state/d"])
 def test_no_permission(forker, straight, tmp_path, count, place):
     run_dir = tmp_path / "run"
     half_way(straight, run_dir)
     path = run_dir / place
     before = path.stat().st_mode
-    path.chmod(0o555 if path.is_dir() else 0)
+    path.chmod(0o555 if place in (".", "checkpoints") else 0)
     status = forker.run("train", run_dir=str(run_dir), changes=[RHYTHM], user=True)
     said = forker.said()
     path.chmod(before)

@@ -195,7 +195,8 @@ def _evaluate(
 
 def _waited(started: float, metrics: dict[str, jax.Array]) -> float:
     """Seconds since then in which the devices may have stood still: none while the step is under way."""
-    return time.perf_counter() - started if metrics["loss"].is_ready() else 0.0
+    done = metrics["loss"].is_ready()  # pyright: ignore[reportAttributeAccessIssue]
+    return time.perf_counter() - started if done else 0.0
 
 
 def _due(number: int, every: int | None) -> bool:

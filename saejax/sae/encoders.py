@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Key
 
 from saejax.kernels import matmul
@@ -91,7 +92,7 @@ def inputs(
     params: SAEParams,
     x: Float[Array, "b d_in"],
     activate: Callable[[jax.Array], jax.Array],
-) -> tuple[Float[Array, "b n"], Float[Array, "b d_sae"] | None]:
+) -> tuple[Float[Array, "b n"], Float[Array, "#b d_sae"] | None]:
     """Returns what the last product with W_enc reads, and what is added to that product beside b_enc.
 
     Args:
@@ -106,7 +107,12 @@ def inputs(
         hidden = matmul.matmul(centred, params.extra["W_hidden"], dtype) + params.extra["b_hidden"][None, :]
         return jax.nn.relu(hidden), None
     if sparsifier.encoder is not EncoderKind.lista:
-        return centred, None
+        if not sparsifier.centres or sparsifier.n_groups > 1:
+            return centred, None
+        # Zero, with b_dec's gradient as one matrix-vector product. By way of the rows it would take the gradient of all
+        # of them: as much work as the encoder itself, and nobody else wants it.
+        held = lax.stop_gradient((params.b_dec, params.W_enc))
+        return x - held[0][None, :], ((held[0] - params.b_dec) @ held[1])[None, :]
     read, carried = centred, None
     for _ in range(sparsifier.encoder_steps - 1):
         carried = activate(product(sparsifier, params, read, carried))
@@ -115,7 +121,7 @@ def inputs(
 
 
 def product(
-    sparsifier: Sparsifier, params: SAEParams, read: Float[Array, "b n"], carried: Float[Array, "b d_sae"] | None
+    sparsifier: Sparsifier, params: SAEParams, read: Float[Array, "b n"], carried: Float[Array, "#b d_sae"] | None
 ) -> Float[Array, "b d_sae"]:
     """Returns the pre-activations from what `inputs` gave."""
     dense = sites.product(read, params.W_enc, sparsifier.n_groups, sparsifier.matmul_dtype.value)

@@ -175,3 +175,5 @@ def test_bfloat16_product_rounds_operands_only(problem):
     grad = jax.grad(lambda x: jnp.sum(matmul.matmul(x, W.T, "bfloat16") ** 2) / 2)(x)
     assert grad.dtype == jnp.float32
     np.testing.assert_allclose(grad, (x @ W.T) @ W, rtol=0.05, atol=0.5)  # bfloat16: 2^-8 per operand
+    grad = jax.grad(lambda W: jnp.sum(matmul.matmul(x, W.T, "bfloat16") ** 2) / 2)(W)
+    np.testing.assert_allclose(grad, (x @ W.T).T @ x, rtol=0.05, atol=0.5)

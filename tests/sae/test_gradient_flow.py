@@ -44,6 +44,25 @@ def leaves(params):
     return {name: getattr(params, name) for name in WEIGHTS} | params.extra
 
 
+@pytest.mark.parametrize("name", ["l1", "l1 plain", "jumprelu", "gated"])
+def test_pre_activations_have_the_gradients_of_the_affine_map(name):
+    example = (EXAMPLES | VARIANTS)[name]
+    params = moved(example.init(jax.random.key(0)))
+    x = jax.random.normal(jax.random.key(1), (8, example.d_in))
+
+    def plain(params, x):
+        centred = x - params.b_dec[None, :] if example.centres else x
+        return centred @ params.W_enc + params.b_enc[None, :]
+
+    def gradients(pre_activations):
+        return jax.grad(lambda *args: jnp.sum(jnp.sin(pre_activations(*args))), argnums=(0, 1))(params, x)
+
+    mine, expected = gradients(lambda params, x: example.pre_activations(params, x, None)), gradients(plain)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # sums of 8 x 64 float32 terms of size 1
+    assert np.any(mine[0].b_dec) == example.centres == (name != "l1")
+
+
 def test_every_architecture_is_in_the_table():
     assert set(sae.ARCHITECTURES) <= set(TABLE)
 

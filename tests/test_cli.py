@@ -62,17 +62,17 @@ def test_known_features_are_measured_against_the_truth(tmp_path):
 
 @pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_a_sweep_gives_a_run_for_every_point_and_one_table(launcher, tmp_path):
-    arguments = ["train", "-m", "sae.k=2,4,6", "seed=0,1", *QUICK, f"hydra.sweep.dir={tmp_path}"]
+    arguments = ["train", "-m", "sae.k=2,4", "seed=0,1", *QUICK, f"hydra.sweep.dir={tmp_path}"]
     if launcher == "submitit_local":
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
         arguments += ["launcher=submitit_local", "hydra.launcher.timeout_min=5"]
     done = saejax_command(*arguments)
     assert done.returncode == 0, done.stderr
     found = {}
-    for number in range(6):
+    for number in range(4):
         cfg = config.from_run(tmp_path / str(number))
         found[cfg.sae.k, cfg.seed] = json.loads((tmp_path / str(number) / "run.json").read_text())
-    assert sorted(found) == [(k, seed) for k in (2, 4, 6) for seed in (0, 1)]
+    assert sorted(found) == [(k, seed) for k in (2, 4) for seed in (0, 1)]
     assert all(record["finished"] and record["seed"] == seed for (_, seed), record in found.items())
     assert cli.main(["report", f"sweep={tmp_path}"]) == 0
     page = (tmp_path / "sweep.html").read_text()

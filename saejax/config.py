@@ -92,8 +92,9 @@ class Config:
         if self.sae.d_row != self.source.d_in:
             name = "sae.d_in" if self.sae.mirrors else "the sum of sae.sites"
             raise UserError(f"{name} must equal the width of the source, {self.source.d_in}, got {self.sae.d_row}")
-        if len(self.source.sites) > 1 and self.sae.sites != self.source.sites:
-            raise UserError(f"sae.sites must be those of the source, {self.source.sites}, got {self.sae.sites}")
+        widths = self.source.site_widths
+        if len(widths) > 1 and self.sae.sites != widths:
+            raise UserError(f"sae.sites must be those of the source, {widths}, got {self.sae.sites}")
         start.check(self.sae, self.train)
         fold.check(self.sae, self.normalize.mode)
         if self.optim.averages and self.train.ema_decay is not None:
@@ -173,7 +174,7 @@ def _source(root: DictConfig) -> Any:
 
 def _source_sites(*, _root_: DictConfig) -> list[int]:
     """The widths of the sites of the source, none where there is only one."""
-    widths = _source(_root_).sites
+    widths = _source(_root_).site_widths
     return list(widths) if len(widths) > 1 else []
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -37,18 +37,6 @@ _EXPONENTS = {
 """Per dtype: the integer of its size, and the exponent bits; all set means infinite or not a number."""
 
 
-class _Sites:
-    """A field of widths that reads as (d_in,) where fewer than two are given, and looks at files only then."""
-
-    def __get__(self, source: "Arrays | None", owner: type | None = None) -> tuple[int, ...]:
-        if source is None:
-            return ()  # the default
-        return vars(source)["sites"] or (source.d_in,)
-
-    def __set__(self, source: "Arrays", widths: Sequence[int]) -> None:
-        vars(source)["sites"] = tuple(widths) if len(widths) > 1 else ()
-
-
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arrays(ActivationSource):
@@ -60,7 +48,7 @@ class Arrays(ActivationSource):
     """A .npy file, a .safetensors file, or a directory of .npy files; arrays [n, d_in]."""
     tensor: str = ""
     """Name of the tensor in a .safetensors file; empty where the file holds only one."""
-    sites: tuple[int, ...] = _Sites()  # pyright: ignore
+    sites: tuple[int, ...] = ()
     """Widths of the parts of a row that were read in different places, in order (columns, each >= 1, together all of
     them); fewer than two are one part."""
     heldout_share: float = 0.05
@@ -72,6 +60,7 @@ class Arrays(ActivationSource):
     def __post_init__(self):
         # Absolute, so that a run finds its data again from any working directory.
         object.__setattr__(self, "path", str(pathlib.Path(self.path).expanduser().absolute()))
+        object.__setattr__(self, "sites", tuple(self.sites) if len(self.sites) > 1 else ())
         if not 0 <= self.heldout_share < 1:
             raise UserError(f"source.heldout_share = {self.heldout_share}: a share in [0, 1) is needed")
 
@@ -82,10 +71,16 @@ class Arrays(ActivationSource):
         Raises:
             UserError: the files cannot be read, or `sites` do not add up to it.
         """
-        width, sites = self._table().shape[1], vars(self)["sites"]
-        if sites and (min(sites) < 1 or sum(sites) != width):
-            raise UserError(f"source.sites = {list(sites)}: positive widths that add up to {width} are needed")
+        width = self._table().shape[1]
+        if self.sites and (min(self.sites) < 1 or sum(self.sites) != width):
+            raise UserError(f"source.sites = {list(self.sites)}: positive widths that add up to {width} are needed")
         return width
+
+    @property
+    def site_widths(self) -> tuple[int, ...]:
+        """`sites`, or the width of the files where fewer than two are given."""
+        width = self.d_in  # which compares the two
+        return self.sites or (width,)
 
     def n_train(self) -> int:
         """Rows before the held-out ones."""

@@ -41,10 +41,10 @@ class Joined(ActivationSource):
     @property
     def d_in(self) -> int:
         """Width of a row: the widths of the stores together."""
-        return sum(self.sites)
+        return sum(self.site_widths)
 
     @property
-    def sites(self) -> tuple[int, ...]:
+    def site_widths(self) -> tuple[int, ...]:
         """Widths at the hooks of the stores, in order."""
         return tuple(width for reader in self.readers("train") for width in reader.sites)
 

@@ -86,10 +86,10 @@ class Live(ActivationSource):
     @property
     def d_in(self) -> int:
         """Width of a row, from the configuration of the model."""
-        return sum(self.sites)
+        return sum(self.site_widths)
 
     @property
-    def sites(self) -> tuple[int, ...]:
+    def site_widths(self) -> tuple[int, ...]:
         """Widths at the hooks."""
         hooks = self.harvest().hooks
         if self.model.startswith(harvest.TORCH_PREFIX):

@@ -55,7 +55,7 @@ class ActivationSource(abc.ABC):
         """Width of a row. A config field where it is a choice, read from the files where it is a fact."""
 
     @property
-    def sites(self) -> tuple[int, ...]:
+    def site_widths(self) -> tuple[int, ...]:
         """Widths of the parts of a row, in order: one, unless rows of several hooks lie side by side."""
         return (self.d_in,)
 

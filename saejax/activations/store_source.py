@@ -59,7 +59,7 @@ class Store(ActivationSource):
         return self.reader("train").d_in
 
     @property
-    def sites(self) -> tuple[int, ...]:
+    def site_widths(self) -> tuple[int, ...]:
         """Widths at the hooks whose rows lie side by side, from the store's manifest."""
         return self.reader("train").sites
 

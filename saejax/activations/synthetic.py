@@ -49,7 +49,7 @@ class Synthetic(ActivationSource):
 
     d_in: int = 64  # pyright: ignore[reportIncompatibleVariableOverride]
     """Width of a row (dimensions, >= 1); with several sites their sum, whatever is given here."""
-    sites: tuple[int, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    sites: tuple[int, ...] = ()
     """Widths of the parts of a row, in order (dimensions, each >= 1); fewer than two are one part of width d_in."""
     n_features: int = 256
     """Number of true features (>= 1); more than d_in puts them in superposition."""
@@ -102,6 +102,11 @@ class Synthetic(ActivationSource):
                 f"source.n_groups = {self.n_groups}: it must divide n_features = {self.n_features} "
                 "into groups of at least 2"
             )
+
+    @property
+    def site_widths(self) -> tuple[int, ...]:
+        """`sites`, which are one of width d_in where fewer than two were given."""
+        return self.sites
 
     def features(self) -> Float[np.ndarray, "n_features d_in"]:
         """The true dictionary: unit rows in random directions, float32, fixed by `feature_seed`.

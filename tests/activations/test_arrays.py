@@ -103,8 +103,8 @@ def test_the_parts_of_a_row_add_up_to_it(tmp_path):
     np.save(tmp_path / "rows.npy", ROWS)
     path = str(tmp_path / "rows.npy")
     whole, parts = Arrays(path=path), Arrays(path=path, sites=(2, 4))
-    assert (whole.sites, parts.sites, parts.d_in) == ((6,), (2, 4), 6)
-    assert Arrays(path=path, sites=whole.sites) == whole != parts and hash(parts) != hash(whole)
+    assert (whole.site_widths, parts.site_widths, parts.d_in) == ((6,), (2, 4), 6)
+    assert Arrays(path=path, sites=whole.site_widths) == whole != parts and hash(parts) != hash(whole)
     for sites in ((2, 3), (0, 6), (7, -1)):
         with pytest.raises(UserError, match=r"source.sites = .*: positive widths that add up to 6 are needed"):
             _ = Arrays(path=path, sites=sites).d_in
@@ -182,3 +182,11 @@ def test_a_share_below_one_row_holds_none_out(tmp_path, share):
     np.save(tmp_path / "rows.npy", ROWS)
     source = Arrays(path=str(tmp_path / "rows.npy"), heldout_share=share)
     assert source.n_train() == len(ROWS) and list(source.heldout(4)) == [] == list(source.heldout(4, 1))
+
+
+@pytest.mark.parametrize("sites", [(), (2, 4)])
+def test_what_is_said_of_a_source_opens_no_file(tmp_path, sites):
+    source = Arrays(path=str(tmp_path / "moved_away.npy"), sites=sites)
+    assert source.sites == sites
+    assert config.to_plain(source)["sites"] == list(sites)
+    assert "moved_away.npy" in config.to_yaml(source) + repr(source)

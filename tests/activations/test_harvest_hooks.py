@@ -58,7 +58,7 @@ def test_two_hooks_of_a_model_are_two_harvests_side_by_side(small_model, tmp_pat
         np.testing.assert_allclose(both.rows(0, both.n_rows), wanted, rtol=1e-5, atol=1e-5)
         assert np.array_equal(both.index(0, both.n_rows), alone[0].index(0, both.n_rows))
     sources = [store_source.Store(path=str(tmp_path / name)) for name in ("both", "first")]
-    assert [source.sites for source in sources] == [(24, 48), (24,)] and sources[0].d_in == 72
+    assert [source.site_widths for source in sources] == [(24, 48), (24,)] and sources[0].d_in == 72
     assert "sites" in sources[0].fingerprint() and "sites" not in sources[1].fingerprint()
     # x / rms(x): every row of the normalised hook has norm sqrt(d), up to the epsilon under the root.
     norms = np.linalg.norm(store.Reader(tmp_path / "first" / "train").rows(0, 100), axis=1)

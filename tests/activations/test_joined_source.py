@@ -50,7 +50,7 @@ def source(tmp_path) -> Joined:
 
 
 def test_every_row_joins_one_token(source):
-    assert source.d_in == 7 and source.sites == (4, 3)
+    assert source.d_in == 7 and source.site_widths == (4, 3)
     stream = source.open(**CUT)
     assert stream.n_rows == N_ROWS
     rows = np.stack([next(stream) for _ in range(N_ROWS // 12)]).reshape(-1, 7)
@@ -67,7 +67,7 @@ def test_sites_of_the_stores_stay_apart_and_dtypes_meet_in_float32(source, tmp_p
     sites = [{"hook": "x", "d_in": 1}, {"hook": "y", "d_in": 2}]
     write(tmp_path / "c", first=0, d_in=3, dtype="bfloat16", sites=sites)
     three = dataclasses.replace(source, paths=(*source.paths, str(tmp_path / "c")))
-    assert three.sites == (4, 3, 1, 2)
+    assert three.site_widths == (4, 3, 1, 2)
     assert next(three.heldout(5)).dtype == np.float32
     same = Joined(paths=(str(tmp_path / "c"),) * 2)
     assert next(same.heldout(5)).dtype == ml_dtypes.bfloat16

@@ -1,0 +1,308 @@
+"""One writer for a directory: a lock that dies with its owner, and a line that names the owner to whoever comes second.
+
+The lock is `flock` on the open file `.lock` of the directory. The kernel gives it back when its owner ends, however it
+ends, so a restart after `kill -9` works at once; a stopped owner (SIGSTOP) keeps it. The file stays where it is: to
+remove a locked file lets two takers hold two files of one name. Programs that the owner starts do not keep the lock
+(close-on-exec), nor do children that Python forks (they close their copy).
+
+Where the file system knows no `flock` (some network mounts), each taker puts a claim, a file of a name of its own, and
+owns the directory if it sees no other claim afterwards. A claim of a dead process of this machine is removed; one of
+another machine cannot be judged and is refused, with the file to remove in the line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import json
+import os
+import random
+import socket
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import UserError
+
+NAME = ".lock"
+"""The file of a directory that is locked."""
+_NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+_LOOK_SECONDS = 0.5  # how long a second taker waits for the first to have written who it is
+_held: list[Lock] = []  # of this process
+_mutex = threading.RLock()  # around what a fork must not see half done
+
+
+class Lock:
+    """A directory that is held by this process until `release`, or until the process ends. A context manager."""
+
+    def __init__(self, key: tuple[int, int, str], descriptor: int | None, claim: Path | None) -> None:
+        self._key, self._descriptor, self._claim = key, descriptor, claim
+        self._thread, self._times = threading.get_ident(), 1
+
+    def release(self) -> None:
+        """Lets others in; held twice by one thread, it takes two. Once released, or in a forked child: nothing."""
+        with _mutex:
+            if self not in _held:
+                return
+            self._times -= 1
+            if self._times:
+                return
+            _held.remove(self)
+            if self._claim is not None:
+                with contextlib.suppress(OSError):  # the directory may be gone
+                    self._claim.unlink()
+            if self._descriptor is not None:
+                with contextlib.suppress(OSError):  # also for a child that some library forked and that lives on
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                os.close(self._descriptor)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """Who holds a directory, as it stands in the file.
+
+    Attributes:
+      host: name of the machine.
+      pid: number of the process.
+      since: when it took the lock, UTC, ISO 8601.
+      command: what it does there.
+      started: when the process started, in ticks of this boot; None where the system does not say.
+      machine: identity of the machine, boot and process namespace, so that a pid means something.
+    """
+
+    host: str
+    pid: int
+    since: str
+    command: str
+    started: int | None = None
+    machine: tuple[str, str, str] = ("", "", "")
+
+    def __str__(self) -> str:
+        return f"{self.command} of process {self.pid} on {self.host} since {self.since}"
+
+    def is_gone(self) -> bool:
+        """Whether the process is known to have ended; False where that cannot be known from here."""
+        machine, boot, namespace = _machine()
+        if self.host != socket.gethostname() or self.machine[0] != machine:
+            return False
+        if self.machine[1] != boot:
+            return bool(machine)  # the same machine, started anew
+        if self.machine[2] != namespace:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass  # it is another user's
+        return _started(self.pid) not in (self.started, None)
+
+
+def hold(folder: str | os.PathLike[str], what: str = "run", *, again: bool = False, name: str = NAME) -> Lock:
+    """Takes a directory for this process alone; does not wait.
+
+    Args:
+      folder: made if missing. A link or a relative path to it is the same directory.
+      what: what is done there, for the line that others get.
+      again: whether a thread that holds it already may take it once more, as one call inside another does.
+      name: the file that is locked, of those that a directory may have.
+
+    Returns:
+      The lock; hold it while anything is written there.
+
+    Raises:
+      UserError: another holds it; names its work, process, host and since when.
+      OSError: the directory cannot be made or written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    at = folder.stat()
+    key, me = (at.st_dev, at.st_ino, name), _me(what)
+    with _mutex:
+        for lock in _held:
+            if again and lock._key == key and lock._thread == threading.get_ident():
+                lock._times += 1
+                return lock
+    try:
+        lock = _flocked(folder / name, key, me)
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        lock, other, file = _claimed(folder, key, me)
+        if lock is None:
+            gone = f"; if it is gone, remove {file}" if other is None or other.host != me.host else ""
+            raise _taken(folder, other, gone) from None
+    if lock is None:
+        raise _taken(folder, _owner(folder / name))
+    return lock
+
+
+def _taken(folder: Path, owner: Owner | None, more: str = "") -> UserError:
+    who = owner or "another process"
+    return UserError(f"{folder} is in use by {who}; wait for it to end or take another directory{more}")
+
+
+def _flocked(file: Path, key: tuple[int, int, str], me: Owner) -> Lock | None:
+    """The lock by `flock`; None if another has it.
+
+    Raises:
+      OSError: also that there is no such thing here, see `_NO_FLOCK`.
+    """
+    with _mutex:
+        descriptor = _opened(file)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _text(me), 0)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            os.close(descriptor)
+            error.filename = str(file)
+            raise
+        lock = Lock(key, descriptor, None)
+        _held.append(lock)
+    return lock
+
+
+def _opened(file: Path) -> int:
+    """A file of ours to lock: what another planted under its name is not written through."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{file} is a link, not a lock of saejax; remove it") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise UserError(f"{file} is no plain file or has other names (hard links); remove it")
+    return descriptor
+
+
+def _claimed(folder: Path, key: tuple[int, int, str], me: Owner) -> tuple[Lock | None, Owner | None, Path]:
+    """The lock by a claim; without one, whose claim is in the way and its file.
+
+    Claim first, look afterwards: of two, at least one sees the other. Two that see each other both step back and
+    try again after different times.
+    """
+    other, where = None, folder
+    for attempt in range(5):
+        with _mutex:
+            claim = folder / f"{key[2]}.{uuid.uuid4().hex}.claim"
+            partial = claim.with_suffix(".tmp")
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            try:
+                os.write(descriptor, _text(me))
+            finally:
+                os.close(descriptor)
+            partial.rename(claim)
+            others = [(owner, file) for owner, file in _claims(folder, key[2]) if file.name != claim.name]
+            if not others:
+                lock = Lock(key, None, claim)
+                _held.append(lock)
+                return lock, me, claim
+            claim.unlink()
+        other, where = others[0]
+        time.sleep(random.uniform(0.01, 0.03) * 2**attempt)
+    return None, other, where
+
+
+def _claims(folder: Path, name: str) -> Iterator[tuple[Owner | None, Path]]:
+    """The claims on a directory of owners that may live; those of dead ones are removed."""
+    for file in sorted(folder.glob(f"{name}.*.claim")):
+        owner = _read(file)
+        if owner is not None and owner.is_gone():
+            with contextlib.suppress(OSError):
+                file.unlink()
+        elif file.exists():
+            yield owner, file
+
+
+def _owner(file: Path) -> Owner | None:
+    """Who holds a locked file. The holder may be about to write it: what a dead one left is not believed at once."""
+    until = time.monotonic() + _LOOK_SECONDS
+    while True:
+        owner = _read(file)
+        if owner is not None and not owner.is_gone():
+            return owner
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.02)
+
+
+def _read(file: Path) -> Owner | None:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            said: dict[str, Any] = json.loads(os.read(descriptor, 4096))
+        finally:
+            os.close(descriptor)
+        owner = Owner(**{**said, "machine": tuple(said["machine"])})
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    texts = (owner.host, owner.since, owner.command, *owner.machine)
+    sound = all(isinstance(text, str) and text.isprintable() for text in texts) and len(owner.machine) == 3
+    sound = sound and type(owner.pid) is int and 0 < owner.pid < 2**31 and type(owner.started) in (int, type(None))
+    return owner if sound else None
+
+
+def _text(owner: Owner) -> bytes:
+    return (json.dumps(dataclasses.asdict(owner)) + "\n").encode()
+
+
+def _me(what: str) -> Owner:
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    pid = os.getpid()
+    return Owner(socket.gethostname(), pid, now, what, _started(pid), _machine())
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in ticks; -1 if it has ended and only waits for its parent, None if nobody says."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _machine() -> tuple[str, str, str]:
+    """Identity of this machine, of its boot, and of the namespace in which process numbers are counted."""
+
+    def said(read: Any) -> str:
+        with contextlib.suppress(OSError, ValueError):
+            return read().strip()
+        return ""
+
+    return (
+        said(Path("/etc/machine-id").read_text),
+        said(Path("/proc/sys/kernel/random/boot_id").read_text),
+        said(lambda: os.readlink("/proc/self/ns/pid")),
+    )
+
+
+def _forget() -> None:
+    """In a forked child: what the parent holds is not the child's, and must not outlive the parent in its hands."""
+    for lock in _held:
+        if lock._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(lock._descriptor)  # without LOCK_UN, which would release the parent's
+    _held.clear()
+    _mutex.release()
+
+
+os.register_at_fork(before=_mutex.acquire, after_in_parent=_mutex.release, after_in_child=_forget)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import saejax
-from saejax import pages, processes
+from saejax import pages, processes, whole
 from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _run_folded(arguments: list[str]) -> int:
 @contextlib.contextmanager
 def _logged_to(paths: list[Path]) -> Iterator[None]:
     """What is logged goes to some files as well."""
-    handlers = [logging.FileHandler(path) for path in paths]
+    handlers = [whole.LogFile(path) for path in paths]
     for handler in handlers:
         logging.getLogger().addHandler(handler)
     try:

@@ -75,7 +75,7 @@ class Tracker:
         self._file = self._wandb = None
         if enabled:
             _drop_lines_after(path, start_step)
-            self._file = path.open("ab", buffering=0)
+            self._file = whole.appended(path)
             self._wandb = _start_wandb(config, run_config, run_dir) if config.wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -1,39 +1,155 @@
-"""A text file that is there whole or not at all, whatever happens while it is written; what may be written or read."""
+"""A file that is there whole or not at all, whatever happens while it is written; what may be written or read.
+
+Everything that saejax writes under a name that others can guess goes through here. Nothing here writes through a link:
+a partial file is made anew under a name that nobody can foresee, a finished one takes the place of whatever has its
+name, and a log is not appended to a link.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
+import logging
 import os
+import secrets
+import stat
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from saejax.errors import UserError
 
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written, `.NAME.RANDOM.partial`."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_NO_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP)
 
-def write(path: str | os.PathLike[str], text: str) -> None:
+
+def write(path: str | os.PathLike[str], content: str | bytes, *, keep_existing: bool = False) -> None:
     """Replaces a file at once; on a full disk, or when the process is killed, the old one stays.
 
     Args:
       path: its directory must be there.
-      text: written as UTF-8 and synced.
+      content: text is written as UTF-8; synced.
+      keep_existing: whether a file that is there stays; of several processes the first wins.
 
     Raises:
       OSError: it cannot be written; `filename` is `path`, and nothing of the attempt is left.
     """
+    with opened(path, keep_existing=keep_existing) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], *, keep_existing: bool = False) -> Iterator[BinaryIO]:
+    """As `write`, for what is written in parts: a file to fill, published when the block ends well.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with opened(Path(folder) / "a") as file:
+      ...         _ = file.write(b"one")
+      ...     (Path(folder) / "a").read_bytes()
+      b'one'
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished = None
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        file, unfinished = partial(path)
+        with file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        publish(unfinished, path, keep_existing=keep_existing)
+        sync_directory(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # on a disk that may not be written
-            partial.unlink(missing_ok=True)
+        if unfinished is not None:
+            with contextlib.suppress(OSError):  # on a disk that may not be written
+                unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
+
+
+def partial(path: Path) -> tuple[BinaryIO, Path]:
+    """A new, empty file beside `path` to be renamed to it, and its name; the permissions are what the umask leaves."""
+    unfinished = path.with_name(f".{path.name[:48]}.{secrets.token_hex(8)}{PARTIAL}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(unfinished, flags, 0o666), "w+b"), unfinished
+
+
+def publish(unfinished: Path, path: Path, *, keep_existing: bool = False) -> None:
+    """Gives a finished file its name; a link or file of that name is replaced, or stays with `keep_existing`."""
+    if not keep_existing:
+        unfinished.replace(path)
+        return
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if not os.path.lexists(path):  # a file system without hard links; two at once need a lock there
+            unfinished.replace(path)
+            return
+    unfinished.unlink()
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames in a directory durable, where its file system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def appended(path: str | os.PathLike[str]) -> io.FileIO:
+    """A file to append to, made if missing, unbuffered; never through a link.
+
+    Raises:
+      UserError: it is a link, or no plain file.
+      OSError: it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise UserError(f"{path} is a link or a pipe, and is not written through; remove it") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is no plain file; remove it")
+    return io.FileIO(descriptor, "ab")
+
+
+class LogFile(logging.FileHandler):
+    """A log that is appended to, never through a link, and opened only when there is something to say.
+
+    What cannot be written is said once on the terminal: a full disk must not end the work that is logged.
+    """
+
+    def __init__(self, filename: str | os.PathLike[str], *_: Any, **__: Any) -> None:
+        super().__init__(filename, encoding="utf-8", delay=True)
+        self._failed = False
+
+    def _open(self) -> Any:
+        return io.TextIOWrapper(io.BufferedWriter(appended(self.baseFilename)), "utf-8", "backslashreplace")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says the first failure in one line."""
+        error, before, self._failed = sys.exc_info()[1], self._failed, True
+        if not before and sys.stderr is not None:
+            print(f"{self.baseFilename} is not written: {error}", file=sys.stderr)
 
 
 def check_writable(folder: Path) -> None:

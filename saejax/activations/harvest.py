@@ -70,10 +70,13 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
         logger.info("%s is complete: nothing to do", config.path)
         return paths
     place = config.place()  # before the model, for it says which devices are this process's
-    run = Run(config, place, load(config) if backend is None else backend, common)
-    with _interruptible():
-        for split in text.SPLITS:
-            run.write(split, paths[split])
+    with contextlib.ExitStack() as held:
+        for path in paths.values():  # before the model, which may take minutes
+            held.enter_context(store_writer.admitted(path, process=place[0], n_processes=place[1]))
+        run = Run(config, place, load(config) if backend is None else backend, common)
+        with _interruptible():
+            for split in text.SPLITS:
+                run.write(split, paths[split])
     return paths
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from saejax import plain
+from saejax import plain, whole
 from saejax.errors import UserError
 
 FORMAT = "saejax-activations"
@@ -166,31 +166,8 @@ def write_json(file: pathlib.Path, content: dict, *, keep_existing: bool = False
 
     With `keep_existing` the first of several processes wins, and the others leave its file alone.
     """
-    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
     with disk_errors(file.parent):
-        try:
-            with partial.open("w", encoding="utf-8") as out:
-                json.dump(content, out, indent=1)
-                out.write("\n")
-                out.flush()
-                os.fsync(out.fileno())
-            if keep_existing:
-                with contextlib.suppress(FileExistsError):
-                    os.link(partial, file)
-            else:
-                partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-        sync_directory(file.parent)
-
-
-def sync_directory(path: pathlib.Path) -> None:
-    """Makes renames in the directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        whole.write(file, json.dumps(content, indent=1) + "\n", keep_existing=keep_existing)
 
 
 @contextlib.contextmanager

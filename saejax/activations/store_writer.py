@@ -3,15 +3,17 @@
 Third station of the harvest, after the language model. A shard is a fixed range of sequences, so its
 content does not depend on which process writes it or when: process p of P takes shards p, p + P, ... A
 shard that is published is never written again, one that is not leaves no trace in the store; hence no
-duplicates.
+duplicates. Writers share a store only as different p of one P; whoever comes otherwise is refused.
 """
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -19,16 +21,24 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float, Int32
 
+from saejax import lock, whole
 from saejax.activations import store_check, store_format
 from saejax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+TURN, TURN_SECONDS = ".writers.lock", 3.0
+"""Held for the moment in which a writer is admitted; a writer waits so long for those that come with it."""
+_NAME = re.compile(r"(\.writer-(\d+)(?:-of-(\d+))?\.lock)")
+"""Held by a writer while it is one; saejax 0.1 has the form without `-of-`."""
+_LEFT = re.compile(r"\.?(?:shard-(\d+)\.\w+|manifest\.json)\.(?:[0-9a-f]{16}\.partial|partial(?:-\d+)?)")
+"""An unfinished file, and the number of its shard; saejax 0.1 has the second form."""
+
 
 class Writer:
     """One process's hand on a store: creates or reopens it, writes its share of the shards, completes it.
 
-    Use as a context manager; two writers with the same process number on one store refuse each other.
+    Use as a context manager; see `admitted` for who may share a store.
     """
 
     def __init__(self, path: str | os.PathLike, facts: dict, *, process: int = 0, n_processes: int = 1):
@@ -48,42 +58,39 @@ class Writer:
             raise UserError(f"process must be in [0, n_processes={n_processes}), got {process}")
         self.path = pathlib.Path(path)
         self.process, self.n_processes = process, n_processes
-        with store_format.disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path / f".writer-{process}.lock")
-        try:
-            self.manifest = self._open_manifest(facts)
-        except BaseException:
-            self._lock.close()
-            raise
+        with _turn(self.path):
+            self._lock, alone = _admitted(self.path, process, n_processes)
+            try:
+                self.manifest = self._open_manifest(facts, alone)
+                self._remove_left(alone)
+            except BaseException:
+                self._lock.release()
+                raise
 
-    def _open_manifest(self, facts: dict) -> dict:
+    def _open_manifest(self, facts: dict, alone: bool) -> dict:
         wanted = {"format": store_format.FORMAT, "format_version": store_format.FORMAT_VERSION, **facts}
         wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they will read back
         wanted["fingerprint"] = store_format.fingerprint(wanted)
         begun = {**wanted, "complete": False, "rows": 0, "shards": []}
         file = self.path / store_format.MANIFEST
-        # Read also right after writing: of two processes that begin together, both go by the first.
         store_format.write_json(file, begun, keep_existing=True)
         manifest = store_format.read_manifest(self.path)
         try:
             check_same(wanted, manifest, self.path)
         except UserError:
             # Nothing is lost by changing one's mind before the first shard.
-            if store_format.published(self.path) or self._others_at_work():
+            if store_format.published(self.path) or not alone:
                 raise
             store_format.write_json(file, begun)
             return begun
         return manifest
 
-    def _others_at_work(self) -> bool:
-        for file in self.path.glob(".writer-*.lock"):
-            if file.name != f".writer-{self.process}.lock":
-                try:
-                    _lock(file).close()
-                except UserError:
-                    return True
-        return False
+    def _remove_left(self, all_of_them: bool = False) -> None:
+        """Removes unfinished files of writers that are gone: of the shards of this one, which no other has."""
+        for file in self.path.iterdir():
+            found = _LEFT.fullmatch(file.name)
+            if found and (all_of_them or found[1] and int(found[1]) % self.n_processes == self.process):
+                file.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
         """Shards of this process that are not published yet, or no longer whole, in order."""
@@ -119,12 +126,9 @@ class Writer:
         return True
 
     def close(self) -> None:
-        """Removes what an interrupt or a killed writer of the same number left unfinished, and lets others in."""
-        for left in self.path.glob(f"{store_format.SHARD_PREFIX}*partial*"):
-            number = int(left.name.removeprefix(store_format.SHARD_PREFIX).split(".")[0])
-            if number % self.n_processes == self.process:
-                left.unlink(missing_ok=True)
-        self._lock.close()
+        """Removes what an interrupt left unfinished, and lets others in."""
+        self._remove_left()
+        self._lock.release()
 
     def __enter__(self) -> "Writer":
         return self
@@ -140,6 +144,7 @@ class ShardWriter:
         self._path, self._manifest = path, manifest
         self._name = store_format.shard_name(number)
         self._files: dict[str, BinaryIO] = {}
+        self._partial: dict[str, pathlib.Path] = {}
         self._hashes = {suffix: hashlib.sha256() for suffix in store_format.DATA_SUFFIXES}
         self._rows = self._sequences = self._tokens = 0
         self._masked: Counter[str] = Counter()
@@ -191,7 +196,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         with store_format.disk_errors(self._path):
             for suffix in store_format.DATA_SUFFIXES:
-                self._files[suffix] = self._partial(suffix).open("wb")
+                self._files[suffix], self._partial[suffix] = whole.partial(self._path / (self._name + suffix))
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -207,8 +212,8 @@ class ShardWriter:
                 file.flush()
                 os.fsync(file.fileno())
             for suffix in self._files:
-                self._partial(suffix).replace(self._path / (self._name + suffix))
-            store_format.sync_directory(self._path)
+                whole.publish(self._partial[suffix], self._path / (self._name + suffix))
+            whole.sync_directory(self._path)
         record = {
             "name": self._name,
             "rows": self._rows,
@@ -226,10 +231,57 @@ class ShardWriter:
                 file.close()
             except OSError as error:  # the rest of a buffer on a full disk: the shard is lost anyway
                 logger.debug("closing %s: %s", self._name + suffix, error)
-            self._partial(suffix).unlink(missing_ok=True)
+            self._partial[suffix].unlink(missing_ok=True)
 
-    def _partial(self, suffix: str) -> pathlib.Path:
-        return self._path / f"{self._name}{suffix}.partial"
+
+def admitted(path: str | os.PathLike, *, process: int = 0, n_processes: int = 1) -> lock.Lock:
+    """Becomes a writer of a store, to be held until its writing is over; a `Writer` in it takes the same again.
+
+    Writers with different numbers of the same `n_processes` share a store. Anything else is refused: they would write
+    the same shards.
+
+    Args:
+      path: directory of the store; created if missing.
+      process: number of this writer, in [0, n_processes).
+      n_processes: how many writers share the shards.
+
+    Raises:
+      UserError: another writes it; names it.
+    """
+    path = pathlib.Path(path)
+    with _turn(path):
+        return _admitted(path, process, n_processes)[0]
+
+
+@contextlib.contextmanager
+def _turn(path: pathlib.Path) -> Iterator[None]:
+    """One at a time is admitted: what it sees of the others holds until it is one of them."""
+    until, held = time.monotonic() + TURN_SECONDS, None
+    with store_format.disk_errors(path):
+        while held is None:
+            try:
+                held = lock.hold(path, "a harvest that begins", name=TURN)
+            except UserError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
+    with held:
+        yield
+
+
+def _admitted(path: pathlib.Path, process: int, n_processes: int) -> tuple[lock.Lock, bool]:
+    """The lock of a writer, and whether it is the only one; in its turn."""
+    own, alone = f".writer-{process}-of-{n_processes}.lock", True
+    for name, number, of in sorted({found.groups() for file in path.iterdir() if (found := _NAME.match(file.name))}):
+        if name == own:
+            continue
+        try:
+            lock.hold(path, name=name).release()
+        except UserError:
+            if of != str(n_processes) or int(number) == process:
+                raise
+            alone = False
+    return lock.hold(path, f"harvest (writer {process} of {n_processes})", name=own, again=True), alone
 
 
 def check_same(wanted: dict, manifest: dict, path: pathlib.Path) -> None:
@@ -257,14 +309,3 @@ def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _lock(file: pathlib.Path) -> BinaryIO:
-    """Holds the file until closed or until the process ends, however it ends."""
-    held = file.open("wb")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held.close()
-        raise UserError(f"another harvest writes to {file.parent}; wait for it or choose another path") from None
-    return held

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from saejax import whole
 from saejax.errors import UserError
 
 INSTALL = "pip install 'saejax[torch]'"
@@ -210,10 +211,8 @@ def write_images(
         values = model.capture_images(pixels, (hook,))[hook]
         if not np.isfinite(values).all():
             raise UserError(f"activations at {hook} are not finite in batch {number}: the model overflowed")
-        partial = folder / "images.partial"  # renamed when whole: what a killed harvest leaves can be read
-        with partial.open("wb") as file:
+        with whole.opened(folder / f"images-{number:08d}.npy") as file:  # what a killed harvest leaves can be read
             np.save(file, values.reshape(-1, values.shape[-1]))
-        partial.replace(folder / f"images-{number:08d}.npy")
         rows += values.shape[0] * values.shape[1]
     return rows
 

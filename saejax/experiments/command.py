@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from saejax import config
+from saejax import config, whole
 from saejax.errors import UserError
 from saejax.experiments import all_experiments, harness
 
@@ -113,7 +113,7 @@ def _all_quick(overrides: list[str]) -> int:
         logger.info("%s: %.0f s", name, time.perf_counter() - start)
     text = harness.table(rows, sources=False)
     (Path(out) / "table.txt").parent.mkdir(parents=True, exist_ok=True)
-    (Path(out) / "table.txt").write_text(harness.table(rows) + "\n", encoding="utf-8")
+    whole.write(Path(out) / "table.txt", harness.table(rows) + "\n")
     n_failed = sum(not check.passed for _, check in rows)
     n_judged = sum(check.verdict in ("pass", "FAIL") for _, check in rows)
     print(text)

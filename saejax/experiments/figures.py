@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from saejax import whole
 from saejax.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,5 +142,7 @@ def save(figure: Figure, path: Path) -> None:
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "saejax", "svg.fonttype": "none"}):
-        figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        with whole.opened(path.with_suffix(".png")) as file:
+            figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+        with whole.opened(path.with_suffix(".svg")) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import jax
 import numpy as np
 
-from saejax import config
+from saejax import config, whole
 from saejax.errors import UserError
 from saejax.experiments import figures
 
@@ -182,12 +182,12 @@ def run_experiment(experiment: Experiment, out_dir: str | Path, *, echo: bool = 
     if record.exists() and not record.read_text(encoding="utf-8").startswith(head):
         raise UserError(f"out={out_dir} holds something else than {experiment.name}: take another directory")
     out_dir.mkdir(parents=True, exist_ok=True)
-    record.write_text(config.to_yaml(experiment), encoding="utf-8")
+    whole.write(record, config.to_yaml(experiment))
     start = time.perf_counter()
     outcome = experiment.run()
     outcome.values.setdefault("seconds", time.perf_counter() - start)
     text = table([(experiment.name, check) for check in outcome.checks])
-    (out_dir / "table.txt").write_text(text + "\n", encoding="utf-8")
+    whole.write(out_dir / "table.txt", text + "\n")
     metrics = {
         "experiment": experiment.name,
         "passed": outcome.passed,
@@ -198,7 +198,7 @@ def run_experiment(experiment: Experiment, out_dir: str | Path, *, echo: bool = 
             dataclasses.asdict(check) | {"wanted": check.wanted, "verdict": check.verdict} for check in outcome.checks
         ],
     }
-    (out_dir / "metrics.json").write_text(json.dumps(plain(metrics), indent=1, allow_nan=False), encoding="utf-8")
+    whole.write(out_dir / "metrics.json", json.dumps(plain(metrics), indent=1, allow_nan=False))
     if outcome.figure is not None:
         figures.save(outcome.figure, out_dir / "figure")
     if echo:

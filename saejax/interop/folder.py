@@ -1,8 +1,10 @@
 """The directory that an export fills: with all of it or nothing, and never with something else already there."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -20,19 +22,24 @@ def filled(path: str | os.PathLike, own: Collection[str]) -> Iterator[pathlib.Pa
         as `name/`.
 
     Raises:
-      UserError: `path` is a file, or holds anything else.
+      UserError: `path` is a file, holds anything else, or another export fills it now.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: must be a directory to write, and is a file")
-    stranger = next((name for name in _files(path) if not _owned(name, own)), None)
-    if stranger is not None:
-        raise UserError(
-            f"{path}: holds something else ({stranger}), and stays as it is; give a directory that is new, empty, or "
-            "of an earlier export in this format"
-        )
+    _refuse_strangers(path, own)
     new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        _refuse_strangers(path, own)  # which may have come from another export just now
+        for left in path.iterdir():  # by an export that was killed
+            if _PART.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
+        yield from _moved(path, new)
+
+
+def _moved(path: pathlib.Path, new: bool) -> Iterator[pathlib.Path]:
+    """Yields the new folder, private to this user and of a name that nobody foresees; moves what it then holds."""
     part = pathlib.Path(tempfile.mkdtemp(prefix=".part-", dir=path))
     try:
         yield part
@@ -46,6 +53,34 @@ def filled(path: str | os.PathLike, own: Collection[str]) -> Iterator[pathlib.Pa
                 path.rmdir()
         raise
     shutil.rmtree(part, ignore_errors=True)
+
+
+_PART = re.compile(r"\.part-[a-z0-9_]{8}")
+
+
+def _refuse_strangers(path: pathlib.Path, own: Collection[str]) -> None:
+    for name in _files(path):
+        if not _owned(name, own) and not _PART.fullmatch(name.split("/")[0]):
+            raise UserError(
+                f"{path}: holds something else ({name}), and stays as it is; give a directory that is new, empty, or "
+                "of an earlier export in this format"
+            )
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    """One export at a time. The folder itself is locked: a file for it would become a part of the export."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another export fills it; wait for that one, or give another directory") from None
+        except OSError:
+            pass  # a network mount that locks no folders
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _files(path: pathlib.Path) -> Iterator[str]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from saejax import whole
 from saejax.errors import UserError
 from saejax.report import search, snippets
 from saejax.report.corpus import Corpus, Window
@@ -146,7 +147,7 @@ def _batch(folder: pathlib.Path, number: int, header: Header, features: list[dic
 
 
 def _dump(file: pathlib.Path, tree: dict[str, Any]) -> None:
-    file.write_text(json.dumps(tree, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    whole.write(file, json.dumps(tree, ensure_ascii=False, allow_nan=False))
 
 
 def _features(

@@ -3,6 +3,8 @@
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import published_examples
@@ -111,3 +113,23 @@ def test_what_a_file_says_of_its_model_may_be_anything(trained, tmp_path):
     config = (path / "cfg.json").read_text()
     (path / "cfg.json").write_text(config.replace('"model_name": "tiny"', '"model": 3, "hook": [1], "source": "s"'))
     assert interop.export(interop.load(path), tmp_path / "y").is_dir()
+
+
+def test_one_export_at_a_time_and_what_a_killed_one_left_is_no_hindrance(tmp_path):
+    script = "import os, pathlib, sys, time\nfrom saejax.interop import folder\n"
+    script += "with folder.filled(sys.argv[1], {'cfg.json'}) as part:\n"
+    script += "    (part / 'cfg.json').write_text('first')\n    print(part, flush=True)\n    sys.stdin.readline()\n"
+    first = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "x")], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    part = pathlib.Path(first.stdout.readline().strip())
+    with pytest.raises(UserError, match="x: another export fills it; wait for that one"):
+        with folder.filled(tmp_path / "x", {"cfg.json"}):
+            raise AssertionError("two at once")
+    assert (part / "cfg.json").read_text() == "first"
+    first.kill()
+    first.communicate()
+    with folder.filled(tmp_path / "x", {"cfg.json"}) as part:
+        (part / "cfg.json").write_text("second")
+    assert content(tmp_path / "x") == {"cfg.json": b"second"} and len(list((tmp_path / "x").iterdir())) == 1

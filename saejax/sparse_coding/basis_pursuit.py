@@ -1,10 +1,12 @@
 r"""Basis pursuit: :math:`\min_z \|z\|_1` subject to :math:`zD = y`, signed or non-negative, by ADMM.
 
-Alternates the projection onto the codes that reproduce the signal exactly (one Cholesky factor of the small Gram
-matrix serves all rows and steps) with the soft threshold, whose level follows the size of the row's codes.
+Alternates the projection onto the codes that reproduce the signal exactly (one pseudo-inverse of the dictionary serves
+all rows and steps) with the soft threshold, whose level follows the size of the row's codes. The dictionary may span
+less than the space: atoms that repeat, atoms of zeros, fewer atoms than dimensions.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from saejax.sparse_coding.working_set import shrink
 _RELAXATION = 1.6
 _LEVEL = 0.1  # threshold over the largest entry of the least-squares code: of 0.03 to 1 the fastest by a little
 _FEASIBLE = 1e-3  # relative residual above which the constraints have no solution in float32
+_RANK = 2.0  # of eps sqrt(n) times the largest singular value: of dependent atoms rounding leaves less than 0.2 of that
 
 
 @functools.partial(jax.jit, static_argnames="nonneg")
@@ -31,24 +34,34 @@ def basis_pursuit(
 ) -> Solution:
     r"""Returns the exact code of least l1 norm (non-negative: with no entry below 0).
 
-    `Solution.gap` is the larger of the primal and dual residuals of ADMM, each relative to its own scale; a row has
-    converged where it is within `tolerance` and the signal is reproduced.
+    `Solution.gap` is the larger of the primal and dual residuals of ADMM, each relative to its own scale, and infinite
+    where the signal does not lie in the span of the atoms, so that no code reproduces it (the code is then that of its
+    projection). A row has converged where the gap is within `tolerance` and the signal is reproduced.
 
     Source: Chen, Donoho and Saunders, Atomic decomposition by basis pursuit, 1998; Boyd et al., Distributed
     optimization and statistical learning via ADMM, 2011.
     """
-    gram = jnp.matmul(dictionary.T, dictionary, precision=lax.Precision.HIGHEST)
-    ridge = 1e-7 * jnp.trace(gram) / gram.shape[0]
-    inverse = jax.scipy.linalg.cho_solve(
-        (jnp.linalg.cholesky(gram + ridge * jnp.eye(gram.shape[0])), True), dictionary.T
-    )  # [d, n]: the pseudo-inverse, so that a projection is two products
     body = functools.partial(_block, nonneg=nonneg, max_iterations=max_iterations, tolerance=tolerance)
-    shared = (dictionary, inverse)
-    latents, residual_norm, iterations, gap, feasible = row_blocks.over_blocks(
+    shared = (dictionary, pseudo_inverse(dictionary))
+    latents, residual_norm, iterations, gap, reproduced = row_blocks.over_blocks(
         body, (y, warm_start), shared, 4 * dictionary.shape[0]
     )
-    converged = (gap <= tolerance) & feasible
+    converged = (gap <= tolerance) & reproduced
     return Solution(residual_norm, iterations, converged, gap, latents=latents, n_atoms=dictionary.shape[0])
+
+
+def pseudo_inverse(dictionary: Float[Array, "n d"]) -> Float[Array, "d n"]:
+    """Returns the pseudo-inverse: `y @ it` is the code of least l2 norm whose signal is nearest to y.
+
+    Singular values that rounding alone could have left count as 0. Its error is that of the smallest other one, eps
+    times their ratio; by way of the Gram matrix it would be the square of the ratio.
+    """
+    basis, triangle = jnp.linalg.qr(dictionary)
+    left, values, right = jnp.linalg.svd(triangle, full_matrices=False)
+    cut = _RANK * jnp.finfo(dictionary.dtype).eps * math.sqrt(max(dictionary.shape)) * values[0]
+    inverted = jnp.where(values > cut, 1 / jnp.where(values > cut, values, 1), 0)
+    left = jnp.matmul(basis, left, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(right.T * inverted[None, :], left.T, precision=lax.Precision.HIGHEST)
 
 
 def _block(y, warm_start, dictionary, inverse, *, nonneg, max_iterations, tolerance):
@@ -56,6 +69,7 @@ def _block(y, warm_start, dictionary, inverse, *, nonneg, max_iterations, tolera
         return v + jnp.matmul(y - products.synthesise(v, dictionary), inverse, precision=lax.Precision.HIGHEST)
 
     least = project(jnp.zeros((y.shape[0], dictionary.shape[0])))  # the code of least l2 norm
+    possible = products.norms(y - products.synthesise(least, dictionary)) <= _FEASIBLE * products.norms(y)
     level = _LEVEL * jnp.max(jnp.abs(least), axis=1, keepdims=True)
 
     def step(state):
@@ -65,8 +79,8 @@ def _block(y, warm_start, dictionary, inverse, *, nonneg, max_iterations, tolera
         relaxed = _RELAXATION * x + (1 - _RELAXATION) * z
         z_new = shrink(relaxed + u, level, nonneg)
         u_new = u + relaxed - z_new
-        primal = products.norms(x - z_new) / jnp.maximum(products.norms(x), 1e-30)
-        dual = products.norms(z_new - z) / jnp.maximum(products.norms(u_new), 1e-30)
+        primal = products.quotient(products.norms(x - z_new), products.norms(x))
+        dual = products.quotient(products.norms(z_new - z), products.norms(u_new))
         gap = jnp.where(running, jnp.maximum(primal, dual), gap)
         keep = running[:, None]
         return i + 1, jnp.where(keep, z_new, z), jnp.where(keep, u_new, u), gap, iterations + running
@@ -75,8 +89,9 @@ def _block(y, warm_start, dictionary, inverse, *, nonneg, max_iterations, tolera
         return (state[0] < max_iterations) & jnp.any(state[3] > tolerance)
 
     z = jnp.zeros_like(least) if warm_start is None else warm_start
-    gap = jnp.where(level[:, 0] > 0, jnp.inf, 0.0)  # a signal of zeros is done
+    gap = jnp.where(jnp.any(y != 0, axis=1), jnp.inf, 0.0)  # a signal of zeros, and no other, is done
     state = (0, jnp.where(level > 0, z, 0), jnp.zeros_like(z), gap, jnp.zeros(y.shape[0], jnp.int32))
     _, z, _, gap, iterations = lax.while_loop(unfinished, step, state)
     residual_norm = products.norms(y - products.synthesise(z, dictionary))
-    return z, residual_norm, iterations, gap, residual_norm <= _FEASIBLE * products.norms(y)
+    reproduced = residual_norm <= _FEASIBLE * products.norms(y)
+    return z, residual_norm, iterations, jnp.where(possible, gap, jnp.inf), reproduced

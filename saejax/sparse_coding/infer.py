@@ -66,7 +66,8 @@ def infer(
       y: Signals, real and finite.
       dictionary: One atom per row, of norm 1.
       method: A name in `METHODS`.
-      k: Atoms per signal, at most d; for top_k, mp, omp and gradient_pursuit.
+      k: For omp atoms per signal, at most d (more are linearly dependent); for top_k latents, at most n_atoms; for mp
+        and gradient_pursuit steps, which may take an atom again, so that the support has at most k.
       l1_coef: Weight of the l1 norm against half the squared error; for ista and fista.
       threshold: Level of the correlations to keep; for threshold.
       nonneg: Whether codes must not fall below 0.
@@ -162,8 +163,11 @@ def _arrays(y: Any, dictionary: Any) -> tuple[jax.Array, jax.Array]:
 def _check_options(given: dict[str, Any], method: str, b: int, n: int, d: int) -> None:
     k, warm_start = given.get("k"), given.get("warm_start")
     if k is not None:
-        most = min(n, d)  # more than d atoms are linearly dependent: no code of theirs is the only one
-        limit = f"must be a whole number in [1, {'d' if most < n else 'n_atoms'}={most}]"
+        # More than d atoms are linearly dependent: no least-squares code of theirs is the only one. Steps are counted
+        # in int32.
+        bounds = {"omp": min((n, "n_atoms"), (d, "d")), "top_k": (n, "n_atoms")}
+        most, name = bounds.get(method, (2**31 - 1, ""))
+        limit = f"must be a whole number in [1, {name}{'=' if name else ''}{most}]"
         _demand(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= most, "k", limit, k)
     if "l1_coef" in given:
         _demand(_above(given["l1_coef"], 0), "l1_coef", "must be a number above 0", given["l1_coef"])
@@ -176,8 +180,6 @@ def _check_options(given: dict[str, Any], method: str, b: int, n: int, d: int) -
         shape = (b, warm_start.n_atoms) if isinstance(warm_start, Solution) else jnp.shape(warm_start)
         _demand(shape == (b, n), "warm_start", f"must have shape {(b, n)}", shape)
         _demand_finite(warm_start.dense() if isinstance(warm_start, Solution) else warm_start, "warm_start")
-    if method == "basis_pursuit":
-        _demand(n >= d, "dictionary", f"must have at least d={d} atoms for basis_pursuit", n)
 
 
 def _whole(value: Any) -> Any:

@@ -58,7 +58,7 @@ def _account(residual_norm, **code) -> Solution:
     return Solution(
         residual_norm=residual_norm,
         iterations=jnp.ones(residual_norm.shape, jnp.int32),
-        converged=jnp.ones(residual_norm.shape, bool),
+        converged=jnp.isfinite(residual_norm),
         gap=jnp.full(residual_norm.shape, jnp.nan),
         **code,
     )

@@ -39,5 +39,12 @@ def best(scores: Float[Array, "b n"]) -> tuple[Float[Array, "b"], Int[Array, "b"
 
 
 def norms(rows: Float[Array, "b d"]) -> Float[Array, "b"]:
-    """Returns the norm of each row."""
-    return jnp.sqrt(jnp.sum(rows**2, axis=1))
+    """Returns the norm of each row, of any scale: no square overflows or vanishes. NaN where a row is not finite."""
+    largest = jnp.max(jnp.abs(rows), axis=1)
+    unit = jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.sum((rows / unit[:, None]) ** 2, axis=1))
+
+
+def quotient(above: Float[Array, "b"], below: Float[Array, "b"]) -> Float[Array, "b"]:
+    """Returns above / below, and above itself where below is 0."""
+    return above / jnp.where(below == 0, 1, below)

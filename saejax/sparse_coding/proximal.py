@@ -85,13 +85,14 @@ def relative_gap(
     With the dual point :math:`\theta = s r` it is :math:`\frac12(1-s)^2\|r\|^2 + \sum_j(\lambda|z_j| - s z_j d_j^T r)`:
     a sum of terms that are not negative, so nothing cancels in float32.
     """
-    energy = jnp.sum(residual**2, axis=1)
+    size = products.norms(y)
+    unit = jnp.where(size > 0, size, 1)  # in units of the signal no square overflows or vanishes
+    energy = (products.norms(residual) / unit) ** 2
     steepest = jnp.max(correlation if nonneg else jnp.abs(correlation), axis=1)
-    scale = jnp.minimum(1.0, l1_coef / jnp.maximum(steepest, 1e-30))
-    slack = jnp.sum(l1_coef * jnp.abs(latents) - scale[:, None] * latents * correlation, axis=1)
-    gap = 0.5 * (1 - scale) ** 2 * energy + jnp.maximum(slack, 0)
-    total = 0.5 * jnp.sum(y**2, axis=1)
-    return gap / jnp.where(total > 0, total, 1)
+    scale = jnp.minimum(1.0, l1_coef / jnp.where(steepest > 0, steepest, l1_coef))
+    level, slope = (l1_coef / unit)[:, None], (scale / unit)[:, None]
+    slack = jnp.sum(level * jnp.abs(latents) - slope * correlation * latents, axis=1) / unit
+    return ((1 - scale) ** 2 * energy + 2 * jnp.maximum(slack, 0)) / jnp.where(size > 0, 1, 2)
 
 
 def _descend(y, dictionary, l1_coef, nonneg, warm_start, max_iterations, tolerance, accelerate) -> Solution:
@@ -141,7 +142,7 @@ def _block(y, warm_start, dictionary, l1_coef, lip, *, nonneg, max_iterations, t
             better = gap_new < gap
             z, c = jnp.where(better[:, None], z_new, z), jnp.where(better[:, None], c_new, c)
             iterations = iterations + running * working_set.STEPS
-            return i + working_set.STEPS, z, c, jnp.minimum(gap, gap_new), iterations
+            return i + working_set.STEPS, z, c, jnp.where(better, gap_new, gap), iterations
 
         last = working_set.steps(max_iterations)
         start = (i, z, c, gap, iterations)

@@ -15,7 +15,6 @@ from saejax.sparse_coding import products, row_blocks, support
 from saejax.sparse_coding.solution import Solution
 
 _STATIC = ("k", "nonneg")
-_DEPENDENT = 1e-5  # energy of an atom outside the span of the others below which float32 cannot add it; ends the row
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -48,9 +47,12 @@ def omp(
 def gradient_pursuit(
     y: Float[Array, "b d"], dictionary: Float[Array, "n d"], k: int, nonneg: bool = True, tolerance: float = 1e-5
 ) -> Solution:
-    r"""Gradient pursuit: after each choice, one exact line search along :math:`g = D_S r` on the chosen atoms.
+    r"""Gradient pursuit: k times :math:`S \leftarrow S \cup \{\arg\max_j |d_j^T r|\}`, then one exact line search along
+    :math:`g = D_S r` on the chosen atoms.
 
-    Non-negative codes are clipped at 0 and the residual is taken anew.
+    One step along g does not make the residual orthogonal to S, so an atom of S may be the best again: the step then
+    adds no atom, and the support has at most k. Non-negative codes, which the source does not have, take the largest
+    :math:`d_j^T r`, are clipped at 0, and the residual is taken anew.
 
     Source: Blumensath and Davies, Gradient pursuits, 2008.
     """
@@ -60,19 +62,21 @@ def gradient_pursuit(
 def _pursue(step, y, dictionary, k, nonneg, tolerance) -> Solution:
     """Runs `step` up to k times on every row and gives its account."""
     n = dictionary.shape[0]
+    slots = min(k, n)  # steps may outnumber the atoms where one can be chosen again
 
     def block(y, dictionary):
         b, d = y.shape
         limit = tolerance * products.norms(y)
         state = {
             "residual": y,
-            "values": jnp.zeros((b, k)),
-            "indices": jnp.full((b, k), n, jnp.int32),  # n: an empty slot
-            "atoms": jnp.zeros((b, k, d)),
+            "values": jnp.zeros((b, slots)),
+            "indices": jnp.full((b, slots), n, jnp.int32),  # n: an empty slot
             "running": products.norms(y) > limit,
             "solved": jnp.ones(b, bool),
             "iterations": jnp.zeros(b, jnp.int32),
         }
+        if step is not _mp_step:
+            state |= {"atoms": jnp.zeros((b, slots, d))}
         if step is _omp_step:
             state |= {"gram": jnp.zeros((b, k, k)), "inverse": jnp.zeros((b, k, k))}
             state |= {"target": jnp.zeros((b, k)), "passive": jnp.zeros((b, k), bool)}
@@ -92,7 +96,15 @@ def _pursue(step, y, dictionary, k, nonneg, tolerance) -> Solution:
 
         _, state = lax.while_loop(unfinished, once, (0, state))
         indices = jnp.where(state["indices"] == n, 0, state["indices"])
-        return state["values"], indices, products.norms(state["residual"]), state["iterations"], state["solved"]
+        residual_norm = products.norms(state["residual"])
+        # A norm that is NaN exceeds no limit, so such a row stops: that is not its goal.
+        return (
+            state["values"],
+            indices,
+            residual_norm,
+            state["iterations"],
+            state["solved"] & jnp.isfinite(residual_norm),
+        )
 
     values, indices, residual_norm, iterations, solved = row_blocks.over_blocks(block, (y,), (dictionary,), n)
     gap = jnp.full(residual_norm.shape, jnp.nan)
@@ -117,37 +129,35 @@ def _choose(state, dictionary, nonneg, again: bool):
     return chosen, correlation, state["running"] & (top > 0)
 
 
+def _slot(state, chosen, n):
+    """Returns where the chosen atom of each row goes: True at its own slot if it has one, else at the first empty."""
+    same = state["indices"] == chosen[:, None]
+    empty = state["indices"] == n
+    first = empty & (jnp.cumsum(empty, axis=1) == 1)
+    return jnp.where(jnp.any(same, axis=1, keepdims=True), same, first)
+
+
 def _mp_step(t, state, y, dictionary, nonneg):
     chosen, correlation, running = _choose(state, dictionary, nonneg, again=True)
-    same = state["indices"] == chosen[:, None]
-    # The slot of the same atom if it has one, else the first empty one.
-    empty = jnp.cumsum(state["indices"] == dictionary.shape[0], axis=1) == 1
-    empty = empty & (state["indices"] == dictionary.shape[0])
-    slot = jnp.where(jnp.any(same, axis=1, keepdims=True), same, empty)
+    slot = _slot(state, chosen, dictionary.shape[0])
     residual = state["residual"] - correlation[:, None] * dictionary[chosen]
     values = state["values"] + jnp.where(slot, correlation[:, None], 0)
     indices = jnp.where(slot, chosen[:, None], state["indices"])
     return state | {"residual": residual, "values": values, "indices": indices, "running": running}
 
 
-def _append(t, state, dictionary, nonneg):
-    """Returns the state with the best new atom in slot t, and the atom."""
-    chosen, _, running = _choose(state, dictionary, nonneg, again=False)
-    atom = dictionary[chosen]
-    indices = state["indices"].at[:, t].set(chosen)
-    atoms = state["atoms"].at[:, t].set(atom)
-    return state | {"indices": indices, "atoms": atoms, "running": running}, atom
-
-
 def _omp_step(t, state, y, dictionary, nonneg):
-    state, atom = _append(t, state, dictionary, nonneg)
-    atoms, passive, solved = state["atoms"], state["passive"].at[:, t].set(True), state["solved"]
+    chosen_atom, _, running = _choose(state, dictionary, nonneg, again=False)
+    atom = dictionary[chosen_atom]
+    indices, atoms = state["indices"].at[:, t].set(chosen_atom), state["atoms"].at[:, t].set(atom)
+    state = state | {"indices": indices, "atoms": atoms, "running": running}
+    passive, solved = state["passive"].at[:, t].set(True), state["solved"]
     column = products.inner(atoms, atom)
     gram = state["gram"].at[:, t, :].set(column).at[:, :, t].set(column)
     target = state["target"].at[:, t].set(jnp.sum(atom * y, axis=1))
     inverse, rest = support.extend(state["inverse"], column, t)
     chosen = state["running"]
-    running = chosen & (rest > _DEPENDENT)
+    running = chosen & (rest > support.DEPENDENT)
     values = support.multiply(inverse, target)
     if nonneg:
         used = (jnp.arange(target.shape[1]) <= t)[None, :] & running[:, None]
@@ -160,12 +170,17 @@ def _omp_step(t, state, y, dictionary, nonneg):
 
 
 def _gradient_step(t, state, y, dictionary, nonneg):
-    state, _ = _append(t, state, dictionary, nonneg)
-    gradient = products.inner(state["atoms"], state["residual"])
-    direction = products.combine(gradient, state["atoms"])
-    energy = jnp.sum(direction**2, axis=1)
-    step = jnp.sum(gradient**2, axis=1) / jnp.where(energy > 0, energy, 1)  # <r, D_S g> = ||g||^2
-    values = state["values"] + step[:, None] * gradient
+    chosen, _, running = _choose(state, dictionary, nonneg, again=True)
+    slot = _slot(state, chosen, dictionary.shape[0])
+    indices = jnp.where(slot, chosen[:, None], state["indices"])
+    atoms = jnp.where(slot[:, :, None], dictionary[chosen][:, None, :], state["atoms"])
+    gradient = products.inner(atoms, state["residual"])
+    # At norm 1, so that squares neither overflow nor vanish; <r, D_S g> = ||g||^2.
+    length = products.norms(gradient)
+    towards = gradient / jnp.where(length > 0, length, 1)[:, None]
+    step = products.quotient(length, jnp.sum(products.combine(towards, atoms) ** 2, axis=1))
+    values = state["values"] + step[:, None] * towards
     values = jnp.maximum(values, 0) if nonneg else values
-    residual = y - products.combine(values, state["atoms"])
-    return state | {"values": values, "residual": residual}
+    residual = y - products.combine(values, atoms)
+    new = {"indices": indices, "atoms": atoms, "values": values, "residual": residual, "running": running}
+    return state | new

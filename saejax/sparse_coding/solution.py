@@ -17,10 +17,11 @@ class Solution:
       residual_norm: Norm of what the code leaves unexplained, [b] float32, in the unit of the signals.
       iterations: Steps taken on the row, [b] int32.
       converged: Whether the method reached its own end, [b] bool: all k atoms chosen or nothing left to explain
-        (pursuits), a gap within the tolerance (ista, fista, basis_pursuit). False: iterations ran out.
+        (pursuits), a gap within the tolerance (ista, fista, basis_pursuit). False: iterations ran out, there is no
+        code to find, or a number on the way was not finite.
       gap: Distance from the optimum, [b] float32, as the method defines it; NaN where it has none.
-      values: [b, k] float32, 0 in an unused slot, or None when dense.
-      indices: [b, k] int32, or None when dense. Used slots of a row are distinct.
+      values: [b, min(k, n_atoms)] float32, 0 in an unused slot, or None when dense.
+      indices: [b, min(k, n_atoms)] int32, or None when dense. Used slots of a row are distinct.
       latents: [b, n_atoms] float32, or None when k-sparse.
       n_atoms: Rows of the dictionary (static).
 

@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from saejax.sparse_coding import products
 
+DEPENDENT = 1e-5
+"""Share of an atom's energy outside the span of the others below which float32 cannot add it."""
 _EPS = 1e-6  # of the largest correlation: what float32 cannot tell from 0
 _PATIENCE = 3  # full exchanges that may fail to reduce the violations, before single ones
 
@@ -109,7 +111,8 @@ def nonneg_least_squares(
     w = multiply(inverse_passive, target)
     start = (0, passive, inverse_passive, w, violators(w, passive), jnp.full(b, k + 1), jnp.full(b, _PATIENCE))
     _, passive, inv, w, bad, _, _ = lax.while_loop(unfinished, step, start)
-    return jnp.maximum(w, 0), passive, inv, ~jnp.any(bad, axis=1)
+    # NaN violates nothing, and solves nothing.
+    return jnp.maximum(w, 0), passive, inv, ~jnp.any(bad, axis=1) & jnp.all(jnp.isfinite(w), axis=1)
 
 
 def refine(
@@ -134,9 +137,21 @@ def fit(
     """
     gram = jnp.einsum("bid,bjd->bij", atoms, atoms, precision=lax.Precision.HIGHEST)
     target = products.inner(atoms, y)
-    inv, solved = inverse(gram, used), jnp.ones(y.shape[0], bool)
+    inv, passive, solved = inverse(gram, used), used, jnp.ones(y.shape[0], bool)
     w = multiply(inv, target)
     if nonneg:
-        w, _, inv, solved = nonneg_least_squares(gram, target, used, used, inv)
+        w, passive, inv, solved = nonneg_least_squares(gram, target, used, used, inv)
     w, residual = refine(w, inv, atoms, y, nonneg)
-    return w, residual, solved & jnp.all(jnp.isfinite(w), axis=1)
+    return w, residual, solved & independent(gram, inv, passive) & jnp.all(jnp.isfinite(w), axis=1)
+
+
+def independent(
+    gram: Float[Array, "b k k"], inverse: Float[Array, "b k k"], used: Bool[Array, "b k"]
+) -> Bool[Array, "b"]:
+    """Returns whether each used atom has energy outside the span of the others that float32 can tell from 0.
+
+    That energy is one over the atom's diagonal entry of the inverse. Rounding leaves dependent atoms a few 1e-7 of
+    theirs, of either sign, and then weights that mean nothing.
+    """
+    shares = jnp.diagonal(gram, axis1=1, axis2=2) * jnp.diagonal(inverse, axis1=1, axis2=2)
+    return jnp.all(~used | ((shares > 0) & (shares < 1 / DEPENDENT)), axis=1)

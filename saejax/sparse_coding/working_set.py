@@ -55,7 +55,8 @@ def solve(
     atoms = dictionary[indices]
     gram = jnp.einsum("bid,bjd->bij", atoms, atoms, precision=lax.Precision.HIGHEST)
     target = products.inner(atoms, y)
-    rate = 1 / jnp.max(jnp.sum(jnp.abs(gram), axis=2), axis=1, keepdims=True)  # row sums bound the eigenvalues
+    steepest = jnp.max(jnp.sum(jnp.abs(gram), axis=2), axis=1, keepdims=True)  # row sums bound the eigenvalues
+    rate = 1 / jnp.where(steepest > 0, steepest, 1)  # 0: atoms of zeros only
 
     def step(_, state):
         z, z_old, t = state

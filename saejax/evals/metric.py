@@ -6,6 +6,7 @@ reconstructions (`EvalBatch`); `evals.over` runs any metric over arrays that are
 
 import abc
 import dataclasses
+import functools
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -19,6 +20,9 @@ from saejax.sae import base
 
 METRICS: dict[str, type["Metric"]] = {}
 """Every metric by its name. A new metric is one file that registers itself."""
+
+_SEE_NO_PADDING: set[Any] = set()
+"""The `update` of every class, which is given zeros for padding: a class that inherits one needs no other."""
 
 _T = TypeVar("_T", bound=type["Metric"])
 
@@ -56,7 +60,8 @@ class Metric(abc.ABC):
     `merge` is associative and `init` its neutral element. Ratios are formed once, in `compute`.
 
     A batch is a struct with `weight` [b], 1 for a real row and 0 for padding, whose other fields have one entry per row
-    except those named in its class attribute `shared`.
+    except those named in its class attribute `shared`. What padding holds never counts: every `update` is given zeros
+    there (see `without_padding`).
     """
 
     name: ClassVar[str]
@@ -64,6 +69,19 @@ class Metric(abc.ABC):
     """The struct that `update` takes."""
     on_host: ClassVar[bool] = False
     """Whether `update` takes numpy batches of real rows, uncompiled, because it sorts or keeps rows."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        update = cls.update
+        if getattr(update, "__isabstractmethod__", False) or update in _SEE_NO_PADDING:
+            return
+
+        @functools.wraps(update)
+        def without(self: Any, state: Any, batch: Any) -> Any:
+            return update(self, state, without_padding(batch))
+
+        _SEE_NO_PADDING.add(without)
+        cls.update = without
 
     @abc.abstractmethod
     def init(self, batch: Any) -> Any:
@@ -94,6 +112,30 @@ def register(cls: _T) -> _T:
     """Class decorator: enters a metric under its `name`."""
     METRICS[cls.name] = cls
     return cls
+
+
+def without_padding(batch: Any) -> Any:
+    """A batch whose rows of weight 0 hold zeros and nothing else: 0 times NaN, which padding may hold, is NaN.
+
+    Args:
+      batch: See `Metric`; `weight` None is a batch of real rows.
+
+    Example:
+      >>> batch = EvalBatch(*[jnp.array([[1.0], [jnp.nan]])] * 2, base.Encoding(), jnp.array([1.0, 0.0]), None, None)
+      >>> without_padding(batch).x.tolist()
+      [[1.0], [0.0]]
+    """
+    if batch.weight is None:
+        return batch
+    xp = jnp if isinstance(batch.weight, jax.Array) else np
+    real = batch.weight > 0
+
+    def zeroed(rows: Any) -> Any:
+        rows = xp.asarray(rows)
+        return xp.where(real.reshape(-1, *[1] * (rows.ndim - 1)), rows, xp.zeros((), rows.dtype))
+
+    per_row = [field.name for field in dataclasses.fields(batch) if field.name not in getattr(batch, "shared", ())]
+    return dataclasses.replace(batch, **{name: jax.tree.map(zeroed, getattr(batch, name)) for name in per_row})
 
 
 def total(values: Float[Array, "b"], weight: Float[Array, "b"]) -> Float[Array, ""]:

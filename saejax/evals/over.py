@@ -32,16 +32,21 @@ def over(m: metric.Metric, batch: Any, *, rows: int | None = None, mesh: Mesh | 
       The numbers of `m.compute`, with their definitions.
 
     Raises:
-      UserError: no rows, `rows` below 1, fields of different lengths or widths, or values that are not finite.
+      UserError: no rows, `rows` below 1, fields of different lengths or widths, or values that are not finite in rows
+        of weight above 0.
     """
     if rows is not None and rows < 1:
         raise UserError(f"rows must be at least 1, got {rows}")
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     shared = {name: fields.pop(name) for name in getattr(batch, "shared", ())}
     n = _n_rows(fields)
-    _check_finite(shared)
     if fields["weight"] is None:
         fields["weight"] = np.ones(n, np.float32)
+    n_real = int((np.asarray(fields["weight"]) > 0).sum())
+    if not n_real:
+        raise UserError("there are no rows to measure: every weight is 0")
+    _check_finite(shared)
+    _check_finite(_real(fields))
     n_data = 1 if mesh is None or m.on_host else mesh.shape[sharding.DATA]
     size = -(-(n if rows is None else rows) // n_data) * n_data
     merged = None
@@ -58,7 +63,7 @@ def over(m: metric.Metric, batch: Any, *, rows: int | None = None, mesh: Mesh | 
             }
             raise UserError(f"the arrays of {m.name} must fit each other, got {shapes}") from error
         merged = state if merged is None else m.merge(merged, state)
-    return EvalResult.of(m.compute(merged), m.definitions(), {"rows": n})
+    return EvalResult.of(m.compute(merged), m.definitions(), {"rows": n_real})
 
 
 @functools.lru_cache(maxsize=64)
@@ -92,7 +97,6 @@ def _n_rows(fields: dict[str, Any]) -> int:
         raise UserError("there are no rows to measure: the arrays are empty")
     if len(set(lengths.values())) > 1:
         raise UserError(f"all arrays must have the same number of rows, got {lengths}")
-    _check_finite(fields)
     return next(iter(lengths.values()))
 
 
@@ -111,8 +115,8 @@ def _padded(block: dict[str, Any], size: int) -> dict[str, Any]:
 
 def _real(block: dict[str, Any]) -> dict[str, Any]:
     """The rows that count."""
-    keep = block["weight"] > 0
-    return jax.tree.map(lambda a: a[keep], block)
+    keep = np.asarray(block["weight"]) > 0
+    return jax.tree.map(lambda a: np.asarray(a)[keep], block)
 
 
 def _wide(state: Any) -> Any:

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What every part may import: they know nothing but the standard library and one another.
-GROUND = {"errors", "paths", "resume_policy", "lock", "whole"}
+GROUND = {"errors", "paths", "resume_policy", "lock", "whole", "numeric"}
 
 # What else a part of saejax may import of saejax, besides itself.
 BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "plain", "processes", "sae", "sharding"}
@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "paths": set(),
     "resume_policy": set(),
     "lock": set(),
+    "numeric": set(),
     "kernels": set(),
     "sae": {"kernels"},
     "sparse_coding": {"kernels", "sae"},

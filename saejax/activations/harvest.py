@@ -9,7 +9,6 @@ harvest by taking turns in shards.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import math
@@ -28,7 +27,16 @@ import tqdm
 from jaxtyping import Array, Float, Shaped
 
 from saejax import sharding
-from saejax.activations import language_model, packing, store, store_format, store_writer, text, torch_source
+from saejax.activations import (
+    language_model,
+    packing,
+    special_tokens,
+    store,
+    store_format,
+    store_writer,
+    text,
+    torch_source,
+)
 from saejax.activations.harvest_config import HarvestConfig, OnNonfinite
 from saejax.activations.sinks import Sink, calibrate, keep_mask
 from saejax.errors import Stopped, UserError
@@ -73,7 +81,8 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     with contextlib.ExitStack() as held:
         for path in paths.values():  # before the model, which may take minutes
             held.enter_context(store_writer.admitted(path, process=place[0], n_processes=place[1]))
-        run = Run(config, place, load(config) if backend is None else backend, common)
+        goes_on = next((manifest for path in paths.values() if (manifest := _begun(path))), None)
+        run = Run(config, place, load(config) if backend is None else backend, common, goes_on)
         with _interruptible():
             for split in text.SPLITS:
                 run.write(split, paths[split])
@@ -108,20 +117,36 @@ class Batch:
 class Run:
     """The model with everything derived from it and the settings: one call of `harvest`, or a live source."""
 
-    def __init__(self, config: HarvestConfig, place: tuple[int, int], backend: language_model.LMBackend, common: dict):
+    def __init__(
+        self,
+        config: HarvestConfig,
+        place: tuple[int, int],
+        backend: language_model.LMBackend,
+        common: dict,
+        begun: dict | None = None,
+    ):
+        """Prepares a harvest.
+
+        Args:
+          config: its settings.
+          place: number of this process, and how many share the work.
+          backend: the model.
+          common: what the manifests of both splits begin with.
+          begun: the manifest of a store that goes on, whose choice of a token that begins segments stays.
+        """
         if backend.tokenizer is None:
             raise UserError(f"model {config.model} has no tokenizer: text cannot be harvested with it")
-        self.config, self.backend, self.tokenizer = config, backend, backend.tokenizer
+        self.config, self.backend, self.tokenizer = config, backend, language_model.tokenizer_of(backend)
         sites = [{"hook": hook, "d_in": backend.hook_width(hook)} for hook in config.hooks]
         self.d_in = sum(site["d_in"] for site in sites)
-        self.packer = packing.Packer(config.context_length, _bos_id(config.bos, backend.tokenizer))
+        self.packer, policy = special_tokens.chosen(config, self.tokenizer, begun)
         self.dtype = store_format.numpy_dtype(config.dtype.value)
         self.process, self.n_processes = place
         self.common: dict[str, Any] = common | {
             "hook": config.hook,
             "model": backend.provenance,
-            "tokenizer": _tokenizer_identity(backend.tokenizer),
-            "special_token_policy": self.packer.policy(),
+            "tokenizer": self.tokenizer.identity(),
+            "special_token_policy": policy,
             "dtype": config.dtype.value,
             "d_in": self.d_in,
             "context_length": config.context_length,
@@ -135,7 +160,7 @@ class Run:
     def sequences(self, split: text.Split) -> Iterator[packing.Sequence]:
         """The packed text of a split, from its beginning."""
         limit = {"train": self.config.n_tokens, "heldout": self.config.heldout_tokens}[split]
-        documents = packing.encode_documents(self.config.text.documents(split), self._encode)
+        documents = packing.encode_documents(self.config.text.documents(split), self.tokenizer.encode)
         return packing.until(self.packer.pack(documents), limit)
 
     def write(self, split: text.Split, path: pathlib.Path) -> None:
@@ -151,6 +176,7 @@ class Run:
             "tokens_sha256": survey.sha256,
             "sink": self._sink(path).to_json(),
         }
+        special_tokens.check_same_tokens(path, _begun(path), survey.sha256, self.tokenizer)
         self._check_space(path, facts["n_shards"], survey)
         with store.Writer(path, facts, process=self.process, n_processes=self.n_processes) as writer:
             self.sink = Sink(**writer.manifest["sink"])
@@ -302,9 +328,6 @@ class Run:
         share = n_shards * self.config.shard_sequences / manifest["n_sequences"]
         return int(manifest["n_tokens"] * min(share, 1))
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-
 
 def _begun(path: pathlib.Path) -> dict | None:
     """The manifest of a store that has shards; before the first one nothing binds."""
@@ -343,29 +366,6 @@ def _one_late(batches: Iterator[Batch], dispatch: Callable) -> Iterator[tuple[Ba
         waiting = result
     if waiting is not None:
         yield waiting
-
-
-_BOS_TOKENS = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
-
-
-def _bos_id(bos: str, tokenizer) -> int | None:
-    """The id of the token that begins a segment."""
-    if bos == "none":
-        return None
-    if bos != "auto":
-        if (found := tokenizer.token_to_id(bos)) is None:
-            raise UserError(f"bos must be auto, none or a token of the model, got {bos!r}")
-        return found
-    # What the tokenizer itself puts in front of a text, else a token that models were trained to see there.
-    leading = tokenizer.encode("", add_special_tokens=True).ids
-    if leading:
-        return leading[0]
-    return next((i for token in _BOS_TOKENS if (i := tokenizer.token_to_id(token)) is not None), None)
-
-
-def _tokenizer_identity(tokenizer) -> dict:
-    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return {"sha256": digest, "vocab_size": tokenizer.get_vocab_size()}
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from saejax.activations import harvest, language_model, packing, store_format, text
+from saejax.activations import harvest, language_model, packing, special_tokens, store_format, text
 from saejax.activations.harvest_config import HarvestConfig
 from saejax.activations.language_model import hooks as hooks_
 from saejax.activations.loader import digest, same_stream, shuffled_blocks
@@ -107,22 +107,34 @@ class Live(ActivationSource):
         check_lanes(n_lanes=n_lanes, block_rows=block_rows, lanes=lanes)
         if jax.process_count() > 1:
             raise UserError("source=language_model runs in one process; harvest first, and train with source=store")
-        model = _model(self)
-        group = self.batch_sequences
-        if len(model.train) < group:
-            raise UserError(f"source.batch_sequences must be at most {len(model.train)}, all of the text, got {group}")
-        order = shuffled_blocks(n_blocks=len(model.train), n_lanes=group, seed=seed)
+        model, group = _model(self), self.batch_sequences
 
-        def start(lane: int, number: int) -> Callable[[], np.ndarray]:
-            places = np.asarray(order[number * n_lanes + lane])
-            return model.run.start([model.train[place] for place in places])
+        def opened() -> tuple[Start, dict[str, Any]]:
+            run, train = model.run, model.train
+            if len(train) < group:
+                raise UserError(f"source.batch_sequences must be at most {len(train)}, all of the text, got {group}")
+            order = shuffled_blocks(n_blocks=len(train), n_lanes=group, seed=seed)
 
-        facts = {"rows": None, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": model.data}
-        return LiveStream(start, lanes, block_rows, facts)
+            def start(lane: int, number: int) -> Callable[[], np.ndarray]:
+                places = np.asarray(order[number * n_lanes + lane])
+                return run.start([train[place] for place in places])
+
+            facts = {"rows": None, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": model.data}
+            return start, facts
+
+        def reopen(data: Any) -> tuple[Start, dict[str, Any]] | None:
+            return opened() if model.goes_on_as(data) else None
+
+        start, facts = opened()
+        return LiveStream(start, lanes, block_rows, facts, reopen)
 
     def heldout(self, batch: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
         """Yield the rows of the held-out text, in order; computed once, then kept."""
         return _model(self).heldout(batch, max_rows)
+
+
+Start = Callable[[int, int], Callable[[], np.ndarray]]
+"""(lane, number) -> what waits for the rows of a lane's batch of sequences."""
 
 
 class LiveStream:
@@ -131,17 +143,24 @@ class LiveStream:
     n_rows: int | None = None
 
     def __init__(
-        self, start: Callable[[int, int], Callable[[], np.ndarray]], lanes: range, block_rows: int, identity: dict
+        self,
+        start: Start,
+        lanes: range,
+        block_rows: int,
+        identity: dict[str, Any],
+        reopen: Callable[[Any], tuple[Start, dict[str, Any]] | None] = lambda data: None,
     ):
         """Opens the stream.
 
         Args:
-            start: (lane, number) -> what waits for the rows of a lane's batch of sequences.
+            start: see `Start`.
             lanes: the lanes to read.
             block_rows: rows per lane and step.
             identity: what the rows depend on, as in `loader.Stream`.
+            reopen: from the data of a position to `start` and `identity` for them, None where they are other data.
         """
         self._start, self._numbers, self._block_rows, self._identity = start, lanes, block_rows, identity
+        self._reopen = reopen
         self._begin(0, {str(lane): [0, 0] for lane in lanes})
 
     def _begin(self, position: int, places: dict[str, list[int]]) -> None:
@@ -184,6 +203,9 @@ class LiveStream:
         Raises:
             UserError: the state belongs to other data, another batch or another seed, or lacks a lane.
         """
+        saved = state["stream"].get("data") if isinstance(state["stream"], dict) else None
+        if saved != self._identity.get("data") and (again := self._reopen(saved)) is not None:
+            self._start, self._identity = again
         same_stream(state, self._identity)
         if missing := {str(lane) for lane in self._numbers} - set(state["lanes"]):
             raise UserError(f"the loader cannot continue: the position lacks lanes {', '.join(sorted(missing))}")
@@ -231,18 +253,38 @@ class _Model:
     """A loaded model, the packed text of both splits, and the held-out rows as far as they were asked for."""
 
     def __init__(self, source: Live):
-        config = source.harvest()
-        self.run = harvest.Run(config, (0, 1), harvest.load(config), common={})
+        self._source, self._backend = source, harvest.load(source.harvest())
+        self._read(begun=None)
+
+    def _read(self, begun: dict[str, Any] | None) -> None:
+        """Packs the text and measures the sinks; `begun` as `harvest.Run` takes it."""
+        config = self._source.harvest()
+        self.run = harvest.Run(config, (0, 1), self._backend, {}, begun)
         self.train, self._sequences = (list(self.run.sequences(split)) for split in text.SPLITS)
         if not self.train or not self._sequences:
-            raise UserError(f"source.corpus={source.corpus}: no document for training, or none held out")
+            raise UserError(f"source.corpus={self._source.corpus}: no document for training, or none held out")
         self.run.measure_sink()
         assert self.run.sink is not None
         facts = {key: value for key, value in self.run.common.items() if key not in ("model", "shard_sequences")}
+        facts["special_token_policy"] = special_tokens.tokens_of(facts["special_token_policy"])
         weights = {key: value for key, value in self.run.common["model"].items() if key != "name"}
         tokens = packing.survey(self.train).sha256
         self.data = digest([facts, weights, tokens, self.run.sink.to_json(), config.batch_sequences])
         self._rows: list[np.ndarray] = []
+
+    def goes_on_as(self, data: Any) -> bool:
+        """Begins segments as earlier versions did, if `data` were made so; returns whether they were."""
+        earlier = self.run.tokenizer.earlier_bos()
+        if self._source.bos != "auto" or earlier == self.run.packer.bos_id:
+            return False
+        kept, found = dict(vars(self)), False
+        try:
+            self._read({"special_token_policy": {"bos_id": earlier}})
+            found = self.data == data
+        finally:
+            if not found:
+                vars(self).update(kept)
+        return found
 
     def heldout(self, batch: int, max_rows: int | None) -> Iterator[np.ndarray]:
         size, begun, given = self.run.config.batch_sequences, 0, 0

@@ -8,6 +8,7 @@ imported before a model is loaded. Slower than the JAX models and on one device.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from saejax import whole
+from saejax.activations.language_model import FileTokenizer, bos
 from saejax.errors import UserError
 
 INSTALL = "pip install 'saejax[torch]'"
@@ -28,8 +30,9 @@ class TorchModel:
     The value is the module's output, or its first entry where that is a tuple. Made by `load`.
     """
 
-    def __init__(self, model: Any, *, tokenizer: Any, provenance: dict[str, Any]) -> None:
-        self.model, self.tokenizer, self.provenance = model, tokenizer, provenance
+    def __init__(self, model: Any, *, tokenizer: FileTokenizer | None, provenance: dict[str, Any]) -> None:
+        self.model, self.file_tokenizer, self.provenance = model, tokenizer, provenance
+        self.tokenizer = tokenizer and tokenizer.tokenizer
         self._modules = dict(model.named_modules())
         self._widths: dict[str, int] = {}
 
@@ -217,14 +220,18 @@ def write_images(
     return rows
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str) -> FileTokenizer | None:
     """The fast tokenizer behind the transformers one, as JAX models have it; None for models without text."""
     import transformers
+    from transformers.models.auto import tokenization_auto
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(name).backend_tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError, ImportError):
         return None
+    config, _ = transformers.PretrainedConfig.get_config_dict(name)
+    beside = tokenization_auto.get_tokenizer_config(name)
+    return FileTokenizer.of(tokenizer, functools.partial(bos.of_files, config=config, tokenizer_config=beside))
 
 
 def _runs(segments: Int[np.ndarray, "b s"]) -> Iterator[tuple[int, int, int]]:

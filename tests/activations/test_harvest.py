@@ -346,11 +346,11 @@ def test_settings_that_cannot_be(tmp_path, changes, message):
 
 
 def test_begin_of_segment_token(tmp_path):
-    tokenizer = TinyModel().tokenizer
-    assert harvesting._bos_id("auto", tokenizer) == 0 and harvesting._bos_id("none", tokenizer) is None
-    assert harvesting._bos_id("q", tokenizer) == tokenizer.token_to_id("q")
+    tokenizer = language_model.tokenizer_of(TinyModel())
+    assert tokenizer.bos("auto").id == 0 and tokenizer.bos("none").id is None
+    assert tokenizer.bos("q").id == tokenizer.tokenizer.token_to_id("q")
     with pytest.raises(UserError, match="bos must be auto, none or a token of the model, got '<bos>'"):
-        harvesting._bos_id("<bos>", tokenizer)
+        tokenizer.bos("<bos>")
     path = harvest(_config(tmp_path, bos="none"), TinyModel())["train"]
     tokens, segments = store.Reader(path).sequences(0, 3)
     assert not (tokens[segments > 0] == 0).any()

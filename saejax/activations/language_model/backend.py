@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from saejax.activations.language_model import hooks as hooks_
 from saejax.activations.language_model import weights
 from saejax.activations.language_model.config import ModelConfig
+from saejax.activations.language_model.file_tokenizer import FileTokenizer
 from saejax.activations.language_model.model import Decoder
 from saejax.errors import UserError
 from saejax.sharding import DATA
@@ -67,12 +68,13 @@ class LanguageModel:
         config: ModelConfig,
         state: nnx.State,
         *,
-        tokenizer: tokenizers.Tokenizer | None,
+        tokenizer: FileTokenizer | None,
         provenance: dict[str, Any],
         mesh: Mesh,
     ) -> None:
         self.config, self.state, self.mesh = config, state, mesh
-        self.tokenizer, self.provenance = tokenizer, provenance
+        self.file_tokenizer, self.provenance = tokenizer, provenance
+        self.tokenizer: tokenizers.Tokenizer | None = tokenizer and tokenizer.tokenizer
 
     @property
     def dtype(self) -> jnp.dtype:

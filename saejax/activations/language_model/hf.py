@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 import tokenizers
 
+from saejax import plain
 from saejax.errors import UserError
 
 # Classes with a language-model head prefix the decoder's names; multimodal Gemma 3 nests the text model.
@@ -71,9 +72,15 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a directory, or None where there is no `tokenizer.json`."""
+    """The tokenizer of a directory as its file has it, or None where there is no `tokenizer.json`."""
     file = path / "tokenizer.json"
     return tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+
+
+def read_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
+    """The parsed `tokenizer_config.json` of a directory, empty where there is none."""
+    file = path / "tokenizer_config.json"
+    return plain.read_json(file) if file.is_file() else {}
 
 
 def _opened(file: pathlib.Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax import sharding
-from saejax.activations.language_model import families, gguf_file, gguf_tokenizer, hf, smollm2, weights
+from saejax.activations.language_model import bos, families, gguf_file, gguf_tokenizer, hf, smollm2, weights
 from saejax.activations.language_model.backend import LanguageModel
 from saejax.activations.language_model.config import ModelConfig
+from saejax.activations.language_model.file_tokenizer import FileTokenizer
 from saejax.errors import UserError
 
 _HASHED_BYTES = 4 * 2**30  # larger models are identified by the sizes of their files: hashing would take minutes
@@ -39,13 +41,16 @@ def load(
     path, source, raw = _find(str(path_or_name))
     if isinstance(source, gguf_file.GGUFFile):
         tokenizer, files = gguf_tokenizer.build(source.metadata, path.name), [path]
+        auto_bos = functools.partial(bos.of_gguf, metadata=source.metadata, name=path.name)
     else:
         tokenizer = hf.read_tokenizer(path)
+        auto_bos = functools.partial(bos.of_files, config=raw, tokenizer_config=hf.read_tokenizer_config(path))
         files = [file for file in (path / "config.json", path / "tokenizer.json") if file.is_file()] + source.files
     config = families.model_config(raw)
     state = weights.load(config, source, mesh=mesh, dtype=kept)
     provenance = _provenance(path, str(path_or_name), config.family, kept, files)
-    return LanguageModel(config, state, tokenizer=tokenizer, provenance=provenance, mesh=mesh)
+    read = None if tokenizer is None else FileTokenizer.of(tokenizer, auto_bos)
+    return LanguageModel(config, state, tokenizer=read, provenance=provenance, mesh=mesh)
 
 
 def read_config(path_or_name: str | pathlib.Path) -> ModelConfig:

@@ -18,7 +18,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from saejax.activations import harvest as harvesting
 from saejax.activations import language_model, packing, sinks, store, store_format, text
 from saejax.activations.harvest import HarvestConfig, harvest
 from saejax.errors import UserError

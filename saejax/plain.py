@@ -19,6 +19,7 @@ RUN_FORMAT = 1
 """Version of what a run's config.yaml says; files without one are of version 1."""
 
 _STAMP = ("format_version", "saejax_version")
+_POINTER = b"version https://git-lfs"
 _LONGEST, _DEEPEST = 1000, 50
 """Characters of a message that quotes a file, and levels of a YAML file."""
 
@@ -29,8 +30,10 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: must be a file, and is a folder") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no valid JSON ({one_line(error)})") from None
+        raise UserError(f"{path}: no valid JSON ({one_line(error)}){pointer_hint(path)}") from None
     return _mapping(path, found)
 
 
@@ -41,8 +44,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = json.loads(json.dumps(found, default=str))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: must be a file, and is a folder") from None
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: no valid YAML ({one_line(error)})") from None
+        raise UserError(f"{path}: no valid YAML ({one_line(error)}){pointer_hint(path)}") from None
     return _mapping(path, found)
 
 
@@ -74,6 +79,16 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     return tree
 
 
+def pointer_hint(path: Path) -> str:
+    """Returns what a message about an unreadable file adds where git-lfs has left its pointer in the file's place."""
+    try:
+        with path.open("rb") as file:
+            left = file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return ""
+    return "; it is a pointer of git-lfs, which stands for the file: fetch it with `git lfs pull`" if left else ""
+
+
 def stamped(tree: dict[str, Any]) -> dict[str, Any]:
     """Returns the mapping of a config with the version of its format and of its writer in front."""
     return dict(zip(_STAMP, (RUN_FORMAT, metadata.version("saejax")), strict=True)) | tree
@@ -87,10 +102,13 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
       UserError: it leads somewhere else.
     """
-    path, root = folder / name, folder.resolve()
-    target = path.resolve()
+    path = folder / name
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL
+        raise UserError(f"{one_line(path)}: no path ({one_line(error)})") from None
     if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
-        raise UserError(f"{path}: leads out of its folder, to {target}")
+        raise UserError(f"{one_line(path)}: leads out of its folder, to {one_line(target)}")
     return path
 
 
@@ -119,7 +137,7 @@ class _PlainYaml(yaml.SafeLoader):
 
 def _mapping(path: Path, found: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold a mapping, got {type(found).__name__}")
+        raise UserError(f"{path}: must hold a mapping, got {type(found).__name__}{pointer_hint(path)}")
     return found
 
 

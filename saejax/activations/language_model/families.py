@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saejax.activations.language_model.config import ModelConfig, Rope
+from saejax.activations.language_model.fields import FINITE, Fields
 from saejax.errors import UserError
 
 # What released config.json files of a family leave to the family's defaults.
@@ -48,6 +49,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 SUPPORTED = (*_FAMILIES, "gpt2", "gemma3")
+_LAYERS = ("sliding_attention", "full_attention")
+_SCALINGS = ("default", "linear", "llama3", "divisors")
+_MOST_LAYERS = 2**16
+"""Of a model whose files are not at hand."""
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -70,11 +75,13 @@ _INERT: dict[str, tuple[Any, ...]] = {
 }
 
 
-def model_config(raw: Mapping[str, Any]) -> ModelConfig:
+def model_config(raw: Mapping[str, Any], where: str = "config.json", most_layers: int = _MOST_LAYERS) -> ModelConfig:
     """The switches of a model from the contents of its `config.json`.
 
     Args:
       raw: the parsed file; for `gemma3` the text model inside it is taken.
+      where: the file, for messages.
+      most_layers: tensors in the model's files, of which every layer has one: no count is believed beyond it.
 
     Returns:
       The configuration.
@@ -82,156 +89,161 @@ def model_config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
       UserError: unknown `model_type`, a missing field, or a field whose value is not implemented.
     """
-    family = raw.get("model_type")
+    fields = Fields(where, raw)
+    family = fields.choice("model_type", SUPPORTED)
     if family == "gemma3":
-        raw = {**_need(raw, "text_config"), "model_type": "gemma3_text"}
-        family = "gemma3_text"
+        inner = fields.part("text_config")
+        family, raw, where = "gemma3_text", inner.raw, inner.where
     for field, allowed in _INERT.items():
         if raw.get(field) not in allowed:
-            raise UserError(f"config.json: {field}={raw[field]!r} is not supported, allowed: {allowed[-1]!r}")
-    if family == "gpt2":
-        return _gpt2(raw)
-    if family in _FAMILIES:
-        return _rotary(
-            family, {**_FAMILIES[family], **{k: v for k, v in raw.items() if v is not None or k in _NULLABLE}}
-        )
-    raise UserError(f"config.json: model_type={family!r} is not supported, allowed: {', '.join(SUPPORTED)}")
+            raise Fields(where, raw).refuse(field, repr(allowed[-1]))
+    # Where null is no statement ("no window"), it is an omission.
+    stated = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}
+    fields = Fields(where, {**_FAMILIES.get(family, {}), **stated}, f", needed for model_type={family!r}")
+    try:
+        return _gpt2(fields, most_layers) if family == "gpt2" else _rotary(family, fields, most_layers)
+    except UserError as error:
+        # What ModelConfig itself refuses does not know the file.
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-# null is a statement here ("no window", "no cap"), not an omission.
 _NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
-def _rotary(family: str, raw: Mapping[str, Any]) -> ModelConfig:
+def _rotary(family: str, fields: Fields, most_layers: int) -> ModelConfig:
     """Llama, Mistral, Qwen and Gemma: RMS norms, rotary positions, gated MLP."""
     gemma = family.startswith("gemma")
-    d_model, n_heads = _need(raw, "hidden_size"), _need(raw, "num_attention_heads")
-    d_head = raw.get("head_dim") or d_model // n_heads
-    biased = family == "qwen2" or bool(raw.get("attention_bias"))
-    windows = _windows(family, raw)
-    local = _rope(raw, "sliding_attention") if family == "gemma3_text" else None
+    d_model, n_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    n_layers = fields.integer("num_hidden_layers", high=most_layers)
+    d_head = fields.integer("head_dim", None) or _shared(fields, "num_attention_heads", n_heads, d_model)
+    biased = family == "qwen2" or fields.flag("attention_bias", False)
+    windows = _windows(family, fields, n_layers)
+    activation = "hidden_activation" if fields.get("hidden_activation") is not None else "hidden_act"
+    scale = fields.number("query_pre_attn_scalar", float(d_head)) if gemma else float(d_head)
     return ModelConfig(
         family=family,
         d_model=d_model,
-        n_layers=_need(raw, "num_hidden_layers"),
+        n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=raw.get("num_key_value_heads") or n_heads,
+        n_kv_heads=fields.integer("num_key_value_heads", n_heads),
         d_head=d_head,
-        d_mlp=_need(raw, "intermediate_size"),
-        vocab_size=_need(raw, "vocab_size"),
-        context_length=_need(raw, "max_position_embeddings"),
-        norm_eps=raw["rms_norm_eps"],
+        d_mlp=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        context_length=fields.integer("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", zero=True, high=1.0),
         qk_norm=family in ("qwen3", "gemma3_text"),
         qkv_bias=biased,
         out_bias=biased and family != "qwen2",
-        mlp_bias=bool(raw.get("mlp_bias")),
-        rope=_rope(raw, "full_attention"),
-        rope_local=local,
+        mlp_bias=fields.flag("mlp_bias", False),
+        rope=_rope(fields, "full_attention"),
+        rope_local=_rope(fields, "sliding_attention") if family == "gemma3_text" else None,
         windows=windows if any(windows) else (),
-        attn_scale=float(raw.get("query_pre_attn_scalar", d_head) if gemma else d_head) ** -0.5,
-        attn_softcap=raw.get("attn_logit_softcapping") if gemma else None,
-        logit_softcap=raw.get("final_logit_softcapping") if gemma else None,
-        activation=_activation(raw.get("hidden_activation") or raw.get("hidden_act") or "silu"),
+        attn_scale=scale**-0.5,
+        attn_softcap=fields.number("attn_logit_softcapping", None) if gemma else None,
+        logit_softcap=fields.number("final_logit_softcapping", None) if gemma else None,
+        activation=_ACTIVATIONS[fields.choice(activation, _ACTIVATIONS, "silu")],
         post_norms=gemma,
         embed_scale=math.sqrt(d_model) if gemma else 1.0,
-        tied_head=bool(raw["tie_word_embeddings"]),
-        bos_id=_one_id(raw.get("bos_token_id")),
-        eos_id=_one_id(raw.get("eos_token_id")),
+        tied_head=fields.flag("tie_word_embeddings"),
+        bos_id=_one_id(fields, "bos_token_id"),
+        eos_id=_one_id(fields, "eos_token_id"),
     )
 
 
-def _gpt2(raw: Mapping[str, Any]) -> ModelConfig:
+def _gpt2(fields: Fields, most_layers: int) -> ModelConfig:
     """GPT-2: layer norms with biases, learned positions, plain MLP."""
-    d_model, n_heads = _need(raw, "n_embd"), _need(raw, "n_head")
+    d_model, n_heads = fields.integer("n_embd"), fields.integer("n_head")
+    d_head = _shared(fields, "n_head", n_heads, d_model)
     return ModelConfig(
         family="gpt2",
         d_model=d_model,
-        n_layers=_need(raw, "n_layer"),
+        n_layers=fields.integer("n_layer", high=most_layers),
         n_heads=n_heads,
         n_kv_heads=n_heads,
-        d_head=d_model // n_heads,
-        d_mlp=raw.get("n_inner") or 4 * d_model,
-        vocab_size=_need(raw, "vocab_size"),
-        context_length=_need(raw, "n_positions"),
+        d_head=d_head,
+        d_mlp=fields.integer("n_inner", 4 * d_model),
+        vocab_size=fields.integer("vocab_size"),
+        context_length=fields.integer("n_positions"),
         norm="layer",
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, zero=True, high=1.0),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        attn_scale=(d_model // n_heads) ** -0.5,
+        attn_scale=d_head**-0.5,
         gated_mlp=False,
-        activation=_activation(raw.get("activation_function", "gelu_new")),
-        tied_head=bool(raw.get("tie_word_embeddings", True)),
-        bos_id=_one_id(raw.get("bos_token_id")),
-        eos_id=_one_id(raw.get("eos_token_id")),
+        activation=_ACTIVATIONS[fields.choice("activation_function", _ACTIVATIONS, "gelu_new")],
+        tied_head=fields.flag("tie_word_embeddings", True),
+        bos_id=_one_id(fields, "bos_token_id"),
+        eos_id=_one_id(fields, "eos_token_id"),
     )
 
 
-def _windows(family: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
-    """Per layer the sliding window in tokens, 0 for full attention."""
-    n_layers, size = _need(raw, "num_hidden_layers"), raw.get("sliding_window")
-    if family == "llama" or not size or (family.startswith("qwen") and not raw.get("use_sliding_window")):
-        return (0,) * n_layers
-    if raw.get("layer_types") is not None:
-        kinds = raw["layer_types"]
-        unknown = set(kinds) - {"sliding_attention", "full_attention"}
-        if unknown:
-            raise UserError(
-                f"config.json: layer_types={sorted(unknown)[0]!r}, allowed: sliding_attention, full_attention"
-            )
+def _shared(fields: Fields, key: str, n_heads: int, d_model: int) -> int:
+    """Coordinates of each head where the heads share the residual stream's."""
+    if n_heads > d_model:
+        raise fields.refuse(key, f"at most the model's width, {d_model}")
+    return d_model // n_heads
+
+
+def _windows(family: str, fields: Fields, n_layers: int) -> tuple[int, ...]:
+    """Per layer the sliding window in tokens, 0 for full attention; empty where no layer has one."""
+    size = fields.integer("sliding_window", None, low=0)
+    if family == "llama" or not size or (family.startswith("qwen") and not fields.flag("use_sliding_window", False)):
+        return ()
+    kinds = fields.array("layer_types", (str,), f"{n_layers} words, {' or '.join(_LAYERS)}", None)
+    if kinds is not None:
+        if len(kinds) != n_layers or not set(kinds) <= set(_LAYERS):
+            raise fields.refuse("layer_types", f"{n_layers} words, {' or '.join(_LAYERS)}")
         return tuple(size if kind == "sliding_attention" else 0 for kind in kinds)
     if family.startswith("qwen"):
-        first = _need(raw, "max_window_layers")
+        first = fields.integer("max_window_layers", low=0)
         return tuple(size if layer >= first else 0 for layer in range(n_layers))
-    every = {"mistral": n_layers + 1, "gemma2": 2}.get(family) or raw["sliding_window_pattern"]
+    every = {"mistral": n_layers + 1, "gemma2": 2}.get(family) or fields.integer("sliding_window_pattern")
     return tuple(size if (layer + 1) % every else 0 for layer in range(n_layers))
 
 
-def _rope(raw: Mapping[str, Any], kind: str) -> Rope:
+def _rope(fields: Fields, kind: str) -> Rope:
     """Rotary positions of one kind of layer: `rope_parameters`, or `rope_theta` and `rope_scaling`."""
     local = kind == "sliding_attention"
-    theta = raw["rope_local_base_freq"] if local else raw["rope_theta"]
-    given = raw.get("rope_parameters")
+    theta = fields.number("rope_local_base_freq" if local else "rope_theta")
+    given = fields.part("rope_parameters", None)
     if given is None:
-        given = {} if local else (raw.get("rope_scaling") or {})
-    elif kind in given or "sliding_attention" in given or "full_attention" in given:
-        given = given.get(kind) or {}
-    scaling = given.get("rope_type", given.get("type", "default"))
-    theta = float(given.get("rope_theta", theta))
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"config.json: partial_rotary_factor={given['partial_rotary_factor']}, allowed: 1.0")
+        given = None if local else fields.part("rope_scaling", None)
+    elif any(layers in given.raw for layers in _LAYERS):
+        given = given.part(kind, None)
+    if given is None:
+        return Rope(theta=theta)
+    theta = given.number("rope_theta", theta)
+    if given.number("partial_rotary_factor", 1.0) != 1.0:
+        raise given.refuse("partial_rotary_factor", "1.0")
+    older = given.get("type") if given.get("rope_type") is None else None
+    named = {"rope_type": given.get("rope_type") if older is None else older}
+    scaling = Fields(given.where, named).choice("rope_type", _SCALINGS, "default")
+    if scaling == "divisors":
+        divisors = given.array("divisors", (float,), "numbers")
+        if not all(0 < divisor <= FINITE for divisor in divisors):
+            raise given.refuse("divisors", "numbers above 0")
+        return Rope(theta=theta, scaling="divisors", divisors=tuple(divisors))
+    if scaling == "linear":
+        return Rope(theta=theta, scaling="linear", factor=given.number("factor"))
     if scaling == "default":
         return Rope(theta=theta)
-    if scaling == "divisors":
-        return Rope(theta=theta, scaling="divisors", divisors=tuple(float(d) for d in _need(given, "divisors")))
-    if scaling == "linear":
-        return Rope(theta=theta, scaling="linear", factor=float(_need(given, "factor")))
-    if scaling == "llama3":
-        return Rope(
-            theta=theta,
-            scaling="llama3",
-            factor=float(_need(given, "factor")),
-            low_freq_factor=float(_need(given, "low_freq_factor")),
-            high_freq_factor=float(_need(given, "high_freq_factor")),
-            original_context=int(_need(given, "original_max_position_embeddings")),
-        )
-    raise UserError(
-        f"config.json: rope scaling rope_type={scaling!r} is not supported, allowed: default, linear, llama3"
+    low, high = given.number("low_freq_factor"), given.number("high_freq_factor")
+    if low >= high:
+        raise given.refuse("high_freq_factor", f"above low_freq_factor={low:g}")
+    return Rope(
+        theta=theta,
+        scaling="llama3",
+        factor=given.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_context=given.integer("original_max_position_embeddings"),
     )
 
 
-def _activation(name: str) -> str:
-    if name not in _ACTIVATIONS:
-        raise UserError(f"config.json: activation {name!r} is not supported, allowed: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
-
-
-def _one_id(value: int | list[int] | None) -> int | None:
+def _one_id(fields: Fields, key: str) -> int | None:
     """Some files list several end tokens; the first is the one that ends a text."""
-    return value[0] if isinstance(value, list) else value
-
-
-def _need(raw: Mapping[str, Any], field: str) -> Any:
-    if raw.get(field) is None:
-        raise UserError(f"config.json: {field} is missing, needed for model_type={raw.get('model_type')!r}")
-    return raw[field]
+    if not isinstance(fields.get(key), list):
+        return fields.integer(key, None, low=0)
+    ids = fields.array(key, (int,), "token ids")
+    return Fields(fields.where, {key: ids[0]}).integer(key, low=0) if ids else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -12,6 +12,7 @@ import safetensors
 import tokenizers
 
 from saejax import plain
+from saejax.activations.language_model.fields import Fields, shown
 from saejax.errors import UserError
 
 # Classes with a language-model head prefix the decoder's names; multimodal Gemma 3 nests the text model.
@@ -20,6 +21,9 @@ _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|languag
 _NOT_WEIGHTS = re.compile(
     r"(^|\.)(vision_tower|multi_modal_projector)\.|rotary_emb\.inv_freq$|^h\.\d+\.attn\.(masked_)?bias$"
 )
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsDirectory:
@@ -42,6 +46,10 @@ class SafetensorsDirectory:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight with its shape."""
         slices = {name: self._open[file].get_slice(key) for name, (file, key) in self._place.items()}
+        for name, part in slices.items():
+            if part.get_dtype() not in _FLOATS:
+                allowed = ", ".join(_FLOATS)
+                raise UserError(f"{self.name}: weight {name!r} is stored as {part.get_dtype()}, allowed: {allowed}")
         return {name: tuple(part.get_shape()) for name, part in slices.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -62,42 +70,90 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it is no JSON.
     """
-    file = path / "config.json"
-    if not file.is_file():
+    file = _file(path, "config.json")
+    if file is None:
         raise UserError(f"model={str(path)!r} holds no config.json; allowed: a Hugging Face directory or a .gguf file")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from None
+    return plain.read_json(file)
 
 
 def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a directory as its file has it, or None where there is no `tokenizer.json`."""
-    file = path / "tokenizer.json"
-    return tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else None
+    """The tokenizer of a directory as its file has it, or None where there is no `tokenizer.json`.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      UserError: the file is there and cannot be read.
+    """
+    file = _file(path, "tokenizer.json")
+    if file is None:
+        return None
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # of no narrower type
+        hint = plain.pointer_hint(file)
+        raise UserError(f"{file} is not a readable tokenizer.json: {plain.one_line(error)}{hint}") from None
 
 
 def read_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
-    """The parsed `tokenizer_config.json` of a directory, empty where there is none."""
-    file = path / "tokenizer_config.json"
-    return plain.read_json(file) if file.is_file() else {}
+    """The parsed `tokenizer_config.json` of a directory, empty where there is none.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      UserError: the file cannot be read, or what is read of it has another type than it must have.
+    """
+    file = _file(path, "tokenizer_config.json")
+    if file is None:
+        return {}
+    fields = Fields(str(file), plain.read_json(file))
+    fields.flag("add_bos_token", None)
+    for key in ("bos_token", "eos_token"):
+        token = fields.get(key)
+        inner = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(inner, str):
+            raise fields.refuse(key, "a token's text, or a mapping with its content")
+    return dict(fields.raw)
+
+
+def _file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The file of that name, None where there is none; it must be one, and lie in the folder."""
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    plain.inside(folder, name)
+    if not path.is_file():
+        raise UserError(f"{path}: must be a file, and is a folder, a link to nothing or something else")
+    return path
 
 
 def _opened(file: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(file, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is not a readable safetensors file: {error}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = f"{plain.one_line(error)}{plain.pointer_hint(file)}"
+        raise UserError(f"{file} is not a readable safetensors file: {reason}") from None
 
 
 def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise UserError(f"{index} names {missing[0]}, which is not in the directory")
-        return [path / name for name in names]
-    if single.is_file():
+    """The files with weights: one, or those that an index names."""
+    index = _file(path, "model.safetensors.index.json")
+    if index is None:
+        single = _file(path, "model.safetensors")
+        if single is None:
+            raise UserError(
+                f"model={str(path)!r} holds no model.safetensors; pickled weights (.bin, .pt) are not loaded"
+            )
         return [single]
-    raise UserError(f"model={str(path)!r} holds no model.safetensors; pickled weights (.bin, .pt) are not loaded")
+    named = plain.read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{index}: weight_map={shown(named)}, allowed: a mapping from each weight to its file")
+    wrong = next((name for name in named.values() if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise UserError(f"{index}: weight_map names {shown(wrong)}, allowed: names of files")
+    files = {name: _file(path, name) for name in sorted(set(named.values()))}
+    missing = [name for name, file in files.items() if file is None]
+    if missing:
+        raise UserError(f"{index} names {shown(missing[0])}, which is not in the directory")
+    return [file for file in files.values() if file is not None]

@@ -46,7 +46,7 @@ def load(
         tokenizer = hf.read_tokenizer(path)
         auto_bos = functools.partial(bos.of_files, config=raw, tokenizer_config=hf.read_tokenizer_config(path))
         files = [file for file in (path / "config.json", path / "tokenizer.json") if file.is_file()] + source.files
-    config = families.model_config(raw)
+    config = _config(path, source, raw)
     state = weights.load(config, source, mesh=mesh, dtype=kept)
     provenance = _provenance(path, str(path_or_name), config.family, kept, files)
     read = None if tokenizer is None else FileTokenizer.of(tokenizer, auto_bos)
@@ -55,7 +55,17 @@ def load(
 
 def read_config(path_or_name: str | pathlib.Path) -> ModelConfig:
     """The configuration of a model, its weights left on disk. See `load`."""
-    return families.model_config(_find(str(path_or_name))[2])
+    return _config(*_find(str(path_or_name)))
+
+
+def _config(
+    path: pathlib.Path, source: hf.SafetensorsDirectory | gguf_file.GGUFFile, raw: dict[str, Any]
+) -> ModelConfig:
+    """The configuration, compared with the files' tensors before anything is made of its size."""
+    where = path.name if isinstance(source, gguf_file.GGUFFile) else str(path / "config.json")
+    config = families.model_config(raw, where, most_layers=max(1, len(source.shapes())))
+    weights.check(config, source)
+    return config
 
 
 def _find(name: str) -> tuple[pathlib.Path, hf.SafetensorsDirectory | gguf_file.GGUFFile, dict[str, Any]]:

@@ -118,15 +118,9 @@ def load(config: ModelConfig, source: TensorSource, *, mesh: Mesh, dtype: jnp.dt
     Raises:
       UserError: a tensor is missing, unknown, or has another shape than the configuration says.
     """
-    state = abstract(config)[1]
-    table = {"gpt2": _GPT2}.get(config.family, _GEMMA if config.post_norms else _ROTARY)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    table = check(config, source)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract(config)[1])
     names = [_leaf_name(path) for path, _ in leaves]
-    _check(
-        config,
-        source,
-        {name: (table[name], leaf.shape) for name, (_, leaf) in zip(names, leaves, strict=True)},
-    )
     arrays = []
     for name, (_, leaf) in zip(names, leaves, strict=True):
         fetch = _Leaf(source, table[name], leaf.shape, "norm" in name and config.post_norms)
@@ -184,31 +178,61 @@ def _leaf_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in parts if part not in (None, "value", "raw_value"))
 
 
-def _check(config: ModelConfig, source: TensorSource, wanted: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
-    """Names and shapes in the files against those the configuration asks for, before anything is read."""
-    found, expected = source.shapes(), {}
-    for tensor, shape in wanted.values():
-        per_layer = "{}" in tensor.name
-        own = shape[1:] if per_layer else shape
-        whole = (*own[:-1], own[-1] * tensor.part[1])
-        for layer in range(config.n_layers if per_layer else 1):
-            expected[tensor.name.format(layer)] = whole[::-1] if tensor.transposed else whole
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if config.tied_head and "lm_head.weight" in unknown:
-        _check_tied(source, "wte.weight" if config.family == "gpt2" else "embed_tokens.weight", found)
+def check(config: ModelConfig, source: TensorSource) -> dict[str, Tensor]:
+    """Compares the names and shapes in the files with those that the configuration asks for; reads next to nothing.
+
+    Args:
+      config: of the model in the files.
+      source: the files.
+
+    Returns:
+      Where each leaf of the model stands in them.
+
+    Raises:
+      UserError: a tensor is missing, unknown, or has another shape than the configuration says.
+    """
+    found = source.shapes()
+    table = {"gpt2": _GPT2}.get(config.family, _GEMMA if config.post_norms else _ROTARY)
+    # Each layer has a tensor: with more layers than tensors, one is missing among the first of them.
+    wanted = expected(config, min(config.n_layers, len(found) + 1))
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    tied = config.tied_head and "lm_head.weight" in unknown
+    if tied:
         unknown.remove("lm_head.weight")
     if missing:
         raise UserError(f"{source.name}: weight {missing[0]!r} is missing ({len(missing)} in all) for {config.family}")
     if unknown:
         raise UserError(f"{source.name}: weight {unknown[0]!r} is unknown ({len(unknown)} in all) to {config.family}")
-    for name, shape in expected.items():
+    for name, shape in wanted.items():
         if found[name] != shape:
             raise UserError(f"{source.name}: weight {name!r} has shape {found[name]}, allowed: {shape}")
+    if tied:
+        _check_tied(source, table["W_E"].name, found)
+    return table
+
+
+def expected(config: ModelConfig, n_layers: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model's files must hold, with its shape.
+
+    Args:
+      config: of the model.
+      n_layers: layers to list; None lists all.
+    """
+    table = {"gpt2": _GPT2}.get(config.family, _GEMMA if config.post_norms else _ROTARY)
+    listed = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract(config)[1])[0]:
+        tensor = table[_leaf_name(path)]
+        per_layer = "{}" in tensor.name
+        own = leaf.shape[1:] if per_layer else leaf.shape
+        whole = (*own[:-1], own[-1] * tensor.part[1])
+        for layer in range((config.n_layers if n_layers is None else n_layers) if per_layer else 1):
+            listed[tensor.name.format(layer)] = whole[::-1] if tensor.transposed else whole
+    return listed
 
 
 def _check_tied(source: TensorSource, embedding: str, found: dict[str, tuple[int, ...]]) -> None:
     """A head written although the configuration ties it must be the embedding; a sample of rows tells."""
     rows = (slice(0, 64), slice(None))
-    head, embed = (source.read(name, rows) for name in ("lm_head.weight", embedding))
-    if found["lm_head.weight"] != found[embedding] or not np.array_equal(head, embed):
+    same = found["lm_head.weight"] == found[embedding]
+    if not same or not np.array_equal(source.read("lm_head.weight", rows), source.read(embedding, rows)):
         raise UserError(f"{source.name}: tie_word_embeddings=true, but lm_head.weight differs from {embedding}")

@@ -30,8 +30,6 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: must be a file, and is a folder") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no valid JSON ({one_line(error)}){pointer_hint(path)}") from None
     return _mapping(path, found)
@@ -44,8 +42,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = json.loads(json.dumps(found, default=str))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: must be a file, and is a folder") from None
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: no valid YAML ({one_line(error)}){pointer_hint(path)}") from None
     return _mapping(path, found)

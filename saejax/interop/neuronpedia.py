@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from saejax import plain
 from saejax.errors import UserError
 from saejax.interop import folder, saelens, saelens_config, strict
 from saejax.sae.model import SAE
@@ -120,7 +121,7 @@ def load(path: str | os.PathLike) -> SAE:
         raise UserError(f"{path / STANZA}: lists {len(folders)} SAEs; load one of its folders by itself")
     if folders[0].is_absolute() or ".." in folders[0].parts or not str(folders[0]).isprintable():
         raise UserError(f"{path / STANZA}: path must be a folder in this one, got {folders[0]}")
-    return saelens.load(path / folders[0])
+    return saelens.load(plain.inside(path, str(folders[0])))
 
 
 def export(

@@ -149,6 +149,14 @@ def test_a_list_of_releases_leads_nowhere_else(folder, trained, tmp_path):
         interop.load(given)
 
 
+def test_a_listed_folder_is_no_link_out_of_its_own(trained, tmp_path):
+    given = neuronpedia.export(trained("topk"), tmp_path / "given")
+    (given / "blocks.3.hook_resid_post").rename(tmp_path / "secret")
+    (given / "blocks.3.hook_resid_post").symlink_to("../secret")
+    with pytest.raises(UserError, match="leads out of its folder"):
+        interop.load(given)
+
+
 def test_what_the_system_refuses_is_one_line(trained, tmp_path):
     given = neuronpedia.export(trained("topk"), tmp_path / "given")
     file = given / neuronpedia.STANZA

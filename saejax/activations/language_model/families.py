@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saejax.activations.language_model.config import ModelConfig, Rope
-from saejax.activations.language_model.fields import FINITE, Fields
+from saejax.activations.language_model.fields import FINITE, Fields, among
 from saejax.errors import UserError
 
 # What released config.json files of a family leave to the family's defaults.
@@ -95,7 +95,7 @@ def model_config(raw: Mapping[str, Any], where: str = "config.json", most_layers
         inner = fields.part("text_config")
         family, raw, where = "gemma3_text", inner.raw, inner.where
     for field, allowed in _INERT.items():
-        if raw.get(field) not in allowed:
+        if not among(raw.get(field), allowed):
             raise Fields(where, raw).refuse(field, repr(allowed[-1]))
     # Where null is no statement ("no window"), it is an omission.
     stated = {key: value for key, value in raw.items() if value is not None or key in _NULLABLE}

@@ -36,6 +36,15 @@ def shown(value: object) -> str:
     return plain.one_line(_SHORT.repr(value))
 
 
+def among(value: object, allowed: Collection[Any]) -> bool:
+    """Whether a value is one of some; true and false are no numbers here.
+
+    >>> among(1, (None, 1.0)), among(True, (None, 1.0))
+    (True, False)
+    """
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+
+
 class Fields:
     """A mapping of which every value is checked as it is read; null counts as absent.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from saejax.activations.language_model.fields import Fields
+from saejax.activations.language_model.fields import Fields, among
 from saejax.errors import UserError
 
 FAMILIES = {
@@ -118,7 +118,7 @@ def _check_keys(name: str, arch: str, metadata: Mapping[str, Any]) -> None:
         if key.startswith(_NO_NUMBERS) or (own != key and (own in read or own in _WITHOUT_EFFECT)):
             continue
         allowed = _INERT.get(own, ()) if own != key else ()
-        if metadata[key] not in allowed:
+        if not among(metadata[key], allowed):
             told = repr(allowed[-1]) if allowed else "a file without this key, which may change the numbers"
             raise Fields(name, metadata).refuse(key, told)
 

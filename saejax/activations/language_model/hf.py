@@ -149,9 +149,9 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     named = plain.read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise UserError(f"{index}: weight_map={shown(named)}, allowed: a mapping from each weight to its file")
-    wrong = next((name for name in named.values() if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise UserError(f"{index}: weight_map names {shown(wrong)}, allowed: names of files")
+    wrong = [name for name in named.values() if not isinstance(name, str)]
+    if wrong:
+        raise UserError(f"{index}: weight_map names {shown(wrong[0])}, allowed: names of files")
     files = {name: _file(path, name) for name in sorted(set(named.values()))}
     missing = [name for name, file in files.items() if file is None]
     if missing:

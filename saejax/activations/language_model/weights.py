@@ -194,7 +194,7 @@ def check(config: ModelConfig, source: TensorSource) -> dict[str, Tensor]:
     found = source.shapes()
     table = {"gpt2": _GPT2}.get(config.family, _GEMMA if config.post_norms else _ROTARY)
     # Each layer has a tensor: with more layers than tensors, one is missing among the first of them.
-    wanted = expected(config, min(config.n_layers, len(found) + 1))
+    wanted = _expected(config, min(config.n_layers, len(found) + 1))
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     tied = config.tied_head and "lm_head.weight" in unknown
     if tied:
@@ -211,7 +211,7 @@ def check(config: ModelConfig, source: TensorSource) -> dict[str, Tensor]:
     return table
 
 
-def expected(config: ModelConfig, n_layers: int | None = None) -> dict[str, tuple[int, ...]]:
+def _expected(config: ModelConfig, n_layers: int | None = None) -> dict[str, tuple[int, ...]]:
     """Every tensor that a model's files must hold, with its shape.
 
     Args:

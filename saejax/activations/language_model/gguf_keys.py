@@ -82,15 +82,15 @@ def config(name: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[in
     """
     arch = architecture(name, metadata)
     _check_keys(name, arch, metadata)
-    fields = Fields(name, metadata, prefix=f"{arch}.")
+    fields, texts = Fields(name, metadata, prefix=f"{arch}."), Fields(name, metadata, prefix="tokenizer.ggml.")
+    texts.flag("add_bos_token", None)  # `bos.py` believes it
     if len(shapes.get("token_embd.weight", ())) != 2:
         raise UserError(f"{name}: token_embd.weight is missing, allowed: a tensor with two axes")
     shared = {
         "model_type": FAMILIES[arch],
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        **{f"{end}_token_id": texts.integer(f"{end}_token_id", None, low=0) for end in ("bos", "eos")},
     }
     n_layers = fields.integer("block_count", high=max(1, len(shapes)))
     return shared | (_gpt2(fields, n_layers) if arch == "gpt2" else _rotary(arch, fields, n_layers, shapes))

@@ -22,7 +22,7 @@ DAMAGES = {
     "not utf-8": b'\xff\xfe{"a": 1}', "empty": b"", "nothing but zeros": bytes(64), "a mark": b"\xef\xbb\xbf{}",
     "deep": b"[" * 100_000, "half a file": b'{"a": ', "longer than it is": struct.pack("<Q", 2**63) + b"{}",
 }  # fmt: skip
-FILES = ("config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json")
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 @pytest.fixture
@@ -55,10 +55,25 @@ def test_no_damaged_file_is_read(name: str, damage: str, folder: pathlib.Path) -
         os.mkfifo(file)
     else:
         file.write_bytes(whole[: len(whole) // 2] if damage == "cut off" else DAMAGES[damage])
+    if (name, damage) == ("tokenizer_config.json", "object"):
+        assert language_model.load(folder).tokenizer is not None  # it need not say anything
+        return
     said = line(folder)
     # `{}` is a config.json; what it says too little of is named.
     assert name in said
     assert ("git lfs pull" in said) == (damage == "pointer")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("add_bos_token", value) for value in ("true", 1, [True], {}, 0.5)),
+        *((f"{end}_token", value) for end in ("bos", "eos") for value in (3, True, ["<s>"], {}, {"content": 3})),
+    ],
+)
+def test_a_tokenizer_config_says_what_is_read_of_it_by_type(key: str, value, folder: pathlib.Path) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({key: value}))
+    assert f"tokenizer_config.json: {key}=" in line(folder)
 
 
 @pytest.mark.parametrize("weight_map", [[], "x", 3, None, {}, {"a": 3}, {"a": None}, {"a": ["model.safetensors"]}])
@@ -111,6 +126,7 @@ def test_no_index_names_a_file_outside_the_folder(way: str, folder: pathlib.Path
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_of_a_model_is_a_link_out_of_its_folder(name: str, folder: pathlib.Path) -> None:
     with_index(folder, {"model.norm.weight": "model.safetensors"})
+    (folder / "tokenizer_config.json").write_text("{}")
     (folder / name).rename(folder.parent / "elsewhere")
     (folder / name).symlink_to("../elsewhere")
     assert "leads out of its folder" in line(folder)
@@ -166,18 +182,25 @@ def test_flipped_bits_in_the_head_of_a_gguf_file_end_in_a_line_or_a_model(tmp_pa
     assert refused > 100  # the flips hit something
 
 
-@pytest.mark.parametrize("key", METADATA)
+# What no tensor depends on: some of the values below are in its range.
+BOUND_BY_NO_TENSOR = {
+    "llama.context_length", "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.bos_token_id",
+    "tokenizer.ggml.eos_token_id", "tokenizer.ggml.token_type", "tokenizer.ggml.add_bos_token",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*METADATA, "tokenizer.ggml.add_bos_token"])
 def test_gguf_metadata_of_a_wrong_type(key: str, tmp_path: pathlib.Path) -> None:
     wrong = ["32", "", -1, float("nan"), float("inf"), True, 32.5, [1, 2], ["a b", "c d"], [True], 10**9, 2**40]
-    for value in [other for other in wrong if type(other) is not str or key not in ("tokenizer.ggml.pre",)]:
+    for value in wrong:
         file = write_gguf(tmp_path / "a.gguf", {key: value})
         try:
             language_model.load(file)
         except UserError as error:
             assert "\n" not in str(error) and "a.gguf" in str(error)
-        else:  # what no tensor depends on
-            assert key in ("llama.context_length", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
-                           "tokenizer.ggml.token_type", "llama.attention.layer_norm_rms_epsilon"), value  # fmt: skip
+        else:
+            assert key in BOUND_BY_NO_TENSOR, value
+            assert (type(value) is bool) == key.endswith("add_bos_token"), value
 
 
 @pytest.mark.parametrize(

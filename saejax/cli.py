@@ -106,11 +106,14 @@ def train(arguments: list[str]) -> int:
         _log_to_stderr()
         return _finish_training(config.from_run(run_dir, overrides), run_dir, resume=True)
     if preflight.folds(arguments):
-        return _run_folded(arguments)
+        with preflight.alone(arguments, preflight.check(arguments)) as arguments:
+            return _run_folded(arguments)
     arguments = [a for a in arguments if not a.startswith(preflight.FOLD)]
-    arguments = preflight.join(arguments, preflight.check(arguments))
+    configs = preflight.check(arguments)
+    arguments = preflight.join(arguments, configs)
     preflight.make_directories(arguments)
-    _run_under_hydra(arguments)
+    with preflight.alone(arguments, configs) as arguments:
+        _run_under_hydra(arguments)
     return DONE
 
 
@@ -168,7 +171,6 @@ def _run_folded(arguments: list[str]) -> int:
     """A sweep whose jobs are trained together where they can be, each into the directory that it would have alone."""
     from saejax import config, ensembles, preflight
 
-    preflight.check(arguments)
     _log_to_stderr()
     jobs = preflight.directories(arguments)
     members = {path: config.load("train", config.Config, overrides) for path, overrides in jobs.items()}

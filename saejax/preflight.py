@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -10,8 +12,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from saejax import config, processes
+from saejax import config, lock, paths, processes
 from saejax.errors import UserError
 
 # A sweep of thousands is checked in part: composing one job takes a fifth of a second.
@@ -75,6 +78,47 @@ def join(arguments: list[str], configs: list[config.Config]) -> list[str]:
     with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
         composed = compose("train", [a for a in arguments if not a.startswith("-")], return_hydra_config=True)
     return [*arguments, f"hydra.run.dir={processes.gather(str(composed.hydra.run.dir))[0]}"]
+
+
+@contextlib.contextmanager
+def alone(arguments: list[str], configs: list[config.Config]) -> Iterator[list[str]]:
+    """Hold the directory of a sweep before Hydra writes into it; each run holds its own by itself.
+
+    Args:
+      arguments: as typed; of a single run nothing is held.
+      configs: of its jobs, from `check`.
+
+    Returns:
+      A context: the arguments, with the directory that was held where its name has the time in it.
+
+    Raises:
+      UserError: another sweep is at work there.
+    """
+    place = _sweep_dir(arguments) if _multirun(arguments) else None
+    at = configs[0].mesh.place() if configs else None
+    if place is None or at is not None and at.process_id != 0:
+        yield arguments
+        return
+    with lock.hold(place, "saejax train -m"):
+        if (place / "multirun.yaml").is_symlink():  # Hydra would write through it
+            raise UserError(f"{place / 'multirun.yaml'} is a link, and is not written through; remove it")
+        yield [*arguments, f"hydra.sweep.dir={paths.for_hydra(str(place))}"]
+
+
+def _sweep_dir(arguments: list[str]) -> Path | None:
+    """Where Hydra would put a sweep; None where only Hydra knows."""
+    overrides = [a for a in _overrides(arguments) if not a.startswith(FOLD + "=")]
+    if any(a.startswith(HYDRA_ALONE) for a in arguments):
+        said = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith("hydra.sweep.dir=")]
+        return Path(said[-1]).absolute() if said and "${" not in said[-1] else None
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        once = [text for text, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
+        with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
+            composed = compose("train", once, return_hydra_config=True)
+        return Path(str(composed.hydra.sweep.dir)).absolute()
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return None
 
 
 def folds(arguments: list[str]) -> bool:
@@ -164,9 +208,13 @@ def make_directories(arguments: list[str]) -> None:
             Path(value).mkdir(parents=True, exist_ok=True)
 
 
+def _overrides(arguments: list[str]) -> list[str]:
+    return [a for a in arguments if "=" in a and not a.startswith("-") or a.startswith(("+", "~"))]
+
+
 def _jobs(arguments: list[str]) -> list[list[str]]:
     """The overrides of every job: one, or one for each point of a grid."""
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-") or a.startswith(("+", "~"))]
+    overrides = _overrides(arguments)
     for word in arguments:
         if word not in overrides and not word.startswith("-"):
             raise UserError(f"{word}: expected key=value")

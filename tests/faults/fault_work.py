@@ -66,6 +66,10 @@ def harvest(root: str, name: str) -> int:
         test_harvest.harvest(config, test_harvest.TinyModel(pause=0.01))
     except KeyboardInterrupt as stop:
         return errors.stopped_status(getattr(stop, "signum", 2))
+    except errors.UserError as error:
+        print(f"saejax harvest: {error}")
+        return errors.MISTAKE
+    print("harvest done")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saejax import checkpoint, config, preflight, standing
+from saejax import checkpoint, cli, config, lock, preflight, standing
 from saejax.errors import UserError
 
 CODE = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -58,6 +59,52 @@ def test_a_sweep_that_broke_goes_on_where_it_was(tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(1, 11)) and max(map(steps.count, steps)) <= 2  # training and evaluation
     assert (tmp_path / "0" / "run.json").read_bytes() == record
+
+
+@pytest.mark.parametrize("fold", [[], ["sweep.fold=true"]], ids=["sweep", "folded"])
+@pytest.mark.parametrize("name", ["swept", "a/../swept", "swe${train.seed_of_name}", "link"])
+def test_a_second_sweep_is_refused_before_anything_is_written(fold, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("swept")
+    name = name.replace("${train.seed_of_name}", "p${checkpoint.keep_last}ed")
+    place = tmp_path / ("swept" if "keep_last" not in name else "swep9ed")
+    (tmp_path / "a").mkdir()
+    with lock.hold(place, "first"):
+        assert cli.main(sweep(Path(name), "sae.k=2,4", *fold)) == 2
+    line = rf"saejax train: {tmp_path}/\S+ is in use by first of process {os.getpid()} on .*\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+    assert [file.name for file in place.iterdir()] == [".lock"]
+
+
+def test_a_sweep_writes_through_no_link(tmp_path, capsys):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept" / "multirun.yaml").symlink_to(tmp_path / "precious")
+    assert cli.main(sweep(tmp_path / "swept", "sae.k=2,4")) == 2
+    assert "multirun.yaml is a link" in capsys.readouterr().err and (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("place", "held"), [("0", True), ("1", False)])
+def test_of_several_processes_the_first_holds_the_sweep(place, held, tmp_path):
+    mesh = [
+        "mesh.distributed=manual",
+        "mesh.num_processes=2",
+        "mesh.coordinator=localhost:1",
+        f"mesh.process_id={place}",
+    ]
+    arguments = sweep(tmp_path, "sae.k=2,4", *mesh, f"mesh.process_id={place}")[1:]
+    with preflight.alone(arguments, preflight.check(arguments)) as settled:
+        assert (tmp_path / ".lock").exists() == held and settled[: len(arguments)] == arguments
+        assert settled[len(arguments) :] == ([f"hydra.sweep.dir={tmp_path}"] if held else [])
+
+
+def test_a_sweep_named_by_the_time_holds_the_directory_that_hydra_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-m", *SMALL, "sae.k=2,4"]
+    with preflight.alone(arguments, preflight.check(arguments)) as settled:
+        (place,) = (tmp_path / "runs").iterdir()
+        assert settled == [*arguments, f"hydra.sweep.dir={place}"] and (place / ".lock").exists()
+        assert {path.parent for path in preflight.directories(settled)} == {place}
 
 
 def test_what_a_directory_holds(tmp_path):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from saejax import whole
-from saejax.activations.language_model import FileTokenizer, bos
+from saejax import plain, whole
+from saejax.activations.language_model import FileTokenizer, bos, hf
 from saejax.errors import UserError
 
 INSTALL = "pip install 'saejax[torch]'"
@@ -171,10 +171,13 @@ def load(path_or_name: str | pathlib.Path, *, device: str = "cpu", dtype: str = 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={dtype!r} is not supported, allowed: float32, bfloat16, float16")
     name = str(path_or_name)
+    if pathlib.Path(name).is_dir():
+        hf.check_files(pathlib.Path(name))
     try:
         model = transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model={name!r} cannot be loaded by transformers: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # transformers raises whatever the library of a file raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model={name!r} cannot be loaded by transformers: {plain.one_line(reason)}") from None
     provenance = {"name": name, "family": model.config.model_type, "dtype": dtype, "backend": "torch"}
     return TorchModel(model, tokenizer=_tokenizer(name), provenance=provenance)
 

@@ -117,6 +117,24 @@ def read_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
     return dict(fields.raw)
 
 
+def check_files(path: pathlib.Path) -> None:
+    """Opens every file that says what a model is, for libraries that would end in anything where one is damaged.
+
+    Args:
+      path: the directory; files that are not there are not missed.
+
+    Raises:
+      UserError: a file that is there cannot be read.
+    """
+    if _file(path, "config.json") is not None:
+        read_config(path)
+    read_tokenizer(path)
+    read_tokenizer_config(path)
+    if any(_file(path, name) is not None for name in ("model.safetensors", "model.safetensors.index.json")):
+        for file in _weight_files(path):
+            _opened(file)
+
+
 def _file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
     """The file of that name, None where there is none; it must be one, and lie in the folder."""
     path = folder / name

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -62,6 +63,20 @@ def test_no_damaged_file_is_read(name: str, damage: str, folder: pathlib.Path) -
     # `{}` is a config.json; what it says too little of is named.
     assert name in said
     assert ("git lfs pull" in said) == (damage == "pointer")
+
+
+@pytest.mark.parametrize("damage", ["pointer", "list", "null", "empty", "deep", "half a file"])
+@pytest.mark.parametrize("name", FILES)
+def test_no_damaged_file_is_read_by_torch_models(name: str, damage: str, tmp_path: pathlib.Path) -> None:
+    """transformers would raise errors of many kinds, or go on without the tokenizer."""
+    pytest.importorskip("transformers")
+    from saejax.activations import torch_source
+
+    folder = write_directory(tmp_path / "m", CONFIG | {"rope_scaling": None, "partial_rotary_factor": None})
+    (folder / name).write_bytes(DAMAGES[damage])
+    with pytest.raises(UserError, match=re.escape(name)) as caught:
+        torch_source.load(folder)
+    assert "\n" not in str(caught.value) and ("git lfs pull" in str(caught.value)) == (damage == "pointer")
 
 
 @pytest.mark.parametrize(

@@ -84,17 +84,20 @@ class Plan:
         return [*self.train, f"source.path={self.root / 'store'}"]
 
 
+# What separated the texts that SmolLM2 was trained on; its file asks for no token, so bos=auto would take none.
+BOS = 'bos="<|endoftext|>"'
+
 PLANS = {
     "demo": Plan(
         root=Path("demo"),
-        harvest=("hook=blocks.5.hook_resid_post", "n_tokens=131072", "heldout_tokens=16384"),
+        harvest=("hook=blocks.5.hook_resid_post", "n_tokens=131072", "heldout_tokens=16384", BOS),
         train=("experiment=smollm2_demo",),
         sweep=("sae.k=16,32,64", "train.n_tokens=131072"),
         evaluate=("splice_sequences=32",),
     ),
     "reference": Plan(
         root=Path("reference"),
-        harvest=(),
+        harvest=(BOS,),
         train=("experiment=smollm2",),
         sweep=(),
         evaluate=("splice_sequences=64",),

@@ -59,7 +59,7 @@ class HarvestConfig:
     """Number format of the stored rows; one that would overflow is refused."""
 
     bos: str = "auto"
-    """Token that begins every segment: its text, "none", or "auto" for the one that the tokenizer knows."""
+    """Token that begins every segment: its text, "none", or "auto" for what the model's files put before a text."""
 
     mask_position_zero: bool = True
     """Whether the first token of every segment is left out; it is an attention sink in most models."""

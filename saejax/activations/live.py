@@ -62,7 +62,7 @@ class Live(ActivationSource):
     dtype: store_format.StoreDtype = store_format.StoreDtype.bfloat16
     """Number format of the rows; one that would overflow is refused."""
     bos: str = "auto"
-    """Token that begins every segment: its text, "none", or "auto" for the one that the tokenizer knows."""
+    """Token that begins every segment: its text, "none", or "auto" for what the model's files put before a text."""
     mask_position_zero: bool = True
     """Whether the first token of every segment is left out."""
     sink_factor: float | None = 10.0

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,22 @@ import jax
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from saejax import digest, processes, whole
+from saejax import checkpoint_read, checkpoint_record, digest, paths, processes, whole
+from saejax.checkpoint_read import LOADER, RECORD, STATE
+from saejax.checkpoint_read import check_newest as check_newest
+from saejax.checkpoint_read import load_arrays as load_arrays
+from saejax.checkpoint_read import read_record as read_record
+from saejax.checkpoint_read import steps as steps
+from saejax.checkpoint_record import FORMAT_VERSION as FORMAT_VERSION
+from saejax.checkpoint_record import Damaged, Owner
 from saejax.errors import UserError
+from saejax.resume_policy import Place
 
 logger = logging.getLogger(__name__)
 
-_STATE = "state"
-_LOADER = "loader"
-_RECORD = "record"
 
 TRIES, PAUSE_SECONDS = 3, 10.0
 """Tries to write the last checkpoint of a run, and the time between them, in which a user may make room."""
-
-FORMAT_VERSION = 2
-"""Of what a checkpoint holds; 1 had no record, so nothing in it could be compared."""
 
 
 class _NotOrbax(logging.Filter):
@@ -51,19 +51,15 @@ logging.getLogger("asyncio").addFilter(_NotOrbax())
 tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
-class _Damaged(Exception):
-    """What was read is not what was written."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """How often a run is saved and what is kept."""
 
-    save_every_steps: int | None = 1000
+    save_every_steps: Place[int | None] = 1000
     """Steps between two checkpoints; null saves at the end and on interruption only."""
-    keep_last: int = 1
+    keep_last: Place[int] = 1
     """Newest checkpoints kept; at least 1."""
-    keep_best: int = 1
+    keep_best: Place[int] = 1
     """Checkpoints of lowest held-out fvu kept beside them; 0 keeps none."""
 
     def __post_init__(self) -> None:
@@ -75,23 +71,18 @@ class CheckpointConfig:
             raise UserError(f"checkpoint.keep_best must be at least 0, got {self.keep_best}")
 
 
-def steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending; what a killed save left behind does not count."""
-    root = run_dir / "checkpoints"
-    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.is_dir() else []
-
-
 class Checkpoints:
     """The checkpoints of one run directory, written asynchronously.
 
     Args:
       run_dir: its subdirectory `checkpoints/` is used.
       config: see `CheckpointConfig`.
+      owner: the run; what is saved says so, and what is read must be of it. None asks and says nothing.
       spare: newest checkpoints kept beyond what `config` says, until `trim`.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, spare: int = 0) -> None:
-        self._run_dir, self._config = run_dir, config
+    def __init__(self, run_dir: Path, config: CheckpointConfig, owner: Owner | None = None, spare: int = 0) -> None:
+        self._run_dir, self._config, self._owner = paths.local(run_dir, "run_dir"), config, owner
         self._keep = _kept(config, spare)
         self._pending: Any = None
         self._error = ""
@@ -99,7 +90,7 @@ class Checkpoints:
 
     def _open(self) -> None:
         self._checkpointer = ocp.training.Checkpointer(
-            str((self._run_dir / "checkpoints").absolute()),
+            str(self._run_dir / "checkpoints"),
             preservation_policy=self._keep,
             cleanup_tmp_directories=True,
         )
@@ -125,7 +116,7 @@ class Checkpoints:
         self.wait()
         if self.latest_step == step:
             return
-        items = {_STATE: state, _LOADER: loader, _RECORD: _record(state, loader)}
+        items = {STATE: state, LOADER: loader, RECORD: checkpoint_record.make(step, state, loader, fvu, self._owner)}
         metrics: Any = None if fvu is None else {"fvu": fvu}
         try:
             with processes.alike():
@@ -168,7 +159,7 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._error, self._pending = _first_line(error), None
+        self._error, self._pending = checkpoint_read.reason(error), None
         logger.error(
             "CHECKPOINT NOT WRITTEN under %s: %s. Training goes on and the next save tries again; the last complete "
             "checkpoint is step %s",
@@ -196,25 +187,31 @@ class Checkpoints:
         directory = self._run_dir / "checkpoints"
         if not candidates:
             raise UserError(f"no checkpoint in {directory}: start the run anew")
-        broken = []
+        broken: dict[int, str] = {}
         for candidate in candidates:
             try:
-                with processes.alike(), _alone(partial_load=True):  # fields that are None now were once not there
-                    whole.check_readable(directory / str(candidate))
-                    record = _read_record(directory / str(candidate))
-                    wanted = _in_saved_dtypes(directory / str(candidate), abstract_state)
-                    found = self._checkpointer.load_checkpointables(candidate, {_STATE: wanted, _LOADER: None})
-                with processes.alike():
-                    _compare(record, found[_STATE], found[_LOADER])
-            except UserError:
-                raise
+                found = self._restored(directory / str(candidate), candidate, abstract_state)
             except Exception as error:  # a cut-off file surfaces as one of many kinds
-                logger.warning("checkpoint %s cannot be restored (%s)", candidate, _first_line(error))
-                broken.append(candidate)
+                if not checkpoint_read.is_damage(error):
+                    raise
+                broken[candidate] = checkpoint_read.reason(error)
+                logger.warning("checkpoint %s cannot be restored (%s)", candidate, broken[candidate])
                 continue
-            self._set_aside(broken)
-            return jax.tree.map(_bits_as, found[_STATE], abstract_state), found[_LOADER]
-        raise UserError(f"no checkpoint in {directory} can be restored; tried steps {', '.join(map(str, candidates))}")
+            self._set_aside(list(broken))
+            return found
+        tried = "; ".join(f"step {number}: {reason}" for number, reason in broken.items())
+        raise UserError(f"no checkpoint in {directory} can be restored ({tried})")
+
+    def _restored(self, path: Path, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        # Partial, because fields that are None now were once not there.
+        with processes.alike(), checkpoint_read.alone(partial_load=True):
+            whole.check_readable(path)
+            record = checkpoint_read.checked_record(path, step, self._owner)
+            wanted = _in_saved_dtypes(path, abstract_state, record)
+            found = self._checkpointer.load_checkpointables(step, {STATE: wanted, LOADER: None})
+        with processes.alike():
+            checkpoint_record.compare(record, found[STATE], found[LOADER])
+        return jax.tree.map(_bits_as, found[STATE], abstract_state), found[LOADER]
 
     def _set_aside(self, numbers: list[int], name: str = "checkpoints_broken") -> None:
         """Move checkpoints away, so that neither `latest_step` nor the preservation policy counts them."""
@@ -259,72 +256,15 @@ def _kept(config: CheckpointConfig, spare: int = 0) -> Any:
     return policies.AnyPreservationPolicy(keep)
 
 
-def load_arrays(run_dir: Path, names: tuple[str, ...], step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """Read some fields of the saved state onto one device, as nested dicts, without the training code's config.
-
-    Args:
-      run_dir: a run directory.
-      names: fields of `TrainState`, say ("params", "normalizer").
-      step: which checkpoint; None takes the newest.
-
-    Returns:
-      (step, field -> nested dict of arrays).
-
-    Raises:
-      UserError: there is no such checkpoint, it lacks a field or is damaged.
-    """
-    root, there = run_dir / "checkpoints", steps(run_dir)
-    if not there:
-        raise UserError(f"no checkpoint in {root}: has the run saved yet?")
-    if step is not None and step not in there:
-        raise UserError(f"step={step}: {root} holds {', '.join(map(str, there))}")
-    chosen = there[-1] if step is None else step
-    path = (root / str(chosen)).absolute()
-    try:
-        return chosen, _load_fields(path, names)
-    except UserError:
-        raise
-    except Exception as error:  # a cut-off file surfaces as one of many kinds
-        raise UserError(
-            f"{path} is broken ({_first_line(error)}); saejax train resume={run_dir} goes back before it"
-        ) from error
-
-
-def _load_fields(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    with _alone():
-        record = _read_record(path)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = (ocp.checkpointables_metadata(str(path)).metadata or {}).get(_STATE)
-    if found is None:
-        raise _Damaged("its metadata cannot be read")
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise UserError(f"{path} holds {', '.join(found)}; {', '.join(missing)} is missing")
-    wanted = {name: found[name] for name in names}
-    wanted = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), wanted)
-    with _alone(partial_load=True):
-        fields = ocp.load_checkpointables(str(path), {_STATE: wanted})[_STATE]
-    _compare(record, fields)
-    return fields
-
-
-def _alone(partial_load: bool = False) -> Any:
-    """A context in which this process reads without waiting for others: damage may be seen by one of them only."""
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial_load
-    if processes.several():
-        number, options = jax.process_index(), context.multiprocessing
-        options.primary_host, options.active_processes, options.barrier_sync_key_prefix = number, {number}, f"{number}"
-    return context
-
-
-def _in_saved_dtypes(path: Path, wanted: Any) -> Any:
+def _in_saved_dtypes(path: Path, wanted: Any, record: dict[str, Any] | None) -> Any:
     """`wanted` with the dtypes of a checkpoint: the buffer held rows as floats before it held their bits."""
-    saved = (ocp.checkpointables_metadata(str(path)).metadata or {}).get(_STATE)
+    saved = (ocp.checkpointables_metadata(str(path)).metadata or {}).get(STATE)
     dtypes = {digest.name(where): leaf.dtype for where, leaf in jax.tree_util.tree_leaves_with_path(saved)}
     names = {digest.name(where) for where, _ in jax.tree_util.tree_leaves_with_path(wanted)}
+    if record is not None and (wrong := sorted(names ^ record["arrays"].keys())):
+        raise UserError(f"{path} does not fit the config of the run: of {', '.join(wrong)} only one of them knows")
     if differing := sorted(names ^ dtypes.keys()):
-        raise _Damaged(f"of {', '.join(differing)} either it or the config knows nothing")
+        raise Damaged(f"of {', '.join(differing)} either it or the config knows nothing")
 
     def as_saved(where: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = dtypes.get(digest.name(where), leaf.dtype)
@@ -337,59 +277,3 @@ def _in_saved_dtypes(path: Path, wanted: Any) -> Any:
 
 def _bits_as(saved: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     return saved if saved.dtype == wanted.dtype else jax.lax.bitcast_convert_type(saved, wanted.dtype)
-
-
-def _record(state: Any, loader: dict[str, Any]) -> dict[str, Any]:
-    """What is written beside a state so that damage and other versions are seen when it is read."""
-    body = {
-        "format_version": FORMAT_VERSION,
-        "saejax_version": metadata.version("saejax"),
-        "arrays": digest.of(state),
-        "loader_sha256": _sha256(loader),
-    }
-    return body | {"sha256": _sha256(body)}
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a checkpoint; None of one of format 1, which had none.
-
-    Raises:
-      UserError: it was written by a newer saejax.
-      _Damaged: it is not as it was written.
-    """
-    if not (path / _RECORD).exists():
-        logger.warning("%s is of format 1, without checksums: it cannot be checked", path)
-        return None
-    record: dict[str, Any] = dict(ocp.load_checkpointables(str(path), {_RECORD: None})[_RECORD])
-    if record.pop("sha256", None) != _sha256(record):
-        raise _Damaged("its record does not match its own checksum")
-    if record["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{path} was written by saejax {record['saejax_version']} in format {record['format_version']}; "
-            f"this is {metadata.version('saejax')}, which reads formats up to {FORMAT_VERSION}: install a newer one"
-        )
-    if (writer := record["saejax_version"]) != metadata.version("saejax"):
-        logger.info("%s was written by saejax %s, this is %s", path, writer, metadata.version("saejax"))
-    return record
-
-
-def _compare(record: dict[str, Any] | None, fields: Any, loader: dict[str, Any] | None = None) -> None:
-    """Refuses what was read unless it is what was written.
-
-    Raises:
-      _Damaged: an array or the loader's position is not.
-    """
-    if record is None:
-        return
-    if wrong := digest.differences(record["arrays"], digest.of(fields)):
-        raise _Damaged(f"{', '.join(wrong)}: the checksum is not that of the save")
-    if loader is not None and _sha256(loader) != record["loader_sha256"]:
-        raise _Damaged("the loader's position: the checksum is not that of the save")
-
-
-def _sha256(plain: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import saejax
-from saejax import pages, processes, whole
+from saejax import pages, paths, processes, whole
 from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def train(arguments: list[str]) -> int:
         return DONE
     resumed = [a for a in arguments if a.startswith("resume=")]
     if resumed:
-        run_dir = Path(resumed[-1].removeprefix("resume="))
+        run_dir = paths.local(resumed[-1].removeprefix("resume="), "resume")
         overrides = [a for a in arguments if not a.startswith("resume=")]
         flags = [a for a in overrides if "=" not in a]
         if flags:
@@ -219,7 +219,9 @@ def _say(result: ensembles.Result, where: Path) -> int:
         print(f"stopped, all members saved; the same command goes on ({where})", file=sys.stderr)
         return stopped_status(result.signum)
     for path, evaluation in result.evaluations.items():
-        figures = "  ".join(f"{name} {evaluation[name]:.4g}" for name in ("fvu", "l0", "dead_share"))
+        figures = "  ".join(
+            f"{name} {evaluation[name]:.4g}" for name in ("fvu", "l0", "dead_share") if name in evaluation
+        )
         print(f"done: {path}; held-out {figures}")
     if result.tokens_per_second:
         print(f"{result.tokens_per_second:.0f} tokens/s, each seen by every member")

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from saejax import checkpoint, plain, sharding, tracking
 from saejax.activations import arrays, buffer, joined_source, live, normalize, source, store_source, synthetic, text
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed, Place
 from saejax.sae import (
     abs_topk,
     base,
@@ -55,29 +56,29 @@ _ROOTS: set[type] = set()
 class Config:
     """One training run."""
 
-    sae: base.Sparsifier
+    sae: Fixed[base.Sparsifier]
     """The architecture: topk, l1, ..."""
-    source: source.ActivationSource
+    source: Fixed[source.ActivationSource]
     """Where rows come from: synthetic, store, arrays, ..."""
-    buffer: buffer.BufferConfig = dataclasses.field(default_factory=buffer.BufferConfig)
+    buffer: Fixed[buffer.BufferConfig] = dataclasses.field(default_factory=buffer.BufferConfig)
     """The shuffle buffer on the devices."""
-    normalize: normalize.NormalizeConfig = dataclasses.field(default_factory=normalize.NormalizeConfig)
+    normalize: Fixed[normalize.NormalizeConfig] = dataclasses.field(default_factory=normalize.NormalizeConfig)
     """Centring and scaling of rows, undone when the SAE is loaded."""
-    optim: optim.OptimConfig = dataclasses.field(default_factory=optim.OptimConfig)
+    optim: Fixed[optim.OptimConfig] = dataclasses.field(default_factory=optim.OptimConfig)
     """Update rule and schedule."""
-    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    mesh: Place[sharding.MeshConfig] = dataclasses.field(default_factory=sharding.MeshConfig)
     """Devices along data and latent."""
-    train: settings.TrainConfig = dataclasses.field(default_factory=settings.TrainConfig)
+    train: Fixed[settings.TrainConfig] = dataclasses.field(default_factory=settings.TrainConfig)
     """Length, batch and rhythm."""
-    checkpoint: checkpoint.CheckpointConfig = dataclasses.field(default_factory=checkpoint.CheckpointConfig)
+    checkpoint: Place[checkpoint.CheckpointConfig] = dataclasses.field(default_factory=checkpoint.CheckpointConfig)
     """What is saved when."""
-    tracker: tracking.TrackerConfig = dataclasses.field(default_factory=tracking.TrackerConfig)
+    tracker: Place[tracking.TrackerConfig] = dataclasses.field(default_factory=tracking.TrackerConfig)
     """W&B beside metrics.jsonl."""
-    seed: int = 0
+    seed: Fixed[int] = 0
     """Fixes parameters, data order and draws of a run."""
-    ensemble: ensemble_config.EnsembleConfig = dataclasses.field(default_factory=ensemble_config.EnsembleConfig)
+    ensemble: Fixed[ensemble_config.EnsembleConfig] = dataclasses.field(default_factory=ensemble_config.EnsembleConfig)
     """Values of seed, optim.lr, sae.k, ... that are trained together on one stream; empty lists train one SAE."""
-    data_seed: int | None = None
+    data_seed: Fixed[int | None] = None
     """Fixes data order and draws alone, so that runs of several seeds see the same batches; null takes `seed`."""
 
     def __post_init__(self) -> None:
@@ -89,12 +90,6 @@ class Config:
             raise UserError(f"mesh.data must divide train.n_lanes={self.train.n_lanes}, got {self.mesh.data}")
         if self.sae.d_sae % self.mesh.latent:
             raise UserError(f"mesh.latent must divide sae.d_sae={self.sae.d_sae}, got {self.mesh.latent}")
-        if self.sae.d_row != self.source.d_in:
-            name = "sae.d_in" if self.sae.mirrors else "the sum of sae.sites"
-            raise UserError(f"{name} must equal the width of the source, {self.source.d_in}, got {self.sae.d_row}")
-        widths = self.source.site_widths
-        if len(widths) > 1 and self.sae.sites != widths:
-            raise UserError(f"sae.sites must be those of the source, {widths}, got {self.sae.sites}")
         start.check(self.sae, self.train)
         fold.check(self.sae, self.normalize.mode)
         if self.optim.averages and self.train.ema_decay is not None:
@@ -110,6 +105,20 @@ class Config:
     def averaged(self) -> bool:
         """Whether an average of the parameters is what is evaluated, exported and loaded."""
         return self.optim.averages or self.train.ema_decay is not None
+
+
+def check_data(config: Config) -> None:
+    """Refuse an SAE that does not fit the rows of its source; opens the source, which a config alone never does.
+
+    Raises:
+      UserError: the source cannot be read, or its widths are others.
+    """
+    sae, source = config.sae, config.source
+    if sae.d_row != source.d_in:
+        name = "sae.d_in" if sae.mirrors else "the sum of sae.sites"
+        raise UserError(f"{name} must equal the width of the source, {source.d_in}, got {sae.d_row}")
+    if len(source.site_widths) > 1 and sae.sites != source.site_widths:
+        raise UserError(f"sae.sites must be those of the source, {source.site_widths}, got {sae.sites}")
 
 
 def conf_dir() -> str:
@@ -210,7 +219,10 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
             composed = compose(config_name=name, overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_one_line(error)) from error
-    return to_object(composed)
+    made = to_object(composed)
+    if isinstance(made, Config):
+        check_data(made)
+    return made
 
 
 def override(default: Any, overrides: list[str]) -> Any:
@@ -297,9 +309,14 @@ def _fields(class_name: str) -> list[str]:
     return []
 
 
-def to_yaml(config: Any) -> str:
-    """A config as YAML that says of itself which classes it was made of (`type:`)."""
-    return yaml.safe_dump(plain.stamped(to_plain(config)), sort_keys=False)
+def to_yaml(config: Any, stamp: plain.Stamp | None = None) -> str:
+    """A config as YAML that says of itself which classes it was made of (`type:`).
+
+    Args:
+      config: see `Config`.
+      stamp: of the run whose config.yaml it is; None writes format 1, of a run without an id.
+    """
+    return yaml.safe_dump(plain.stamped(to_plain(config), stamp or plain.Stamp()), sort_keys=False)
 
 
 def to_plain(value: Any) -> Any:
@@ -309,60 +326,18 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [to_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: to_plain(vars(value)[f.name]) for f in dataclasses.fields(value)}
         name = getattr(type(value), "name", None)
         return ({"type": name} if isinstance(name, str) else {}) | fields
     return value
 
 
-def check_resumable(before: Config, now: Config) -> None:
-    """Refuse overrides under which a run would not be the same run any more.
-
-    Args:
-      before: config in the run directory.
-      now: the same with overrides on top.
-
-    Raises:
-      UserError: a key that fixes shapes, data or draws was changed.
-    """
-    fixed = {
-        "sae.type",
-        "sae.d_in",
-        "sae.d_sae",
-        "sae.family",
-        "sae.sites",
-        "sae.skip",
-        "sae.encoder",
-        "sae.encoder_hidden",
-        "sae.selection",
-        "train.batch",
-        "train.n_lanes",
-        "train.ema_decay",
-        "optim.name",
-        "buffer.rows",
-        "seed",
-        "data_seed",
-        *(f"ensemble.{name}" for name in (*ensemble_config.KNOBS, "combine")),
-    }
-    for key, (old, new) in changed(before, now).items():
-        # Which rows those are is checked by the stream itself.
-        moved = key in ("source.path", "source.paths", "source.verify", "source.skip_damaged")
-        if key in fixed or key.startswith(("source.", "normalize.")) and not moved:
-            raise UserError(f"{key} cannot change on resume: the run has {old}, got {new}")
-
-
-def changed(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Flat keys in which two configs differ -> (value before, value now), None where a key is not there."""
-    old, new = _flat(to_plain(before)), _flat(to_plain(now))
-    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, keys joined by dots."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:

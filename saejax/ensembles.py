@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saejax import checkpoint, config, run, sharding, standing, tracking
+from saejax import checkpoint, config, lock, paths, processes, run, sharding, standing, tracking
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.training import ensemble, ensemble_config, flops, loop, memory, optim, settings, state
@@ -64,17 +64,30 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
       UserError: before any device work for impossible combinations; for lack of memory or a full disk; when no member
         is finite any more.
     """
-    there = (run_dir / "config.yaml").is_file()
-    if there and not resume:
-        before, now = (set(ensemble_config.members(c)) for c in (config.from_run(run_dir), cfg))
-        if not before <= now:  # it may grow
-            raise UserError(f"{run_dir} holds another ensemble, with {min(before - now)}; take another directory")
-    elif there:
-        config.check_resumable(config.from_run(run_dir), cfg)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    run.write_config(cfg, run_dir)
-    form, n_axis = cfg.ensemble.form, cfg.mesh.ensemble
-    return train_members(ensemble_config.dirs(cfg, run_dir), form=form, n_axis=n_axis, resume=resume)
+    run_dir = paths.local(run_dir, "run_dir")
+    config.check_data(cfg)
+    with contextlib.ExitStack() as stack:
+        with processes.alike():
+            if processes.first():
+                stack.enter_context(lock.hold(run_dir, "saejax train"))
+            _check_dir(cfg, run_dir, resume)
+        members = ensemble_config.dirs(cfg, run_dir)
+        left = any(checkpoint.steps(path)[-1:] < [c.train.n_steps] for path, c in members.items())
+        if left or not resume:  # where nothing is left to do, it stays the ensemble that its own command line names
+            standing.write_config(cfg, run_dir)
+        return train_members(members, form=cfg.ensemble.form, n_axis=cfg.mesh.ensemble, resume=resume)
+
+
+def _check_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
+    """Refuse to write over another ensemble, or to go on with one as something that it is not."""
+    if not (run_dir / "config.yaml").is_file():
+        return
+    there = config.from_run(run_dir)
+    if resume:
+        return standing.check_resumable(there, cfg)
+    before, now = (set(ensemble_config.members(c)) for c in (there, cfg))
+    if not before <= now:  # it may grow
+        raise UserError(f"{run_dir} holds another ensemble, with {min(before - now)}; take another directory")
 
 
 def train_members(
@@ -92,35 +105,40 @@ def train_members(
       n_axis: devices along the mesh axis of members.
       resume: as in `train`.
     """
+    members = {paths.local(path, "run_dir"): cfg for path, cfg in members.items()}
     evaluations: dict[Path, dict[str, float]] = {}
     failed: list[Path] = []
     fresh: dict[Path, config.Config] = {}
     begun: dict[Path, config.Config] = {}
-    for path, cfg in members.items():
-        record = _record(path)
-        steps = checkpoint.steps(path)
-        if steps and resume:
-            config.check_resumable(config.from_run(path), cfg)
-        elif steps:
-            standing.look(cfg, path)  # refuses another run
-        if "failed" in record:
-            logger.warning("%s is left out: %s; it goes on alone with resume=%s", path, record["failed"], path)
-            failed.append(path)
-        elif steps and steps[-1] == cfg.train.n_steps and record.get("finished"):
-            evaluations[path] = record["evaluation"]
-        else:
-            (begun if steps else fresh)[path] = cfg
-    result = Result(evaluations=evaluations, failed=failed)
-    for cohort, begins in ((begun, False), (fresh, True)):
-        if not cohort or result.signum is not None:
-            continue
-        now = _together(cohort, form=form, n_axis=n_axis if len(cohort) % n_axis == 0 else 1, resume=not begins)
-        result = Result(
-            evaluations=result.evaluations | now.evaluations,
-            failed=result.failed + now.failed,
-            signum=now.signum,
-            tokens_per_second=now.tokens_per_second,
-        )
+    with contextlib.ExitStack() as stack:
+        with processes.alike():
+            for path in members if processes.first() else ():
+                stack.enter_context(lock.hold(path, "saejax train"))
+        for path, cfg in members.items():
+            record, steps = standing.record(path), checkpoint.steps(path)
+            if steps and resume:
+                standing.check_resumable(config.from_run(path), cfg)
+            elif steps:
+                standing.look(cfg, path)  # refuses another run
+            if "failed" in record:
+                again = paths.typed("resume", path)
+                logger.warning("%s is left out: %s; it goes on alone with %s", path, record["failed"], again)
+                failed.append(path)
+            elif steps and steps[-1] == cfg.train.n_steps and record.get("finished"):
+                evaluations[path] = record.get("evaluation", {})
+            else:
+                (begun if steps else fresh)[path] = cfg
+        result = Result(evaluations=evaluations, failed=failed)
+        for cohort, begins in ((begun, False), (fresh, True)):
+            if not cohort or result.signum is not None:
+                continue
+            now = _together(cohort, form=form, n_axis=n_axis if len(cohort) % n_axis == 0 else 1, resume=not begins)
+            result = Result(
+                evaluations=result.evaluations | now.evaluations,
+                failed=result.failed + now.failed,
+                signum=now.signum,
+                tokens_per_second=now.tokens_per_second,
+            )
     return result
 
 
@@ -140,10 +158,9 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
     tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
     logger.info("%d members in one step (ensemble.form=%s)", n, form.name)
     with contextlib.ExitStack() as stack:
-        for path in members:
-            path.mkdir(parents=True, exist_ok=True)
+        owners = {path: standing.take(c, path, resume, stack) for path, c in members.items()}
         # One spare, so that the newest step that all have is never deleted while some of them write the next.
-        saved = [checkpoint.Checkpoints(path, c.checkpoint, spare=1) for path, c in members.items()]
+        saved = [checkpoint.Checkpoints(path, c.checkpoint, owners[path], spare=1) for path, c in members.items()]
         for one in saved:
             stack.callback(one.close)
         first = next(rows)
@@ -165,7 +182,7 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
         begun = layout.join(states)
         del states
         for path, c in members.items():
-            run.write_config(c, path)
+            standing.begin(c, path, owners[path], int(begun.step))
         group: Any = _Members(members, layout, saved, mesh, rows, start_step=int(begun.step))
         stack.callback(group.close)
         outcome = loop.fit(
@@ -197,14 +214,14 @@ def _restored(saved: list[checkpoint.Checkpoints], members: Members, single: Any
                 states.append(dataclasses.replace(found, buffer=None) if states else found)
         except UserError as error:
             problem = str(error)
+            logger.warning("the members do not go on from step %d: %s", number, problem)
             continue
         assert position is not None
         for one in saved:
             one.rewind(number)
         return states, position
-    raise UserError(
-        f"the members cannot go on together: {problem}; each goes on alone with resume={next(iter(members))}"
-    )
+    alone = paths.typed("resume", next(iter(members)))
+    raise UserError(f"the members cannot go on together: {problem}; each goes on alone with {alone}")
 
 
 class _Members:
@@ -336,13 +353,6 @@ def _measured(cfg: config.Config, first: config.Config) -> Any:
     """The architecture of a member without its coefficient, which no metric reads: so members share a program."""
     own = {name: getattr(first.sae, name) for name in ("l1_coef", "l0_coef") if hasattr(first.sae, name)}
     return dataclasses.replace(cfg.sae, **own)
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def groups(members: Members) -> Iterator[dict[Path, config.Config]]:

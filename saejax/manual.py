@@ -8,6 +8,7 @@ import enum
 import inspect
 import itertools
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def _keys_of_root(root: type, composed: list[dict[str, Any]]) -> list[str]:
 def _keys(cls: type, values: dict[str, Any], prefix: str, skip: set[str]) -> list[str]:
     """The keys of a class, those of the classes inside it after its own."""
     lines, sections = [], []
-    docs, hints = field_docs(cls), inspect.get_annotations(cls, eval_str=True)
+    docs, hints = field_docs(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints.get(field.name, field.type)
         key = f"{prefix}{field.name}"

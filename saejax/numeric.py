@@ -1,4 +1,4 @@
-"""Numbers that a config may hold: finite, whole where they count, of a size that a device can count with; else one line.
+"""Numbers that a config may hold: finite, whole where they count, of a size that a device can count with.
 
 Each config class calls `check` first thing in its `__post_init__`, so that a value from a command line, from YAML or
 from Python meets the same rule, and what follows compares plain numbers: no NaN, which is below, above and equal to

@@ -12,9 +12,7 @@ from saejax.errors import UserError
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*:/")
 """`gs://bucket/x`, and `gs:/bucket/x`, which is what pathlib makes of it."""
 
-_PLAIN_FOR_HYDRA = re.compile(
-    r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.\-+@%~:]*", re.A | re.I
-)
+_PLAIN_FOR_HYDRA = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.\-+@%~:]*", re.A | re.I)
 """What Hydra's grammar reads as a word and nothing else: no number, no null."""
 
 

@@ -6,6 +6,7 @@ a run carries the version of its format, and what a newer saejax wrote is refuse
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +16,10 @@ import yaml
 
 from saejax.errors import UserError
 
-RUN_FORMAT = 1
-"""Version of what a run's config.yaml says; files without one are of version 1."""
+RUN_FORMAT = 2
+"""Version of what a run's config.yaml says; files without one are of version 1, which had no `run_id`."""
 
-_STAMP = ("format_version", "saejax_version")
+_STAMP = ("format_version", "saejax_version", "run_id", "older_up_to_step")
 _POINTER = b"version https://git-lfs"
 _LONGEST, _DEEPEST = 1000, 50
 """Characters of a message that quotes a file, and levels of a YAML file."""
@@ -27,7 +28,7 @@ _LONGEST, _DEEPEST = 1000, 50
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the mapping in a JSON file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
@@ -47,8 +48,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _mapping(path, found)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stamp:
+    """What a run's config.yaml says beside the config.
+
+    Attributes:
+      run_id: names the run in its checkpoints; None in files of format 1.
+      older_up_to_step: checkpoints up to this step were saved before the run had an id.
+    """
+
+    run_id: str | None = None
+    older_up_to_step: int = -1
+
+
 def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """Returns what a run's config.yaml says, its version taken off.
+    """Returns what a run's config.yaml says, its stamp taken off; see `read_run`."""
+    return read_run(run_dir)[0]
+
+
+def read_run(run_dir: Path) -> tuple[dict[str, Any], Stamp]:
+    """Returns what a run's config.yaml says, and its stamp.
 
     Args:
       run_dir: a run directory.
@@ -60,19 +79,25 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run directory: it holds no config.yaml")
     tree = read_yaml(path)
-    version, writer = (tree.pop(key, None) for key in _STAMP)
-    if version not in (None, RUN_FORMAT) or isinstance(version, bool):
+    version, writer, run_id, older = (tree.pop(key, None) for key in _STAMP)
+    if version not in (None, 1, RUN_FORMAT) or isinstance(version, bool):
         raise UserError(
             f"{path} was written by saejax {one_line(writer)} in format {one_line(version)}; this is "
             f"{metadata.version('saejax')}, which reads formats up to {RUN_FORMAT}: install a newer one"
         )
+    if version == RUN_FORMAT and not (isinstance(run_id, str) and run_id):
+        raise UserError(f"{path}: run_id must be given in format {RUN_FORMAT}")
+    if version != RUN_FORMAT and (run_id, older) != (None, None):
+        raise UserError(f"{path}: run_id is of format {RUN_FORMAT}, and format_version is {one_line(version)}")
+    if not (older is None or isinstance(older, int) and not isinstance(older, bool)):
+        raise UserError(f"{path}: older_up_to_step must be a number, got {one_line(older)}")
     if any("${" in text for text in _texts(tree)):
         raise UserError(f"{path}: must hold values, not interpolations, and holds ${{...}}")
     for group in ("sae", "source"):
         part = tree.get(group)
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise UserError(f"{path}: {group}.type must be given")
-    return tree
+    return tree, Stamp(run_id, -1 if older is None else older)
 
 
 def pointer_hint(path: Path) -> str:
@@ -85,9 +110,15 @@ def pointer_hint(path: Path) -> str:
     return "; it is a pointer of git-lfs, which stands for the file: fetch it with `git lfs pull`" if left else ""
 
 
-def stamped(tree: dict[str, Any]) -> dict[str, Any]:
-    """Returns the mapping of a config with the version of its format and of its writer in front."""
-    return dict(zip(_STAMP, (RUN_FORMAT, metadata.version("saejax")), strict=True)) | tree
+def stamped(tree: dict[str, Any], stamp: Stamp) -> dict[str, Any]:
+    """Returns the mapping of a config with its format, its writer and the stamp in front."""
+    version = 1 if stamp.run_id is None else RUN_FORMAT
+    said = {"format_version": version, "saejax_version": metadata.version("saejax")}
+    if stamp.run_id is not None:
+        said |= {"run_id": stamp.run_id}
+    if stamp.older_up_to_step >= 0:
+        said |= {"older_up_to_step": stamp.older_up_to_step}
+    return said | tree
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -114,10 +145,26 @@ def one_line(found: object) -> str:
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping none of whose keys stands twice: readers disagree on which of the two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)} stands twice")
+    return found
+
+
 class _PlainYaml(yaml.SafeLoader):
-    """Refuses aliases, with which a few lines stand for billions, and what takes forever to nest."""
+    """Refuses aliases, with which a few lines stand for billions, keys that stand twice, and endless nesting."""
 
     depth = 0
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Returns a mapping none of whose keys stands twice."""
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"the key {twice[0]} stands twice")
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Returns the next node, which must not be an alias."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import json
 import logging
 import math
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +21,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import saejax
-from saejax import checkpoint, config, processes, sharding, tracking, whole
+from saejax import (
+    checkpoint,
+    checkpoint_record,
+    config,
+    paths,
+    plain,
+    processes,
+    sharding,
+    standing,
+    tracking,
+    whole,
+)
 from saejax.activations import normalize
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
@@ -65,13 +75,16 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     """
     if cfg.ensemble.points:
         raise UserError("an ensemble is trained by saejax.ensembles.train, or from the command line")
+    run_dir = paths.local(run_dir, "run_dir")
+    config.check_data(cfg)
     mesh = sharding.make_mesh(*cfg.mesh.shape(jax.device_count(), n_lanes=cfg.train.n_lanes))
     sharding.check_divides(mesh, n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
-    check_run_dir(cfg, run_dir, resume)
-    rows, put = open_stream(cfg, mesh)
-    tx, make_step = learner(cfg)
-    checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint)
-    try:
+    with contextlib.ExitStack() as stack:
+        owner = standing.take(cfg, run_dir, resume, stack)
+        rows, put = open_stream(cfg, mesh)
+        tx, make_step = learner(cfg)
+        checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint, owner)
+        stack.callback(checkpoints.close)
         first = next(rows)
         wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filling(cfg, first), mesh=mesh)
         compiled = memory.compile_step(make_step, wanted, NamedSharding(mesh, P(sharding.DATA)), mesh)
@@ -82,7 +95,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
             filled = fill(cfg, first, rows, put)
             seeds = {"seed": cfg.seed, "data_seed": cfg.data_seed}
             train_state = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, **seeds, mesh=mesh)
-        write_config(cfg, run_dir)
+        standing.begin(cfg, run_dir, owner, int(train_state.step))
         tracker = tracking.Tracker(
             run_dir,
             cfg.tracker,
@@ -90,27 +103,24 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
             start_step=int(train_state.step),
             enabled=jax.process_index() == 0,
         )
-        try:
-            outcome = loop.fit(
-                train_state,
-                compiled,
-                rows,
-                config=cfg.train,
-                save_every_steps=cfg.checkpoint.save_every_steps,
-                put=put,
-                evaluate=evaluation(cfg, mesh),
-                checkpoints=checkpoints,
-                tracker=tracker,
-                inspect=inspector(cfg, run_dir, mesh, rows, first),
-                work=flops.work(cfg.sae, cfg.train.batch, mesh.size, measure=cfg.train.measure_peak),
-                profile=run_dir / "profile" if cfg.train.profile and jax.process_index() == 0 else None,
-            )
-        finally:
-            tracker.close()
-    finally:
-        checkpoints.close()
-    if outcome.speed["steps"] or not (run_dir / "run.json").exists():
-        write_record(cfg, run_dir, mesh, rows, outcome)
+        stack.callback(tracker.close)
+        outcome = loop.fit(
+            train_state,
+            compiled,
+            rows,
+            config=cfg.train,
+            save_every_steps=cfg.checkpoint.save_every_steps,
+            put=put,
+            evaluate=evaluation(cfg, mesh),
+            checkpoints=checkpoints,
+            tracker=tracker,
+            inspect=inspector(cfg, run_dir, mesh, rows, first),
+            work=flops.work(cfg.sae, cfg.train.batch, mesh.size, measure=cfg.train.measure_peak),
+            profile=run_dir / "profile" if cfg.train.profile and jax.process_index() == 0 else None,
+        )
+        checkpoints.wait()
+        if outcome.speed["steps"] or not (run_dir / "run.json").exists():
+            write_record(cfg, run_dir, mesh, rows, outcome)
     return outcome
 
 
@@ -142,14 +152,20 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
     Raises:
       UserError: not a run directory, or no such checkpoint.
     """
-    run_dir = Path(run_dir)
-    cfg = config.from_run(run_dir)
+    run_dir = paths.local(run_dir, "run")
+    stamp, cfg = plain.read_run(run_dir)[1], config.from_run(run_dir)
     if cfg.ensemble.points:
         raise UserError(
             f"{run_dir} is an ensemble: take one of {', '.join(map(str, ensemble_config.dirs(cfg, run_dir)))}"
         )
+    owner = checkpoint_record.Owner(
+        run_id=stamp.run_id,
+        config=standing.definition(cfg),
+        fixed=standing.fixed(cfg),
+        older_up_to_step=stamp.older_up_to_step,
+    )
     chosen = "average" if cfg.averaged else "params"
-    found_step, arrays = checkpoint.load_arrays(run_dir, (chosen, "normalizer"), step)
+    found_step, arrays = checkpoint.load_arrays(run_dir, (chosen, "normalizer"), step, owner)
     found, said = arrays[chosen]["W_dec"].shape, (cfg.sae.d_sae, cfg.sae.d_out)
     if found != said:
         raise UserError(f"{run_dir}: W_dec is {list(found)}, config.yaml says {list(said)}")
@@ -161,24 +177,9 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
         "step": found_step,
         "tokens": found_step * cfg.train.batch,
         "seed": cfg.seed,
-        "source": cfg.source.fingerprint(),
+        "source": standing.data_of(run_dir, found_step).get("fingerprint", {}),
     }
     return model.SAE(sparsifier, params, provenance)
-
-
-def check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
-    """Refuse to write over another run, or to go on with a run as something that it is not."""
-    if resume:
-        config.check_resumable(config.from_run(run_dir), cfg)
-    elif checkpoint.steps(run_dir):
-        raise UserError(f"{run_dir} holds checkpoints already: go on with resume={run_dir}, or take another directory")
-    run_dir.mkdir(parents=True, exist_ok=True)
-
-
-def write_config(cfg: config.Config, run_dir: Path) -> None:
-    """config.yaml, at once or not at all."""
-    if jax.process_index() == 0:
-        whole.write(run_dir / "config.yaml", config.to_yaml(dataclasses.replace(cfg, mesh=cfg.mesh.anywhere())))
 
 
 def open_stream(cfg: config.Config, mesh: Mesh) -> tuple[RowIterator, Put]:
@@ -289,7 +290,7 @@ def write_record(
         "step": outcome.step,
         "tokens": outcome.step * cfg.train.batch,
         "finished": outcome.signum is None,
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished_at": standing.now(),
         "peak_memory_bytes": memory.peak_bytes(),
         **outcome.speed,
         "seconds_before_resume": _seconds_so_far(run_dir),
@@ -301,11 +302,8 @@ def write_record(
 
 def _seconds_so_far(run_dir: Path) -> float:
     """Training time of this run before it was resumed."""
-    try:
-        before = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        return before["seconds"] + before["seconds_before_resume"]
-    except (OSError, ValueError, KeyError):
-        return 0.0
+    before = standing.record(run_dir)
+    return sum(before[key] for key in ("seconds", "seconds_before_resume") if isinstance(before.get(key), (int, float)))
 
 
 def _git_commit() -> str | None:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from saejax import processes
 from saejax.errors import UserError
+from saejax.resume_policy import Place
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +46,24 @@ SPECS: dict[str, P] = {
 class MeshConfig:
     """How the devices are laid out. The product of both numbers is the number of devices used."""
 
-    data: int | None = None
+    data: Place[int | None] = None
     """Devices over which rows are split. null takes every device that `latent` leaves."""
-    latent: int = 1
+    latent: Place[int] = 1
     """Devices over which the latents are split, for SAEs too wide for one device."""
-    distributed: processes.Distributed = processes.Distributed.none
+    distributed: Place[processes.Distributed] = processes.Distributed.none
     """Who says which process of the run this is: none for a single one; auto, slurm, kubernetes, tpu or manual for
     several, of whose devices the mesh is then made."""
-    coordinator: str | None = None
+    coordinator: Place[str | None] = None
     """host:port of process 0; null takes JAX_COORDINATOR_ADDRESS, or what the scheduler says."""
-    num_processes: int | None = None
+    num_processes: Place[int | None] = None
     """How many processes there are; null takes JAX_NUM_PROCESSES, or what the scheduler says."""
-    process_id: int | None = None
+    process_id: Place[int | None] = None
     """Number of this process, from 0; null takes JAX_PROCESS_ID, or what the scheduler says."""
-    timeout_seconds: int = 300
+    timeout_seconds: Place[int] = 300
     """How long the processes wait for one another at the start (seconds, at least 1)."""
-    dead_after_seconds: int = 100
+    dead_after_seconds: Place[int] = 100
     """Silence after which a process counts as dead and all others end (seconds, at least 10)."""
-    ensemble: int = 1
+    ensemble: Place[int] = 1
     """Devices over which the members of an ensemble are split; a divisor of their number."""
 
     def __post_init__(self) -> None:

@@ -1,21 +1,27 @@
-"""What a run directory holds when a command line comes to it: nothing yet, a part of the run, or all of it.
+"""State of a run directory: new, begun, finished, or another run's; who may write there, and as which run.
 
 The same command line is the way to go on, after a preemption, a crash or a failed point of a sweep. What is finished
-is left alone, what has a checkpoint goes on from it, and a directory that holds another run is refused.
+is left alone, what has a checkpoint goes on from it, and a directory that holds another run is refused. So is one in
+which another process is at work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import json
+import logging
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
-from saejax import checkpoint, config, plain
+from saejax import checkpoint, checkpoint_record, config, lock, paths, plain, processes, resume_policy, whole
 from saejax.errors import UserError
+from saejax.resume_policy import Policy
 
-MAY_DIFFER = ("mesh.", "checkpoint.", "tracker.", "source.path", "source.verify", "source.skip_damaged")
-"""How config keys begin that say where and how a run is worked on, not which run it is."""
+logger = logging.getLogger(__name__)
 
 
 class Standing(enum.Enum):
@@ -55,15 +61,149 @@ def look(cfg: config.Config, run_dir: Path) -> Found:
     steps = checkpoint.steps(run_dir)
     if not steps:
         return Found(standing=Standing.new)
-    for key, (before, now) in config.changed(config.from_run(run_dir), cfg).items():
-        if not key.startswith(MAY_DIFFER):
-            raise UserError(
-                f"{run_dir} holds checkpoints already, of another run: {key} is {before} there, got {now}; take "
-                f"another directory, or go on with that run: resume={run_dir}"
-            )
-    record = _record(run_dir)
-    done = record.get("finished") is True and record.get("step") == steps[-1] == cfg.train.n_steps
+    for key, (before, now) in changed(config.from_run(run_dir), cfg).items():
+        raise UserError(
+            f"{run_dir} holds checkpoints already, of another run: {key} is {before} there, got {now}; take "
+            f"another directory, or go on with that run: {paths.typed('resume', run_dir)}"
+        )
+    found = record(run_dir)
+    done = found.get("finished") is True and found.get("step") == steps[-1] == cfg.train.n_steps
     return Found(standing=Standing.finished if done else Standing.unfinished, step=steps[-1])
+
+
+def definition(cfg: config.Config) -> dict[str, Any]:
+    """All that says which run it is, flat: every key and value but those of place (`saejax.resume_policy`)."""
+    policies, values = resume_policy.of(cfg), config.flat(config.to_plain(cfg))
+    return {key: value for key, value in values.items() if policies[key] is not Policy.place}
+
+
+def fixed(cfg: config.Config) -> frozenset[str]:
+    """The keys that never change in the life of a run."""
+    return frozenset(key for key, policy in resume_policy.of(cfg).items() if policy is Policy.fixed)
+
+
+def changed(before: config.Config, now: config.Config) -> dict[str, tuple[Any, Any]]:
+    """Keys of `definition` in which two configs differ -> (value before, value now), None where a key is not there."""
+    old, new = definition(before), definition(now)
+    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+
+
+def check_resumable(before: config.Config, now: config.Config) -> None:
+    """Refuse overrides under which a run would not be the same run any more.
+
+    Args:
+      before: config in the run directory.
+      now: the same with overrides on top.
+
+    Raises:
+      UserError: a fixed key was changed.
+    """
+    known = fixed(before) | fixed(now)
+    for key, (old, new) in changed(before, now).items():
+        if key in known:
+            raise UserError(f"{key} cannot change on resume: the run has {old}, got {new}")
+
+
+def take(cfg: config.Config, run_dir: Path, resume: bool, stack: contextlib.ExitStack) -> checkpoint_record.Owner:
+    """Hold a run directory alone until `stack` closes, and say whose checkpoints are in it from now on.
+
+    Args:
+      cfg: the run.
+      run_dir: absolute; made where missing.
+      resume: whether the run goes on.
+      stack: releases the directory, after all that is closed before.
+
+    Raises:
+      UserError: another process works there; another run is there, or none to go on with.
+    """
+    if resume:
+        config.from_run(run_dir)  # before a lock makes a folder of a path that was mistyped
+    with processes.alike():
+        if processes.first():
+            stack.enter_context(lock.hold(run_dir, "saejax train", again=True))
+        check_run_dir(cfg, run_dir, resume)
+    stamp = plain.read_run(run_dir)[1] if resume else plain.Stamp()
+    if stamp.run_id is None:  # new, or of an older version
+        newest = checkpoint.steps(run_dir)[-1:] if resume else []
+        stamp = plain.Stamp(uuid.uuid4().hex, newest[0] if newest else -1)
+    run_id, older = json.loads(processes.gather(json.dumps([stamp.run_id, stamp.older_up_to_step]))[0])
+    owner = checkpoint_record.Owner(
+        run_id=run_id,
+        config=definition(cfg),
+        fixed=fixed(cfg),
+        data={"fingerprint": cfg.source.fingerprint()},
+        older_up_to_step=older,
+    )
+    if resume:
+        with processes.alike():
+            checkpoint.check_newest(run_dir, owner)
+    return owner
+
+
+def begin(cfg: config.Config, run_dir: Path, owner: checkpoint_record.Owner, step: int) -> None:
+    """Write config.yaml for the part of a run that begins, and say in what it differs from the part before.
+
+    Where no step is left to do, nothing is written: the run stays the one that its own command line names.
+
+    Args:
+      cfg: the run.
+      run_dir: its directory.
+      owner: from `take`.
+      step: at which it goes on, 0 for a new one.
+    """
+    if step >= cfg.train.n_steps or not processes.first():
+        return
+    if step:
+        saved = checkpoint.read_record(run_dir, step)
+        older = saved is None or not saved.get("run")
+        changes = changed(config.from_run(run_dir), cfg) if older else checkpoint_record.changes(saved, owner)
+        for key, (old, new) in changes.items():
+            logger.info("from step %d on %s is %s, it was %s", step, key, new, old)
+        if changes:
+            line = {"step": step, "at": now(), "changed": changes}
+            with (run_dir / "changes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    write_config(cfg, run_dir, plain.Stamp(owner.run_id, owner.older_up_to_step))
+
+
+def data_of(run_dir: Path, step: int | None = None) -> dict[str, Any]:
+    """The data that a run was trained on, as its checkpoint says; nothing of them is read.
+
+    Args:
+      run_dir: its directory.
+      step: of the checkpoint; None takes the newest.
+
+    Returns:
+      "fingerprint" for people, and "identity" for comparisons; of older versions the fingerprint in run.json, or
+      nothing.
+    """
+    saved = checkpoint.read_record(run_dir, step)
+    if saved is not None and saved.get("run"):
+        return saved["run"]["data"]
+    said = record(run_dir).get("source")
+    return {"fingerprint": said} if isinstance(said, dict) else {}
+
+
+def check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
+    """Refuse to write over another run, or to go on with a run as something that it is not."""
+    if resume:
+        check_resumable(config.from_run(run_dir), cfg)
+    elif checkpoint.steps(run_dir):
+        again = paths.typed("resume", run_dir)
+        raise UserError(f"{run_dir} holds checkpoints already: go on with {again}, or take another directory")
+
+
+def write_config(cfg: config.Config, run_dir: Path, stamp: plain.Stamp | None = None) -> None:
+    """config.yaml, at once or not at all.
+
+    Args:
+      cfg: the run.
+      run_dir: its directory.
+      stamp: names the run in its checkpoints; None where there will be none, as for an ensemble as a whole.
+    """
+    if processes.first():
+        kept = dataclasses.replace(cfg, mesh=cfg.mesh.anywhere())
+        whole.write(run_dir / "config.yaml", config.to_yaml(kept, stamp))
 
 
 def objective(run_dir: Path, direction: Any) -> float | tuple[float, float] | None:
@@ -76,7 +216,7 @@ def objective(run_dir: Path, direction: Any) -> float | tuple[float, float] | No
     Returns:
       Held-out fvu; (l0, fvu) for two directions; None where nothing is searched or known.
     """
-    measured = _record(run_dir).get("evaluation")
+    measured = record(run_dir).get("evaluation")
     if direction is None or not isinstance(measured, dict):
         return None
     l0, fvu = measured.get("l0"), measured.get("fvu")
@@ -85,8 +225,14 @@ def objective(run_dir: Path, direction: Any) -> float | tuple[float, float] | No
     return fvu if isinstance(direction, (str, enum.Enum)) or len(direction) != 2 else (l0, fvu)
 
 
-def _record(run_dir: Path) -> dict[str, Any]:
+def record(run_dir: Path) -> dict[str, Any]:
+    """What run.json says; nothing where it is missing or broken."""
     try:
         return plain.read_json(run_dir / "run.json")
     except (OSError, UserError):
         return {}
+
+
+def now() -> str:
+    """The time, UTC, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -21,6 +21,7 @@ from typing import Any
 
 from saejax import whole
 from saejax.errors import UserError
+from saejax.resume_policy import Place
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +40,15 @@ class WandbMode(enum.Enum):
 class TrackerConfig:
     """Who is told about a run. metrics.jsonl is always written."""
 
-    wandb: bool = False
+    wandb: Place[bool] = False
     """Whether the run is logged to Weights & Biases as well."""
-    project: str = "saejax"
+    project: Place[str] = "saejax"
     """W&B project."""
-    entity: str | None = None
+    entity: Place[str | None] = None
     """W&B team or user; null takes the default of the login."""
-    group: str | None = None
+    group: Place[str | None] = None
     """W&B group, say the name of a sweep."""
-    mode: WandbMode = WandbMode.online
+    mode: Place[WandbMode] = WandbMode.online
     """online or offline."""
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import checkpoint, digest, sharding
+from saejax import checkpoint, checkpoint_record, digest, sharding
 from saejax.errors import UserError
 from saejax.sae import base
 
@@ -190,14 +190,14 @@ def test_damage_is_named_to_who_reads_arrays(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused_and_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
+    monkeypatch.setattr(checkpoint_record, "FORMAT_VERSION", 99)
     state = state_on(sharding.make_mesh())
     saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
     saver.save(3, state, {"position": 0}, None)
     saver.wait()
     monkeypatch.undo()
     for read in (lambda: saver.restore(abstract(state)), lambda: checkpoint.load_arrays(tmp_path, ("params",))):
-        with pytest.raises(UserError, match="in format 99; this is .* reads formats up to 2: install a newer one"):
+        with pytest.raises(UserError, match="in format 99; this is .* reads formats up to 3: install a newer one"):
             read()
     saver.close()
     assert checkpoint.steps(tmp_path) == [3]

@@ -20,10 +20,21 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUND = {"errors", "paths", "resume_policy", "lock", "whole", "numeric"}
 
 # What else a part of saejax may import of saejax, besides itself.
-BELOW_CONFIG = {"activations", "checkpoint", "digest", "evals", "kernels", "plain", "processes", "sae", "sharding"}
+BELOW_CONFIG = {
+    "activations",
+    "checkpoint",
+    "checkpoint_record",
+    "digest",
+    "evals",
+    "kernels",
+    "plain",
+    "processes",
+    "sae",
+    "sharding",
+}
 BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training", "whole"}
-BELOW_TOP = BELOW_CONFIG | {"config", "run"}
-TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report", "standing"}
+BELOW_TOP = BELOW_CONFIG | {"config", "run", "standing"}
+TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "pages": set(),
@@ -41,14 +52,16 @@ LAYERS: dict[str, set[str]] = {
     "tracking": {"whole"},
     "whole": set(),
     "digest": set(),
-    "checkpoint": {"digest", "processes", "whole"},
+    "checkpoint": {"checkpoint_read", "checkpoint_record", "digest", "processes", "whole"},
+    "checkpoint_read": {"checkpoint_record", "processes", "whole"},
+    "checkpoint_record": {"digest"},
     "activations": {"kernels", "plain", "processes", "sharding"},
     "evals": {"kernels", "sae", "sharding", "whole"},
     "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
-    "run": BELOW_CONFIG | {"config"},
-    "standing": {"checkpoint", "config", "plain"},
-    "ensembles": BELOW_TOP | {"standing"},
+    "standing": {"checkpoint", "checkpoint_record", "config", "plain", "processes", "whole"},
+    "run": BELOW_CONFIG | {"config", "standing"},
+    "ensembles": BELOW_TOP,
     "interop": BELOW_TOP,
     "report": BELOW_TOP,
     "experiments": BELOW_TOP,
@@ -66,7 +79,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "wandb": ("saejax.tracking",),
     "hydra": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
     "omegaconf": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
-    "orbax": ("saejax.checkpoint",),
+    "orbax": ("saejax.checkpoint", "saejax.checkpoint_read"),
     "tensorstore": ("saejax.checkpoint",),
     "safetensors": ("saejax.interop", "saejax.activations"),
     "grain": ("saejax.activations",),

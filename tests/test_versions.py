@@ -1,7 +1,7 @@
 """Every released format is read: one small run and store of each version, as that version wrote them.
 
 Format 1 of checkpoints and of stores is that of saejax 0.1.0; format 2 of checkpoints added their record of checksums,
-and kept the rows of the buffer as floats.
+and kept the rows of the buffer as floats; format 3 says in the record of which step and run a checkpoint is.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import saejax
-from saejax import checkpoint, config, plain, report, run, standing
+from saejax import checkpoint, checkpoint_record, config, plain, report, run, standing
 from saejax.activations import store, store_source
 from saejax.errors import UserError
 
@@ -27,7 +27,7 @@ def expected(name: str) -> dict:
     return json.loads((FIXTURES / name / "expected.json").read_text())
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def old_run(request, tmp_path) -> Path:
     """A run of an old checkpoint format, in a folder that may be written."""
     return Path(shutil.copytree(FIXTURES / f"run_format_{request.param}", tmp_path / f"run_format_{request.param}"))
@@ -94,7 +94,7 @@ def test_a_run_of_a_newer_format_is_refused_and_left_alone(tmp_path):
     cfg, text = config.from_run(run_dir), file.read_text()
     file.write_text(f"format_version: 9\nsaejax_version: 3.1.0\nnew_part: {{key: 1}}\n{text}")
     for use in (config.from_run, saejax.load, lambda path: run.train(cfg, path, resume=True)):
-        with pytest.raises(UserError, match=r"was written by saejax 3.1.0 in format 9; this is .* up to 1: install a"):
+        with pytest.raises(UserError, match=r"was written by saejax 3.1.0 in format 9; this is .* up to 2: install a"):
             use(run_dir)
     assert checkpoint.steps(run_dir) == [6] and not (run_dir / "checkpoints_broken").exists()
 
@@ -103,13 +103,16 @@ def test_a_config_carries_its_version(tmp_path):
     cfg = config.from_run(FIXTURES / "run_format_1")
     (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
     assert (tmp_path / "config.yaml").read_text().startswith("format_version: 1\nsaejax_version: ")
-    assert config.from_run(tmp_path) == cfg
+    assert config.from_run(tmp_path) == cfg and plain.read_run(tmp_path)[1] == plain.Stamp()
+    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg, plain.Stamp("abc", 6)))
+    assert (tmp_path / "config.yaml").read_text().startswith("format_version: 2\nsaejax_version: ")
+    assert config.from_run(tmp_path) == cfg and plain.read_run(tmp_path)[1] == plain.Stamp("abc", 6)
     assert "format_version" not in plain.read_run_config(tmp_path)
 
 
 def test_a_checkpoint_of_another_saejax_says_so(tmp_path, monkeypatch, caplog):
     run_dir = shutil.copytree(FIXTURES / "run_format_2", tmp_path / "run")
-    monkeypatch.setattr(checkpoint.metadata, "version", lambda name: "0.7.0")
+    monkeypatch.setattr(checkpoint_record.metadata, "version", lambda name: "0.7.0")
     with caplog.at_level(logging.INFO, logger="saejax"):
         checkpoint.load_arrays(run_dir, ("params",))
     assert "was written by saejax 0.1.0, this is 0.7.0" in caplog.text

@@ -19,6 +19,7 @@ import numpy as np
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, register
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed, Free, Place
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +45,16 @@ class Arrays(ActivationSource):
 
     name: ClassVar[str] = "arrays"
 
-    path: str
+    path: Place[str]
     """A .npy file, a .safetensors file, or a directory of .npy files; arrays [n, d_in]."""
-    tensor: str = ""
+    tensor: Fixed[str] = ""
     """Name of the tensor in a .safetensors file; empty where the file holds only one."""
-    sites: tuple[int, ...] = ()
+    sites: Fixed[tuple[int, ...]] = ()
     """Widths of the parts of a row that were read in different places, in order (columns, each >= 1, together all of
     them); fewer than two are one part."""
-    heldout_share: float = 0.05
+    heldout_share: Fixed[float] = 0.05
     """Share of the rows, the last ones, kept for evaluation and never trained on (in [0, 1))."""
-    refuse_nonfinite: bool = True
+    refuse_nonfinite: Free[bool] = True
     """Whether a row with NaN or an infinity is named and ends the run when it is read; false leaves it to
     train.on_nonfinite."""
 

@@ -21,13 +21,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BufferConfig:
     """Size of the shuffle buffer."""
 
-    rows: int = 65_536
+    rows: Fixed[int] = 65_536
     """Rows held on the devices, all lanes together; rounded down to whole batches (>= 1 batch)."""
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_row
 from saejax.activations.source import ActivationSource, register
 from saejax.activations.store_source import Store, Verify
 from saejax.errors import UserError
+from saejax.resume_policy import Place
 
 
 @register
@@ -26,9 +27,9 @@ class Joined(ActivationSource):
 
     name: ClassVar[str] = "joined"
 
-    paths: tuple[str, ...]
+    paths: Place[tuple[str, ...]]
     """Directories that `saejax harvest` wrote, at least 2, in the order in which their rows are joined."""
-    verify: Verify = Verify.first_use
+    verify: Place[Verify] = Verify.first_use
     """When checksums are compared, as for source=store; a damaged shard is refused."""
 
     def __post_init__(self):

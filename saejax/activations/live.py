@@ -28,6 +28,7 @@ from saejax.activations.language_model import hooks as hooks_
 from saejax.activations.loader import digest, same_stream, shuffled_blocks
 from saejax.activations.source import ActivationSource, check_lanes, register
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed, Place
 
 logger = logging.getLogger(__name__)
 
@@ -39,35 +40,35 @@ class Live(ActivationSource):
 
     name: ClassVar[str] = "language_model"
 
-    model: str = "smollm2"
+    model: Place[str] = "smollm2"
     """The language model: a Hugging Face directory, a `.gguf` file, "smollm2", or "torch:" and a directory."""
-    model_dtype: str | None = None
+    model_dtype: Fixed[str | None] = None
     """Number format of the model's weights; null is float32 on CPU and bfloat16 on accelerators."""
-    corpus: str = "wikipedia"
+    corpus: Place[str] = "wikipedia"
     """What the model reads: wikipedia, pydoc, or the path of .txt and .jsonl files."""
-    text_field: str = "text"
+    text_field: Fixed[str] = "text"
     """The field of each `.jsonl` object that holds the text."""
-    heldout_share: float = 0.05
+    heldout_share: Fixed[float] = 0.05
     """Expected share of the documents held out from training, in (0, 1)."""
-    hook: str = "blocks.15.hook_resid_post"
+    hook: Fixed[str] = "blocks.15.hook_resid_post"
     """Where activations are read; several, joined by commas and quoted, lie side by side in every row."""
-    n_tokens: int | None = None
+    n_tokens: Fixed[int | None] = None
     """Tokens of training text in an epoch, rounded up to whole sequences; null is all of it."""
-    heldout_tokens: int | None = None
+    heldout_tokens: Fixed[int | None] = None
     """Tokens of held-out text, rounded up to whole sequences; null is all of it."""
-    context_length: int = 256
+    context_length: Fixed[int] = 256
     """Tokens in a sequence, at least 2 and at most the model's context."""
-    batch_sequences: int = 8
+    batch_sequences: Fixed[int] = 8
     """Sequences that the model runs at once, at least 1; a lane holds the rows of one or two such batches."""
-    dtype: store_format.StoreDtype = store_format.StoreDtype.bfloat16
+    dtype: Fixed[store_format.StoreDtype] = store_format.StoreDtype.bfloat16
     """Number format of the rows; one that would overflow is refused."""
-    bos: str = "auto"
+    bos: Fixed[str] = "auto"
     """Token that begins every segment: its text, "none", or "auto" for what the model's files put before a text."""
-    mask_position_zero: bool = True
+    mask_position_zero: Fixed[bool] = True
     """Whether the first token of every segment is left out."""
-    sink_factor: float | None = 10.0
+    sink_factor: Fixed[float | None] = 10.0
     """Tokens with a norm above this multiple of the median are left out, above 1; null keeps all."""
-    sink_calibration_tokens: int = 4096
+    sink_calibration_tokens: Fixed[int] = 4096
     """Tokens at the beginning of the training text that the median is taken over, at least 1."""
 
     def __post_init__(self):

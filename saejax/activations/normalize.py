@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from saejax.errors import UserError
 from saejax.kernels.row_norm import normalized
+from saejax.resume_policy import Fixed
 
 
 class NormMode(enum.Enum):
@@ -43,15 +44,15 @@ class NormMode(enum.Enum):
 class NormalizeConfig:
     """How rows are centred and scaled before training."""
 
-    mode: NormMode = NormMode.auto
+    mode: Fixed[NormMode] = NormMode.auto
     """auto: as the architecture prefers; none: as they are; sqrt_d: mean norm E||x|| = sqrt(d_in);
     unit: mean square norm E||x||^2 = 1; layer_norm: every row by itself; whiten: unit covariance. After the last two
     comes the scale that the architecture prefers."""
-    center: bool = False
+    center: Fixed[bool] = False
     """Subtract the mean row before scaling; whiten always does, layer_norm subtracts that of the normalised rows."""
-    whiten_eps: float = 0.01
+    whiten_eps: Fixed[float] = 0.01
     """Shrinkage of the covariance in whiten towards its mean variance, in (0, 1]: keeps narrow directions narrow."""
-    rows: int = 65_536
+    rows: Fixed[int] = 65_536
     """Rows the estimate is taken from (>= 1; fewer where the first filling of the buffer holds fewer)."""
 
     def __post_init__(self):

@@ -19,6 +19,7 @@ from saejax.activations import store
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, register
 from saejax.errors import UserError
+from saejax.resume_policy import Place
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,12 @@ class Store(ActivationSource):
 
     name: ClassVar[str] = "store"
 
-    path: str
+    path: Place[str]
     """Directory that `saejax harvest` wrote, with the stores train/ and heldout/ in it."""
-    verify: Verify = Verify.first_use
+    verify: Place[Verify] = Verify.first_use
     """When the checksum of a shard is compared: first_use, when its first row is read; start, of all of them before
     the first step; never. Each costs one reading of the shard per process, about a second per 1.5 GB."""
-    skip_damaged: bool = False
+    skip_damaged: Place[bool] = False
     """Whether damaged, cut-off and missing shards are left out, and counted in run.json, instead of refused; all
     shards are then looked at before the first step."""
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest
 from saejax.activations.source import ActivationSource, check_lanes, register
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed
 
 _TRAIN, _HELDOUT = 0, 1
 """First word of every block's seed: training and held-out rows never share a random stream."""
@@ -47,31 +48,31 @@ class Synthetic(ActivationSource):
 
     name: ClassVar[str] = "synthetic"
 
-    d_in: int = 64  # pyright: ignore[reportIncompatibleVariableOverride]
+    d_in: Fixed[int] = 64  # pyright: ignore[reportIncompatibleVariableOverride]
     """Width of a row (dimensions, >= 1); with several sites their sum, whatever is given here."""
-    sites: tuple[int, ...] = ()
+    sites: Fixed[tuple[int, ...]] = ()
     """Widths of the parts of a row, in order (dimensions, each >= 1); fewer than two are one part of width d_in."""
-    n_features: int = 256
+    n_features: Fixed[int] = 256
     """Number of true features (>= 1); more than d_in puts them in superposition."""
-    kind: Kind = Kind.iid
+    kind: Fixed[Kind] = Kind.iid
     """How features fire together: iid or hierarchical."""
-    firing_rate: float = 4 / 256
+    firing_rate: Fixed[float] = 4 / 256
     """Probability that a feature fires in a row, for kind=iid (in (0, 1))."""
-    n_groups: int = 32
+    n_groups: Fixed[int] = 32
     """Number of parents, for kind=hierarchical; must divide n_features into groups of at least 2."""
-    parent_rate: float = 0.06
+    parent_rate: Fixed[float] = 0.06
     """Probability that a parent fires in a row, for kind=hierarchical (in (0, 1))."""
-    child_rate: float = 0.7
+    child_rate: Fixed[float] = 0.7
     """Probability that one child fires with its firing parent, for kind=hierarchical (in [0, 1])."""
-    amplitude_low: float = 0.5
+    amplitude_low: Fixed[float] = 0.5
     """Smallest amplitude of a firing feature (>= 0)."""
-    amplitude_high: float = 1.5
+    amplitude_high: Fixed[float] = 1.5
     """Largest amplitude of a firing feature (>= amplitude_low)."""
-    noise: float = 0.01
+    noise: Fixed[float] = 0.01
     """Standard deviation of the Gaussian noise per dimension (>= 0)."""
-    feature_seed: int = 0
+    feature_seed: Fixed[int] = 0
     """Seed of the true dictionary and of the held-out rows (>= 0); training rows have the run's seed."""
-    heldout_rows: int = 20_000
+    heldout_rows: Fixed[int] = 20_000
     """Number of held-out rows (>= 1)."""
 
     def __post_init__(self):

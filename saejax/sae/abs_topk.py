@@ -15,6 +15,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from saejax.kernels import sparse_encode, top_k
+from saejax.resume_policy import Fixed
 from saejax.sae import base
 
 
@@ -32,7 +33,7 @@ class AbsTopK(base.Sparsifier):
 
     name: ClassVar[str] = "abs_topk"
 
-    k: int = 32
+    k: Fixed[int] = 32
     """Latents kept per row, in [1, d_sae]."""
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from saejax.errors import UserError
 from saejax.kernels import encode_top_k, matmul, sparse_decode, sparse_encode
+from saejax.resume_policy import Fixed, Free
 from saejax.sae import constraint, encoders, with_aux_k
 from saejax.sae import sites as sites_of
 from saejax.sae.encoders import EncoderKind
@@ -50,36 +51,36 @@ class Sparsifier(abc.ABC):
     preferred_norm: ClassVar[str] = "unit"
     """Scale of the input that its coefficients suit: unit (E||x||^2 = 1) or sqrt_d (E||x|| = sqrt(d_in))."""
 
-    d_in: int
+    d_in: Fixed[int]
     """Width of what is read; at least 1. Of several sites it is the sum."""
-    d_sae: int
+    d_sae: Fixed[int]
     """Number of latents; at least 1. Usual: 8 to 64 times d_in."""
-    family: Family = Family.sae
+    family: Fixed[Family] = Family.sae
     """`sae`, `transcoder` (reads the first half of the sites, writes the second), `crosscoder` (reads and writes all)
     or `clt` (cross-layer transcoder)."""
-    sites: tuple[int, ...] = ()
+    sites: Fixed[tuple[int, ...]] = ()
     """Widths of the parts of a row, in order; [] is one part. Of sources with several, these."""
-    skip: bool = False
+    skip: Fixed[bool] = False
     """Whether a transcoder also has a linear map from its input to its target, zero at the start."""
-    matmul_dtype: MatmulDtype = MatmulDtype.float32
+    matmul_dtype: Fixed[MatmulDtype] = MatmulDtype.float32
     """Operands of the encoder product; bfloat16 is faster, the result is float32 either way."""
-    encoder: EncoderKind = EncoderKind.linear
+    encoder: Fixed[EncoderKind] = EncoderKind.linear
     """`linear`, `tied` (the decoder's transpose), `mlp` (a hidden ReLU layer) or `lista` (unrolled thresholding)."""
-    encoder_hidden: int | None = None
+    encoder_hidden: Fixed[int | None] = None
     """Hidden units of the mlp encoder, at least 1 (2 d_in where it starts as the transpose); null takes 2 d_in."""
-    encoder_steps: int = 3
+    encoder_steps: Fixed[int] = 3
     """Steps of the lista encoder, at least 1; each costs two products."""
-    encoder_init: EncoderInit = EncoderInit.transpose
+    encoder_init: Fixed[EncoderInit] = EncoderInit.transpose
     """Where the encoder starts: `transpose` (of the decoder; only where that writes what is read) or `independent`."""
-    decoder_init_norm: float = 1.0
+    decoder_init_norm: Fixed[float] = 1.0
     """Norm of the decoder rows at the start, above 0; 1 where `unit_decoder` holds them there."""
-    subtract_b_dec: bool = True
+    subtract_b_dec: Fixed[bool] = True
     """Whether the encoder reads x - b_dec (pre-encoder bias) or x; x for transcoders, whatever is said here."""
-    unit_decoder: bool = True
+    unit_decoder: Fixed[bool] = True
     """Whether decoder rows are kept at norm 1, their gradients tangent to the sphere."""
-    aux_alpha: float = 1 / 32
+    aux_alpha: Free[float] = 1 / 32
     """Weight of the AuxK loss against mse over variance, dimensionless; 0 turns it off. 1/32 as in Gao et al."""
-    k_aux: int | None = None
+    k_aux: Free[int | None] = None
     """Dead latents that explain the residual of a row, in [1, d_sae]; null takes half of d_in."""
 
     def __post_init__(self):

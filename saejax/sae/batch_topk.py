@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from saejax.resume_policy import Fixed
 from saejax.sae import base, selection
 
 
@@ -32,7 +33,7 @@ class BatchTopK(base.Sparsifier):
 
     name: ClassVar[str] = "batch_topk"
 
-    k: int = 32
+    k: Fixed[int] = 32
     """Latents kept per row on average, in [1, d_sae]; fewer where fewer are positive."""
 
     def __post_init__(self):

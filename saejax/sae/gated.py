@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.kernels import matmul
+from saejax.resume_policy import Free
 from saejax.sae import base, sites
 from saejax.sae.encoders import EncoderKind
 
@@ -40,9 +41,9 @@ class Gated(base.Sparsifier):
 
     name: ClassVar[str] = "gated"
 
-    l1_coef: float = 0.04
+    l1_coef: Free[float] = 0.04
     """Weight of the penalty on the gate, at least 0; 0.01 to 0.1 with E||x||^2 = 1."""
-    l1_warmup_steps: int = 0
+    l1_warmup_steps: Free[int] = 0
     """Optimiser steps over which the weight grows linearly from 0; 0 starts in full."""
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from saejax.resume_policy import Fixed, Free
 from saejax.sae import base
 
 
@@ -56,25 +57,25 @@ class JumpReLU(base.Sparsifier):
 
     name: ClassVar[str] = "jumprelu"
 
-    l0_coef: float = 1e-3
+    l0_coef: Free[float] = 1e-3
     """Weight of the sparsity penalty, at least 0, in the unit of mse; 1e-4 to 1e-2 with E||x||^2 = 1."""
-    l0_warmup_steps: int = 0
+    l0_warmup_steps: Free[int] = 0
     """Optimiser steps over which the weight grows linearly from 0. Gemma Scope: 10,000; with `quadratic` 50,000."""
-    penalty: SparsityPenalty = SparsityPenalty.step
+    penalty: Fixed[SparsityPenalty] = SparsityPenalty.step
     """What is paid for latents that fire: `step`, `tanh` or `quadratic`."""
-    target_l0: float = 32.0
+    target_l0: Free[float] = 32.0
     """L0 that the quadratic penalty aims at, above 0."""
-    tanh_scale: float = 4.0
+    tanh_scale: Fixed[float] = 4.0
     """Slope of the tanh penalty, above 0."""
-    bandwidth: float = 1e-3
+    bandwidth: Fixed[float] = 1e-3
     """Width of the window of the pseudo-derivative, above 0, in the unit of the latents."""
-    threshold_init: float = 1e-3
+    threshold_init: Fixed[float] = 1e-3
     """Threshold of every latent at the start, above 0, in the unit of the latents."""
-    threshold_lr_factor: float = 1.0
+    threshold_lr_factor: Free[float] = 1.0
     """Factor on the learning rate of the thresholds, at least 0."""
-    pre_act_coef: float = 0.0
+    pre_act_coef: Free[float] = 0.0
     """Weight of the pre-activation loss, which pulls silent latents up; Anthropic: 3e-6 with E||x|| = sqrt(d_in)."""
-    ste_to_input: bool = False
+    ste_to_input: Fixed[bool] = False
     """Whether the pseudo-derivative also reaches the pre-activations, as Anthropic trains."""
 
     def __post_init__(self):

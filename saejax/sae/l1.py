@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from saejax.resume_policy import Fixed, Free
 from saejax.sae import base
 
 
@@ -47,17 +48,17 @@ class L1(base.Sparsifier):
     name: ClassVar[str] = "l1"
     preferred_norm: ClassVar[str] = "sqrt_d"
 
-    decoder_init_norm: float = 0.1
+    decoder_init_norm: Fixed[float] = 0.1
     """Norm of the decoder rows at the start, above 0; 0.05 to 1 is usual, 1 with `unit_decoder`."""
-    subtract_b_dec: bool = False
+    subtract_b_dec: Fixed[bool] = False
     """Whether the encoder reads x - b_dec (pre-encoder bias) or x."""
-    unit_decoder: bool = False
+    unit_decoder: Fixed[bool] = False
     """Whether decoder rows are kept at norm 1, their gradients tangent to the sphere."""
-    penalty: Penalty = Penalty.decoder_norm
+    penalty: Fixed[Penalty] = Penalty.decoder_norm
     """What one unit of a latent costs: `decoder_norm` or `plain` (1; needs unit_decoder)."""
-    l1_coef: float = 5.0
+    l1_coef: Free[float] = 5.0
     """Weight of the penalty, at least 0, in the unit of the data: 5 suits E||x|| = sqrt(d_in)."""
-    l1_warmup_steps: int = 0
+    l1_warmup_steps: Free[int] = 0
     """Optimiser steps over which the weight grows linearly from 0; 0 starts in full. Usual: 5 % of a run."""
 
     def __post_init__(self):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.kernels import matmul, sparse_decode, sparse_encode, top_k
+from saejax.resume_policy import Fixed
 from saejax.sae import base, sites
 from saejax.sae.encoders import EncoderKind
 
@@ -38,9 +39,9 @@ class MatchingPursuit(base.Sparsifier):
 
     name: ClassVar[str] = "matching_pursuit"
 
-    encoder: EncoderKind = EncoderKind.tied
+    encoder: Fixed[EncoderKind] = EncoderKind.tied
     """Only `tied`: the decoder is the dictionary of the pursuit."""
-    k: int = 8
+    k: Fixed[int] = 8
     """Greedy steps, in [1, d_sae]: at most as many latents per row."""
 
     def __post_init__(self):

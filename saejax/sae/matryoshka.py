@@ -18,6 +18,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from saejax.kernels import matmul, sparse_decode, top_k
+from saejax.resume_policy import Fixed
 from saejax.sae import base, selection, sites
 
 
@@ -46,11 +47,11 @@ class Matryoshka(base.Sparsifier):
 
     name: ClassVar[str] = "matryoshka"
 
-    k: int = 32
+    k: Fixed[int] = 32
     """Latents kept per row (on average, with batch_topk), in [1, d_sae]."""
-    selection: Selection = Selection.batch_topk
+    selection: Fixed[Selection] = Selection.batch_topk
     """Which latents are kept: `batch_topk` or `topk`."""
-    prefixes: tuple[int, ...] = ()
+    prefixes: Fixed[tuple[int, ...]] = ()
     """Numbers of latents that must reconstruct alone, rising, the last d_sae; [] takes 1/32, 3/32, 7/32, 15/32, 1."""
 
     def __post_init__(self):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from saejax.resume_policy import Fixed, Free
 from saejax.sae import base
 
 _TINY = 1e-6
@@ -38,15 +39,15 @@ class PAnneal(base.Sparsifier):
 
     name: ClassVar[str] = "p_anneal"
 
-    l1_coef: float = 0.01
+    l1_coef: Free[float] = 0.01
     """Weight of the penalty, at least 0; 0.005 to 0.03 with E||x||^2 = 1."""
-    l1_warmup_steps: int = 0
+    l1_warmup_steps: Free[int] = 0
     """Optimiser steps over which the weight grows linearly from 0; 0 starts in full."""
-    p_end: float = 0.2
+    p_end: Fixed[float] = 0.2
     """Power at the end, in (0, 1]."""
-    anneal_start_step: int = 0
+    anneal_start_step: Fixed[int] = 0
     """Optimiser step at which p begins to fall, at least 0."""
-    anneal_steps: int = 10_000
+    anneal_steps: Fixed[int] = 10_000
     """Optimiser steps over which p falls linearly from 1 to `p_end`, at least 1."""
 
     def __post_init__(self):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from saejax.kernels import top_k
+from saejax.resume_policy import Fixed, Free
 from saejax.sae import base
 
 
@@ -38,13 +39,13 @@ class TopK(base.Sparsifier):
 
     name: ClassVar[str] = "topk"
 
-    k: int = 32
+    k: Fixed[int] = 32
     """Latents kept per row, in [1, d_sae]; a row with fewer positive ones uses fewer."""
-    multi_topk_alpha: float = 0.0
+    multi_topk_alpha: Free[float] = 0.0
     """Weight of the squared error with 4 k latents, at least 0; 0 turns it off, Gao et al. use 1/8."""
-    k_start: int | None = None
+    k_start: Fixed[int | None] = None
     """Latents kept at the first step, in [1, d_sae]; null keeps k throughout."""
-    k_anneal_steps: int = 0
+    k_anneal_steps: Fixed[int] = 0
     """Optimiser steps over which k_start becomes k, at least 0."""
 
     def __post_init__(self):

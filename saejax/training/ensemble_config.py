@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed, Place
 from saejax.sae import base
 from saejax.training.settings import OnNonfinite
 
@@ -51,19 +52,19 @@ class Form(enum.Enum):
 class EnsembleConfig:
     """Many SAEs in one compiled step on one stream of batches; all lists empty is one SAE."""
 
-    seed: tuple[int, ...] = ()
+    seed: Fixed[tuple[int, ...]] = ()
     """Values of seed: fixes the parameters of a member; the data are those of data_seed (null: of the root's seed)."""
-    lr: tuple[float, ...] = ()
+    lr: Fixed[tuple[float, ...]] = ()
     """Values of optim.lr."""
-    k: tuple[int, ...] = ()
+    k: Fixed[tuple[int, ...]] = ()
     """Values of sae.k, where the architecture has it."""
-    l1_coef: tuple[float, ...] = ()
+    l1_coef: Fixed[tuple[float, ...]] = ()
     """Values of sae.l1_coef, where the architecture has it."""
-    l0_coef: tuple[float, ...] = ()
+    l0_coef: Fixed[tuple[float, ...]] = ()
     """Values of sae.l0_coef, where the architecture has it."""
-    combine: Combine = Combine.grid
+    combine: Fixed[Combine] = Combine.grid
     """grid (every value with every other) or zip (first with first; lists of one length)."""
-    form: Form = Form.auto
+    form: Place[Form] = Form.auto
     """auto, loop (one after the other: CPUs) or vmap (stacked: accelerators)."""
 
     def __post_init__(self) -> None:

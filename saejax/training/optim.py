@@ -18,6 +18,7 @@ import optax
 from optax import contrib
 
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed, Free
 
 # Root mean square of an orthogonalised update, that of Adam's: the same `lr` then suits both (Liu et al. 2025).
 _MUON_RMS = 0.2
@@ -47,27 +48,27 @@ class Ramp(enum.Enum):
 class OptimConfig:
     """Update rule and schedule; shares are of the whole run, so that a longer run keeps its shape."""
 
-    name: Optimiser = Optimiser.adam
+    name: Fixed[Optimiser] = Optimiser.adam
     """adam, muon (matrices; Adam on vectors), schedule_free or sign."""
-    lr: float = 1e-3
+    lr: Free[float] = 1e-3
     """Peak learning rate. 1e-3 suits 4k to 16k latents at batch 1k to 4k; wider SAEs want less, as 1 / sqrt(d_sae)."""
-    lr_reference_d_sae: int | None = None
+    lr_reference_d_sae: Free[int | None] = None
     """Width that `lr` was chosen for, at least 1: the peak is then lr sqrt(this / sae.d_sae); null takes lr itself."""
-    beta1: float = 0.9
+    beta1: Free[float] = 0.9
     """Decay of the running gradient, in [0, 1); schedule_free: how near its average gradients are taken, above 0."""
-    beta2: float = 0.999
+    beta2: Free[float] = 0.999
     """Decay of the running square, in [0, 1); no effect on sign."""
-    eps: float = 1e-8
+    eps: Free[float] = 1e-8
     """Added to the root of the running square (muon: to the norm of a matrix); no effect on sign."""
-    clip_norm: float | None = 1.0
+    clip_norm: Free[float | None] = 1.0
     """Largest global norm of the gradient; null does not clip."""
-    warmup_share: float = 0.05
+    warmup_share: Free[float] = 0.05
     """Share of the steps over which the rate rises from zero, in [0, 1]."""
-    warmup: Ramp = Ramp.linear
+    warmup: Free[Ramp] = Ramp.linear
     """Shape of the rise: linear or cosine."""
-    decay_share: float = 0.2
+    decay_share: Free[float] = 0.2
     """Share of the steps, at the end, over which the rate falls to zero, in [0, 1]; no effect on schedule_free."""
-    decay: Ramp = Ramp.linear
+    decay: Free[Ramp] = Ramp.linear
     """Shape of the fall: linear or cosine."""
 
     def __post_init__(self) -> None:

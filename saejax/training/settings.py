@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 from saejax.errors import UserError
+from saejax.resume_policy import Fixed, Free, Place
 from saejax.training import liveness
 
 
@@ -35,42 +36,42 @@ class OnNonfinite(enum.Enum):
 class TrainConfig:
     """Length, batch, data preparation and rhythm of a run. All counts are in rows (one row is one token)."""
 
-    n_tokens: int = 3_072_000
+    n_tokens: Free[int] = 3_072_000
     """Rows to train on, rounded down to whole batches; epochs repeat, reshuffled, when the source holds fewer."""
-    batch: int = 512
+    batch: Fixed[int] = 512
     """Rows per step over all devices; a multiple of `n_lanes`."""
-    n_lanes: int = 8
+    n_lanes: Fixed[int] = 8
     """Parallel lanes of the data stream. Any mesh.data and number of processes that divide it see the same batches."""
-    b_dec_init: DecoderBias = DecoderBias.geometric_median
+    b_dec_init: Fixed[DecoderBias] = DecoderBias.geometric_median
     """Start of the decoder bias, from the first buffer filling: geometric_median, mean or zero."""
-    b_enc_init: EncoderBias = EncoderBias.zero
+    b_enc_init: Fixed[EncoderBias] = EncoderBias.zero
     """Start of the encoder biases: zero, or firing_rate: so that each latent fires on `firing_rate` of the rows."""
-    firing_rate: float | None = None
+    firing_rate: Fixed[float | None] = None
     """Share of rows on which a latent fires at the start, in (0, 1), with b_enc_init=firing_rate; null takes
     10,000 / d_sae, at most 0.5."""
-    dead_after_tokens: int | None = None
+    dead_after_tokens: Free[int | None] = None
     """A latent is dead after this many rows without firing. null takes a thirty-second of the run, at most 10M."""
-    resample_every_steps: int | None = None
+    resample_every_steps: Free[int | None] = None
     """Steps between two resamplings of dead latents, which then restart from badly reconstructed rows; null never
     does. New latents need the rest of the run to learn."""
-    ema_decay: float | None = None
+    ema_decay: Fixed[float | None] = None
     """Decay of the running average of the parameters, in (0, 1), say 0.999; the average is then what is evaluated,
     exported and loaded. null keeps none."""
-    log_every_steps: int = 50
+    log_every_steps: Free[int] = 50
     """Steps between two lines of metrics.jsonl."""
-    eval_every_steps: int | None = 500
+    eval_every_steps: Free[int | None] = 500
     """Steps between two held-out evaluations; null evaluates at the end only."""
-    eval_rows: int = 8_192
+    eval_rows: Free[int] = 8_192
     """Held-out rows per evaluation during training."""
-    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    on_nonfinite: Free[OnNonfinite] = OnNonfinite.stop
     """What a loss or parameters that are not finite lead to: stop keeps the last good checkpoint; skip leaves the step
     out, so that parameters, optimiser and liveness stay as they are. Both save its rows under nonfinite/."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Free[int] = 10
     """Steps left out in a row at which the run stops all the same; at least 1."""
-    measure_peak: bool = False
+    measure_peak: Place[bool] = False
     """Whether the FLOP/s of a device whose peak is not known, such as a CPU, are measured at the start, so that the
     utilisation (mfu) can be said; a fraction of a second."""
-    profile: bool = False
+    profile: Place[bool] = False
     """Whether ten steps after the first ten are recorded by JAX's profiler, into profile/ of the run directory."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from saejax import config
+from saejax import config, standing
 from saejax.activations import store
 from saejax.activations.joined_source import Joined
 from saejax.activations.store_source import Store
@@ -127,7 +127,7 @@ def test_from_the_command_line_and_back_from_a_run(source, tmp_path):
     shutil.copytree(tmp_path / "b", tmp_path / "moved")
     moved = config.from_run(tmp_path, [f"source.paths=[{source.paths[0]},{tmp_path}/moved]"])
     assert moved.source != source
-    config.check_resumable(before, moved)
+    standing.check_resumable(before, moved)
     with pytest.raises(UserError, match="source.paths = .*at least 2 stores"):
         Joined(paths=source.paths[:1])
     with pytest.raises(UserError, match="source.paths must be given"):

@@ -39,7 +39,7 @@ def local(path: str | os.PathLike[str], field: str) -> Path:
             f"{field} must be a path of this machine, got {text}: object storage is not supported yet; mount the "
             "bucket as a folder"
         )
-    return Path(os.path.abspath(Path(text).expanduser()))
+    return Path(os.path.abspath(os.path.expanduser(text)))  # Path.expanduser raises for an unknown ~name
 
 
 def for_hydra(value: str) -> str:

@@ -13,7 +13,6 @@ import itertools
 import logging
 import math
 import pathlib
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from jaxtyping import Array, Float, Shaped
 
 from saejax import sharding
 from saejax.activations import (
+    disk_space,
     language_model,
     packing,
     special_tokens,
@@ -64,28 +64,39 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
       harvest, the stores are complete when the last of them returns.
 
     Raises:
-      UserError: a setting cannot be, a store was begun with other settings, the dtype would overflow, or the
-        disk is full.
+      UserError: a setting cannot be, a split has no text, a store was begun with other settings, the dtype would
+        overflow, or the disk is full.
       KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on SIGTERM and SIGUSR1. What is published
         stays, the same call continues.
     """
     paths = {split: pathlib.Path(config.path).expanduser() / split for split in text.SPLITS}
-    common = {"harvest": config.settings(), "text": config.text.identity()}
     begun = {path: manifest for path in paths.values() if (manifest := _begun(path))}
+    records = [manifest.get("text") or {} for manifest in begun.values()]
+    config = dataclasses.replace(config, text=config.text.as_begun(records))
+    common = {"harvest": config.settings(), "text": config.text.record()}
     for manifest in begun.values():
         store_writer.check_same(common, manifest, pathlib.Path(config.path))
     if len(begun) == len(paths) and all(_finished(path, manifest) for path, manifest in begun.items()):
         logger.info("%s is complete: nothing to do", config.path)
         return paths
     place = config.place()  # before the model, for it says which devices are this process's
+    config.text.count(whole=False)  # no text, no store
     with contextlib.ExitStack() as held:
         for path in paths.values():  # before the model, which may take minutes
             held.enter_context(store_writer.admitted(path, process=place[0], n_processes=place[1]))
+        if None in (config.n_tokens, config.heldout_tokens):  # all of the text will be read: its mistakes are said now
+            config.text.count()
         goes_on = next((manifest for path in paths.values() if (manifest := _begun(path))), None)
         run = Run(config, place, load(config) if backend is None else backend, common, goes_on)
         with _interruptible():
+            surveys = {split: packing.survey(run.sequences(split)) for split in text.SPLITS}
+            packing.report(surveys, config.limits())
+            for split, path in paths.items():
+                special_tokens.check_same_tokens(path, _begun(path), surveys[split].sha256, run.tokenizer)
+            sizes = {path: run.bytes_to_write(path, surveys[split]) for split, path in paths.items()}
+            disk_space.check(sizes, "lower n_tokens or choose another disk")
             for split in text.SPLITS:
-                run.write(split, paths[split])
+                run.write(split, paths[split], surveys[split])
     return paths
 
 
@@ -159,25 +170,20 @@ class Run:
 
     def sequences(self, split: text.Split) -> Iterator[packing.Sequence]:
         """The packed text of a split, from its beginning."""
-        limit = {"train": self.config.n_tokens, "heldout": self.config.heldout_tokens}[split]
+        _, limit = self.config.limits()[split]
         documents = packing.encode_documents(self.config.text.documents(split), self.tokenizer.encode)
         return packing.until(self.packer.pack(documents), limit)
 
-    def write(self, split: text.Split, path: pathlib.Path) -> None:
+    def write(self, split: text.Split, path: pathlib.Path, survey: packing.Survey) -> None:
         """Writes this process's shards of one store."""
-        survey = packing.survey(self.sequences(split))
-        if not survey.n_sequences:
-            raise UserError(f"the text has no {split} document; text.heldout_share is {self.config.text.heldout_share}")
         facts = self.common | {
             "split": split,
             "n_sequences": survey.n_sequences,
             "n_tokens": survey.n_tokens,
-            "n_shards": math.ceil(survey.n_sequences / self.config.shard_sequences),
+            "n_shards": self._n_shards(survey),
             "tokens_sha256": survey.sha256,
             "sink": self._sink(path).to_json(),
         }
-        special_tokens.check_same_tokens(path, _begun(path), survey.sha256, self.tokenizer)
-        self._check_space(path, facts["n_shards"], survey)
         with store.Writer(path, facts, process=self.process, n_processes=self.n_processes) as writer:
             self.sink = Sink(**writer.manifest["sink"])
             missing = writer.missing()
@@ -311,18 +317,14 @@ class Run:
             logger.info("median norm at %s: %s", self.config.hook, self.sink.median_norm)
         return self.sink
 
-    def _check_space(self, path: pathlib.Path, n_shards: int, survey: packing.Survey) -> None:
-        """Refuses a store that will not fit, before anything of it is written."""
-        share = 1 - len(store_format.published(path)) / n_shards
+    def bytes_to_write(self, path: pathlib.Path, survey: packing.Survey) -> float:
+        """About how large the shards are that a store still lacks."""
         token_bytes = 6 * store_format.INT.itemsize  # a row of the index and a pair of `tokens`
-        needed = share * survey.n_tokens * (self.d_in * self.dtype.itemsize + token_bytes)
-        disk = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(disk).free
-        if needed > free:
-            raise UserError(
-                f"path {path} needs about {needed / 1e9:.3g} GB and has {free / 1e9:.3g} GB free; "
-                "lower n_tokens or choose another disk"
-            )
+        share = 1 - len(store_format.published(path)) / self._n_shards(survey)
+        return max(share, 0) * survey.n_tokens * (self.d_in * self.dtype.itemsize + token_bytes)
+
+    def _n_shards(self, survey: packing.Survey) -> int:
+        return math.ceil(survey.n_sequences / self.config.shard_sequences)
 
     def _tokens_in(self, manifest: dict, n_shards: int) -> int:
         share = n_shards * self.config.shard_sequences / manifest["n_sequences"]

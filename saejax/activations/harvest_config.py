@@ -110,6 +110,10 @@ class HarvestConfig:
         """The names in `hook`, in the order in which they lie in a row."""
         return tuple(self.hook.split(","))
 
+    def limits(self) -> dict[str, tuple[str, int | None]]:
+        """Split -> (the key that limits its tokens, its value)."""
+        return {"train": ("n_tokens", self.n_tokens), "heldout": ("heldout_tokens", self.heldout_tokens)}
+
     def place(self) -> tuple[int, int]:
         """(number of this process, how many share the harvest); none of them waits for another."""
         if self.process is not None and self.n_processes is not None:

@@ -14,6 +14,7 @@ Its place is the batch of sequences in which the next record begins: going on co
 import bisect
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -31,6 +32,12 @@ from saejax.errors import UserError
 from saejax.resume_policy import Fixed, Place
 
 logger = logging.getLogger(__name__)
+
+_KEYS = {"path": "source.corpus", "share": "source.heldout_share"}
+_TEXTS: dict[str, Any] = {
+    name: type(corpus.__name__, (corpus,), {"keys": _KEYS}) for name, corpus in text.TEXTS.items()
+}
+"""The corpora, whose messages name the keys of this source."""
 
 
 @register
@@ -72,16 +79,17 @@ class Live(ActivationSource):
     """Tokens at the beginning of the training text that the median is taken over, at least 1."""
 
     def __post_init__(self):
-        self.harvest()  # refuses what a harvest would
+        self.harvest()  # refuses what a harvest would; opens no file
 
     def harvest(self) -> HarvestConfig:
         """The settings of the harvest that would write these rows."""
         names = {field.name for field in dataclasses.fields(self)} - {"corpus", "text_field", "heldout_share"}
         chosen = {name: getattr(self, name) for name in names}
-        if self.corpus in ("wikipedia", "pydoc"):
-            corpus = text.TEXTS[self.corpus](heldout_share=self.heldout_share)
+        if self.corpus in _TEXTS and self.corpus != text.TextFiles.name:
+            corpus = _TEXTS[self.corpus](heldout_share=self.heldout_share)
         else:
-            corpus = text.TextFiles(path=self.corpus, text_field=self.text_field, heldout_share=self.heldout_share)
+            files = _TEXTS[text.TextFiles.name]
+            corpus = files(path=self.corpus, text_field=self.text_field, heldout_share=self.heldout_share)
         return HarvestConfig(**chosen, text=corpus, shard_sequences=self.batch_sequences)
 
     @property
@@ -254,38 +262,50 @@ class _Model:
     """A loaded model, the packed text of both splits, and the held-out rows as far as they were asked for."""
 
     def __init__(self, source: Live):
-        self._source, self._backend = source, harvest.load(source.harvest())
-        self._read(begun=None)
+        config = source.harvest()
+        config.text.count(whole=None in (config.n_tokens, config.heldout_tokens))
+        self._source, self._backend = source, harvest.load(config)
+        self._read(config, begun=None)
 
-    def _read(self, begun: dict[str, Any] | None) -> None:
+    def _read(self, config: HarvestConfig, begun: dict[str, Any] | None) -> None:
         """Packs the text and measures the sinks; `begun` as `harvest.Run` takes it."""
-        config = self._source.harvest()
         self.run = harvest.Run(config, (0, 1), self._backend, {}, begun)
         self.train, self._sequences = (list(self.run.sequences(split)) for split in text.SPLITS)
-        if not self.train or not self._sequences:
-            raise UserError(f"source.corpus={self._source.corpus}: no document for training, or none held out")
+        surveys = {"train": packing.survey(self.train), "heldout": packing.survey(self._sequences)}
+        limits = {split: (f"source.{key}", value) for split, (key, value) in config.limits().items()}
+        packing.report(surveys, limits)
         self.run.measure_sink()
         assert self.run.sink is not None
         facts = {key: value for key, value in self.run.common.items() if key not in ("model", "shard_sequences")}
         facts["special_token_policy"] = special_tokens.tokens_of(facts["special_token_policy"])
         weights = {key: value for key, value in self.run.common["model"].items() if key != "name"}
-        tokens = packing.survey(self.train).sha256
-        self.data = digest([facts, weights, tokens, self.run.sink.to_json(), config.batch_sequences])
+        self.data = digest([facts, weights, surveys["train"].sha256, self.run.sink.to_json(), config.batch_sequences])
         self._rows: list[np.ndarray] = []
 
     def goes_on_as(self, data: Any) -> bool:
-        """Begins segments as earlier versions did, if `data` were made so; returns whether they were."""
-        earlier = self.run.tokenizer.earlier_bos()
-        if self._source.bos != "auto" or earlier == self.run.packer.bos_id:
-            return False
-        kept, found = dict(vars(self)), False
-        try:
-            self._read({"special_token_policy": {"bos_id": earlier}})
-            found = self.data == data
-        finally:
-            if not found:
-                vars(self).update(kept)
-        return found
+        """Reads text and begins segments as earlier versions did, if `data` were made so; returns whether they were."""
+        earlier, now = self.run.tokenizer.earlier_bos(), self._source.harvest()
+        begun: list[dict[str, Any] | None] = [None]
+        if self._source.bos == "auto" and earlier != self.run.packer.bos_id:
+            begun.append({"special_token_policy": {"bos_id": earlier}})
+        before = dataclasses.replace(now, text=now.text.as_begun([{}]))
+        configs = [now, before] if before != now else [now]
+        kept = dict(vars(self))
+        for config, policy in itertools.product(configs, begun):
+            if config is now and policy is None:
+                continue
+            found = False
+            try:
+                self._read(config, policy)
+                found = self.data == data
+            except UserError as error:  # one document, which earlier versions could not split
+                logger.debug("not as before: %s", error)
+            finally:
+                if not found:
+                    vars(self).update(kept)
+            if found:
+                return True
+        return False
 
     def heldout(self, batch: int, max_rows: int | None) -> Iterator[np.ndarray]:
         size, begun, given = self.run.config.batch_sequences, 0, 0

@@ -9,12 +9,15 @@ short document, goes into the first row that is still open and has room.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Int32
 
 from saejax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Encode = Callable[[list[str]], list[list[int]]]
 _CHARACTERS_AT_ONCE = 2**18  # enough for the tokeniser's threads, little to have read in vain at a limit
@@ -156,17 +159,46 @@ def positions(segments: Int32[np.ndarray, "*rows s"]) -> Int32[np.ndarray, "*row
 class Survey:
     """What a pass over the rows tells before any is run: how many there are, and a checksum of all tokens."""
 
+    n_documents: int
     n_sequences: int
     n_tokens: int
     sha256: str
 
 
 def survey(sequences: Iterable[Sequence]) -> Survey:
-    """Counts rows and tokens; two streams with the same checksum hold the same rows."""
+    """Counts documents, rows and tokens; two streams with the same checksum hold the same rows."""
     n_sequences = n_tokens = 0
     digest = hashlib.sha256()
+    seen = bytearray()  # by the number of the document
     for sequence in sequences:
+        seen.extend(bytes(max(0, 1 + max(sequence.segment_documents) - len(seen))))
+        for document in sequence.segment_documents:
+            seen[document] = 1
         n_sequences += 1
         n_tokens += sequence.n_tokens
         digest.update(np.stack([sequence.tokens, sequence.segments, sequence.documents()]).tobytes())
-    return Survey(n_sequences, n_tokens, digest.hexdigest())
+    return Survey(sum(seen), n_sequences, n_tokens, digest.hexdigest())
+
+
+def report(surveys: Mapping[str, Survey], limits: Mapping[str, tuple[str, int | None]]) -> None:
+    """Says how much text there is before the model runs on any of it.
+
+    Args:
+      surveys: of the splits "train" and "heldout".
+      limits: split -> (the key that limits its tokens, its value).
+
+    Raises:
+      UserError: the tokeniser makes nothing of the documents of a split.
+    """
+    names = {"train": "for training", "heldout": "held out"}
+    for split, survey in surveys.items():
+        if not survey.n_sequences:
+            raise UserError(f"the documents {names[split]} hold no token: the tokenizer makes nothing of their text")
+    parts = (f"{found.n_documents} documents {names[s]} ({found.n_tokens} tokens)" for s, found in surveys.items())
+    logger.info("text: %s", ", ".join(parts))
+    for split, (key, limit) in limits.items():
+        if limit is not None and surveys[split].n_tokens < limit:
+            logger.warning(
+                "%s=%d is more than the text has: all of its %d tokens %s are taken",
+                key, limit, surveys[split].n_tokens, names[split],
+            )  # fmt: skip

@@ -2,26 +2,32 @@
 
 First station of the harvest: documents leave here as plain strings, `packing` turns them into rows of tokens.
 The split is by document and follows from the document's text alone, so that a corpus that grows keeps its
-held-out documents, and two copies of one document never stand on both sides.
+held-out documents, and two copies of one document never stand on both sides. A corpus of one document is split by
+stretches of it. What is no Unicode text, half of a surrogate pair, is read as U+FFFD.
 """
 
 import abc
 import bz2
 import dataclasses
 import functools
-import glob
 import hashlib
 import importlib.util
-import json
+import itertools
+import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from saejax import paths
+from saejax.activations import text_files, text_pieces
 from saejax.errors import UserError
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+READING = 2
+"""Version of how files are found and read, which the stores of their text record; those that do not say it are of 1."""
 
 
 class Document(NamedTuple):
@@ -37,13 +43,17 @@ class TextCorpus(abc.ABC):
     """A finite corpus of documents in a stable order; subclasses say where the text comes from."""
 
     name: ClassVar[str]
+    keys: ClassVar[dict[str, str]] = {"path": "text.path", "share": "text.heldout_share"}
+    """What the user calls the settings, for messages."""
+    divides: ClassVar[bool] = True
+    """Whether a single document is split by stretches."""
 
     heldout_share: float = 0.05
     """Expected share of the documents held out from training, in (0, 1); decided by a hash of the text."""
 
     def __post_init__(self):
         if not 0 < self.heldout_share < 1:
-            raise UserError(f"text.heldout_share must be in (0, 1), got {self.heldout_share}")
+            raise UserError(f"{self.keys['share']} must be in (0, 1), got {self.heldout_share}")
 
     @abc.abstractmethod
     def read(self) -> Iterator[tuple[str, str]]:
@@ -61,13 +71,70 @@ class TextCorpus(abc.ABC):
         >>> bool(train & heldout), len(train) > len(heldout) > 0
         (False, True)
         """
-        for number, (title, text) in enumerate(self.read()):
-            if text.strip() and _is_heldout(text, self.heldout_share) == (split == "heldout"):
-                yield Document(number, title, text)
+        return (document for document, place in self._placed() if _side(place, self.heldout_share) == split)
+
+    def count(self, *, whole: bool = True) -> dict[Split, int]:
+        """How many documents each split has.
+
+        Args:
+          whole: whether to count all of them; otherwise the corpus is read as far as there is one of each.
+
+        Raises:
+          UserError: a split has none, and the message says what to do; or a file cannot be read.
+        """
+        counts: dict[Split, int] = {"train": 0, "heldout": 0}
+        low, high = 2**64, 0
+        for _, place in self._placed():
+            counts[_side(place, self.heldout_share)] += 1
+            low, high = min(low, place), max(high, place)
+            if not whole and all(counts.values()):
+                break
+        if not all(counts.values()):
+            raise UserError(self._unsplit(counts, low, high))
+        return counts
 
     def identity(self) -> dict:
-        """Name, settings and origin: what a store records of its text."""
+        """Name, settings and origin."""
         return {"type": self.name, **dataclasses.asdict(self), "origin": self.origin()}
+
+    def record(self) -> dict:
+        """The identity, and how the text is read: `text` in a manifest."""
+        return self.identity()
+
+    def as_begun(self, records: Sequence[dict]) -> "TextCorpus":
+        """The corpus as it was read for stores that were begun with it; `records` are their `text`."""
+        return self
+
+    def _placed(self) -> Iterator[tuple[Document, int]]:
+        """Every document with its place in [0, 2^64]; what lies below the share is held out."""
+        filled = ((number, title, text) for number, (title, text) in enumerate(self.read()) if text.strip())
+        first = list(itertools.islice(filled, 2))
+        if len(first) == 1 and self.divides:
+            number, title, text = first[0]
+            stretches = text_pieces.divide(_unicode(text), self.heldout_share)
+            if stretches:
+                for count, (stretch, heldout) in enumerate(stretches):
+                    if stretch.strip():
+                        yield Document(number + count, f"{title}, part {count + 1}", stretch), 0 if heldout else 2**64
+                return
+        for number, title, text in itertools.chain(first, filled):
+            yield Document(number, title, _unicode(text)), _place(text)
+
+    def _unsplit(self, counts: dict[Split, int], low: int, high: int) -> str:
+        """What to say where a split has no document; `low` and `high` are the places of the outermost ones."""
+        n, where, share = sum(counts.values()), self._where(), self.keys["share"]
+        if not n:
+            return f"{where}: no document in it, all of it is blank"
+        if n == 1:
+            return f"{where}: one document, and too short to be split into text for training and held-out text"
+        missing = "for training" if not counts["train"] else "held out"
+        found = f"{where}: none of its {n} documents is {missing} at {share}={self.heldout_share}"
+        if low == high:
+            return f"{found}, for they are copies of one text"
+        return f"{found}; {share}={_share_between(low, high)} gives both, and so may more documents"
+
+    def _where(self) -> str:
+        return f"text {self.name!r}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,17 +177,23 @@ class TextFiles(TextCorpus):
     name: ClassVar[str] = "files"
 
     path: str
-    """A file, a directory (searched at all depths) or a glob pattern; read in the order of the file names."""
+    """A file, a directory (searched at all depths, also through links) or a glob pattern; read in the order of the
+    file names. A corpus of one document is split by stretches of it."""
 
     text_field: str = "text"
     """The field of each `.jsonl` object that holds the text."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        paths.local(self.path, self.keys["path"])
+
     def read(self) -> Iterator[tuple[str, str]]:
         for file in self.files():
             if file.suffix == ".jsonl":
-                yield from self._read_lines(file)
+                for number, text in text_files.read_lines(file, self.text_field, self.keys["path"]):
+                    yield f"{file}:{number}", text
             else:
-                yield str(file), _decode(file)
+                yield str(file), self._whole(file)
 
     def origin(self) -> dict:
         return {"files": [[str(file), file.stat().st_size] for file in self.files()]}
@@ -131,43 +204,74 @@ class TextFiles(TextCorpus):
         Raises:
           UserError: the path holds no `.txt` or `.jsonl` file.
         """
-        root = pathlib.Path(self.path).expanduser()
-        found = root.rglob("*") if root.is_dir() else map(pathlib.Path, glob.glob(str(root), recursive=True))
-        files = sorted(file for file in found if file.suffix in (".txt", ".jsonl") and file.is_file())
-        if not files:
-            raise UserError(f"text.path is {self.path!r}: no .txt or .jsonl file there")
-        return files
+        return text_files.find(self.path, self.keys["path"])
 
-    def _read_lines(self, file: pathlib.Path) -> Iterator[tuple[str, str]]:
-        with file.open("rb") as lines:
-            for count, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    text = json.loads(line)[self.text_field]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"text.path: line {count} of {file} must be a JSON object with a string field "
-                        f"{self.text_field!r}"
-                    )
-                yield f"{file}:{count}", text
+    def record(self) -> dict:
+        return self.identity() | {"reading": READING}
+
+    def as_begun(self, records: Sequence[dict]) -> TextCorpus:
+        if all(record.get("reading") == READING for record in records):
+            return self
+        return FilesAsBefore(**dataclasses.asdict(self))
+
+    def _whole(self, file: pathlib.Path) -> str:
+        return text_files.without_mark(text_files.read_whole(file, self.keys["path"]))
+
+    def _where(self) -> str:
+        return f"{self.keys['path']}={self.path}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesAsBefore(TextFiles):
+    """Text on disk as stores that record no `reading` were begun with it: a pattern before a file, folders behind links
+    left out, a byte order mark part of a `.txt`, one document never split."""
+
+    divides: ClassVar[bool] = False
+
+    def files(self) -> list[pathlib.Path]:
+        """The files in the order of reading."""
+        return text_files.find_as_before(self.path, self.keys["path"])
+
+    def record(self) -> dict:
+        return self.identity()
+
+    def _whole(self, file: pathlib.Path) -> str:
+        return text_files.read_whole(file, self.keys["path"])
+
+    def _where(self) -> str:
+        return f"{super()._where()} (as the store was begun; another path may do)"
 
 
 TEXTS: dict[str, type[TextCorpus]] = {corpus.name: corpus for corpus in (Wikipedia, Pydoc, TextFiles)}
 
 
-def _is_heldout(text: str, share: float) -> bool:
-    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
-def _decode(file: pathlib.Path) -> str:
+def _unicode(text: str) -> str:
+    """The text as tokenisers take it: what is half of a surrogate pair becomes U+FFFD."""
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"text.path: {file} must be UTF-8 text, byte {error.start} is not") from None
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _place(text: str) -> int:
+    """Where in [0, 2^64) a document lies, by a hash of its text as it was read."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
+
+
+def _side(place: int, share: float) -> Split:
+    return "heldout" if place < share * 2**64 else "train"
+
+
+def _share_between(low: int, high: int) -> float:
+    """A share with few digits that holds out what lies at `low`, and not what lies at `high`."""
+    places = (
+        round(step * 10.0**-digits, digits)
+        for digits in range(1, 17)
+        for step in (math.floor(low / 2**64 * 10**digits) + 1, math.floor(high / 2**64 * 10**digits))
+    )
+    between = (share for share in places if _side(low, share) == "heldout" and _side(high, share) == "train")
+    return next(between, 0.5)
 
 
 _DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"

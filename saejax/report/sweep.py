@@ -152,7 +152,7 @@ def knees(points: Sequence[tuple[float | None, float | None]], groups: "_Groups"
 
 
 def find(root: Path) -> list[Path]:
-    """Run directories below `root` in natural order; a run inside a run is not looked for.
+    """Run directories below `root` in natural order, each once, also through links; none inside a run is looked for.
 
     Raises:
       UserError: no such directory, or no run in it.
@@ -160,17 +160,29 @@ def find(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"sweep={root}: no such directory")
     found: list[Path] = []
+    links: list[tuple[Path, int]] = []
+    seen: set[str] = set()
+    top = os.path.realpath(root)
 
-    def walk(folder: Path, depth: int) -> None:
-        for child in sorted(folder.iterdir()):
-            if not child.is_dir() or child.name.startswith("."):
-                continue
-            if records.is_run(child):
-                found.append(child)
-            elif depth < _DEPTH:
-                walk(child, depth + 1)
+    def visit(folder: Path, depth: int) -> None:
+        if (real := os.path.realpath(folder)) in seen:
+            return
+        seen.add(real)
+        if depth and records.is_run(folder):
+            found.append(folder)
+        elif depth < _DEPTH:
+            for child in sorted(folder.iterdir()):
+                if child.is_symlink():
+                    links.append((child, depth + 1))
+                elif child.is_dir() and not child.name.startswith("."):
+                    visit(child, depth + 1)
 
-    walk(root, 1)
+    visit(root, 0)
+    while links:  # after all that is really there, which keeps its own name
+        link, depth = links.pop(0)
+        around = os.path.commonpath([top, os.path.realpath(link)]) == os.path.realpath(link)
+        if link.is_dir() and not link.name.startswith(".") and not around:
+            visit(link, depth)
     if not found:
         raise UserError(f"sweep={root}: no run directory in it (none holds config.yaml, metrics.jsonl or run.json)")
     return sorted(found, key=lambda p: [(not s.isdigit(), int(s) if s.isdigit() else 0, s) for s in p.parts])

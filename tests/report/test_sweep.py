@@ -71,6 +71,18 @@ def test_runs_come_in_natural_order(tmp_path):
     assert [p.name for p in sweep.find(make(tmp_path))] == ["0", "1", "2", "3", "4", "5", "10"]
 
 
+def test_runs_behind_links_are_listed_once(tmp_path):
+    root = make(tmp_path / "all/sweep")
+    write_run(tmp_path / "all/elsewhere/deep/11", k=16)
+    for name, target in {
+        "linked": "../elsewhere", "again": "../elsewhere/deep", "0b": "0", "loop": ".", "up": "..", "top": "../..",
+        "itself": "itself", "gone": "nowhere", ".hidden": "../elsewhere",
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    found = [str(path.relative_to(root)) for path in sweep.find(root)]
+    assert found == ["0", "1", "2", "3", "4", "5", "10", "again/11"]
+
+
 def test_runs_that_differ_in_sparsity_and_seed_share_a_colour(tmp_path):
     for n, (k, lr) in enumerate([(16, 0.1), (32, 0.1), (16, 0.2)]):
         write_run(tmp_path / str(n), k=k, lr=lr, seed=n)

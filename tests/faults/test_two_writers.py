@@ -33,11 +33,10 @@ LENGTHS = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytes
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    made = [fault_runs.Forker(tmp_path_factory.mktemp("forker")) for _ in range(2)]
-    yield made
-    for forker in made:
-        forker.close()
+def pair(forker, tmp_path_factory):
+    rival = fault_runs.Forker(tmp_path_factory.mktemp("rival"))
+    yield [forker, rival]
+    rival.close()
 
 
 def one(root: pathlib.Path, name: str, seed: int, *changes: str) -> tuple[str, dict]:

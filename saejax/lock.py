@@ -1,9 +1,9 @@
 """One writer for a directory: a lock that dies with its owner, and a line that names the owner to whoever comes second.
 
 The lock is `flock` on the open file `.lock` of the directory. The kernel gives it back when its owner ends, however it
-ends, so a restart after `kill -9` works at once; a stopped owner (SIGSTOP) keeps it. The file stays where it is: to
-remove a locked file lets two takers hold two files of one name. Programs that the owner starts do not keep the lock
-(close-on-exec), nor do children that Python forks (they close their copy).
+ends, so a restart after `kill -9` works at once; a stopped owner (SIGSTOP) keeps it. The owner removes the file at its
+end; who has locked a file looks whether it is still the one of that name, so that two never hold two of them. Programs
+that the owner starts do not keep the lock (close-on-exec), nor do children that Python forks (they close their copy).
 
 Where the file system knows no `flock` (some network mounts), each taker puts a claim, a file of a name of its own, and
 owns the directory if it sees no other claim afterwards. A claim of a dead process of this machine is removed; one of
@@ -34,16 +34,18 @@ from saejax.errors import UserError
 NAME = ".lock"
 """The file of a directory that is locked."""
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+_ATTEMPTS = 20
 _LOOK_SECONDS = 0.5  # how long a second taker waits for the first to have written who it is
 _held: list[Lock] = []  # of this process
+_made: set[Path] = set()  # folders that were made to be held, and go where nothing comes into them
 _mutex = threading.RLock()  # around what a fork must not see half done
 
 
 class Lock:
     """A directory that is held by this process until `release`, or until the process ends. A context manager."""
 
-    def __init__(self, key: tuple[int, int, str], descriptor: int | None, claim: Path | None) -> None:
-        self._key, self._descriptor, self._claim = key, descriptor, claim
+    def __init__(self, key: tuple[int, int, str], file: Path, descriptor: int | None) -> None:
+        self._key, self._file, self._descriptor = key, file, descriptor
         self._thread, self._times = threading.get_ident(), 1
 
     def release(self) -> None:
@@ -55,9 +57,15 @@ class Lock:
             if self._times:
                 return
             _held.remove(self)
-            if self._claim is not None:
-                with contextlib.suppress(OSError):  # the directory may be gone
-                    self._claim.unlink()
+            if self._descriptor is None or _is_named(self._descriptor, self._file):
+                with contextlib.suppress(OSError):  # a directory that may not be written any more
+                    self._file.unlink()
+            for made in (self._file.parent, *self._file.parent.parents):
+                if made not in _made:
+                    break
+                with contextlib.suppress(OSError):  # in use
+                    made.rmdir()
+                    _made.discard(made)
             if self._descriptor is not None:
                 with contextlib.suppress(OSError):  # also for a child that some library forked and that lives on
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
@@ -115,7 +123,8 @@ def hold(folder: str | os.PathLike[str], what: str = "run", *, again: bool = Fal
     """Takes a directory for this process alone; does not wait.
 
     Args:
-      folder: made if missing. A link or a relative path to it is the same directory.
+      folder: made if missing, and removed again by who made it if nothing is in it at the end. A link or a relative
+        path to it is the same directory.
       what: what is done there, for the line that others get.
       again: whether a thread that holds it already may take it once more, as one call inside another does.
       name: the file that is locked, of those that a directory may have.
@@ -127,27 +136,29 @@ def hold(folder: str | os.PathLike[str], what: str = "run", *, again: bool = Fal
       UserError: another holds it; names its work, process, host and since when.
       OSError: the directory cannot be made or written.
     """
-    folder = Path(folder)
+    folder, me = Path(folder).absolute(), _me(what)
+    for attempt in range(_ATTEMPTS):
+        try:
+            key = _made_key(folder, name)
+            with _mutex:
+                for lock in _held:
+                    if again and lock._key == key and lock._thread == threading.get_ident():
+                        lock._times += 1
+                        return lock
+            return _flocked(folder / name, key, me) or _claimed(folder, key, me)
+        except OSError as error:  # the owner before removes its file, and the folder if it was for nothing
+            if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ESTALE) or attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
+
+
+def _made_key(folder: Path, name: str) -> tuple[int, int, str]:
+    """Makes a folder where it is missing; what is the same for all its names."""
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    _made.update(missing)
     at = folder.stat()
-    key, me = (at.st_dev, at.st_ino, name), _me(what)
-    with _mutex:
-        for lock in _held:
-            if again and lock._key == key and lock._thread == threading.get_ident():
-                lock._times += 1
-                return lock
-    try:
-        lock = _flocked(folder / name, key, me)
-    except OSError as error:
-        if error.errno not in _NO_FLOCK:
-            raise
-        lock, other, file = _claimed(folder, key, me)
-        if lock is None:
-            gone = f"; if it is gone, remove {file}" if other is None or other.host != me.host else ""
-            raise _taken(folder, other, gone) from None
-    if lock is None:
-        raise _taken(folder, _owner(folder / name))
-    return lock
+    return at.st_dev, at.st_ino, name
 
 
 def _taken(folder: Path, owner: Owner | None, more: str = "") -> UserError:
@@ -156,27 +167,39 @@ def _taken(folder: Path, owner: Owner | None, more: str = "") -> UserError:
 
 
 def _flocked(file: Path, key: tuple[int, int, str], me: Owner) -> Lock | None:
-    """The lock by `flock`; None if another has it.
-
-    Raises:
-      OSError: also that there is no such thing here, see `_NO_FLOCK`.
-    """
+    """The lock by `flock`; None where there is no such thing."""
     with _mutex:
-        descriptor = _opened(file)
+        descriptor, lock = _opened(file), None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _text(me), 0)
+            if not _is_named(descriptor, file):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+            lock = Lock(key, file, descriptor)
+            _held.append(lock)
+            return lock
         except BlockingIOError:
-            os.close(descriptor)
-            return None
+            pass
         except OSError as error:
-            os.close(descriptor)
+            if error.errno in _NO_FLOCK:
+                if not os.fstat(descriptor).st_size:
+                    file.unlink(missing_ok=True)
+                return None
             error.filename = str(file)
             raise
-        lock = Lock(key, descriptor, None)
-        _held.append(lock)
-    return lock
+        finally:
+            if lock is None:
+                os.close(descriptor)
+    raise _taken(file.parent, _owner(file))
+
+
+def _is_named(descriptor: int, file: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(file))
+    except OSError:
+        return False
 
 
 def _opened(file: Path) -> int:
@@ -194,8 +217,8 @@ def _opened(file: Path) -> int:
     return descriptor
 
 
-def _claimed(folder: Path, key: tuple[int, int, str], me: Owner) -> tuple[Lock | None, Owner | None, Path]:
-    """The lock by a claim; without one, whose claim is in the way and its file.
+def _claimed(folder: Path, key: tuple[int, int, str], me: Owner) -> Lock:
+    """The lock by a claim.
 
     Claim first, look afterwards: of two, at least one sees the other. Two that see each other both step back and
     try again after different times.
@@ -213,13 +236,14 @@ def _claimed(folder: Path, key: tuple[int, int, str], me: Owner) -> tuple[Lock |
             partial.rename(claim)
             others = [(owner, file) for owner, file in _claims(folder, key[2]) if file.name != claim.name]
             if not others:
-                lock = Lock(key, None, claim)
+                lock = Lock(key, claim, None)
                 _held.append(lock)
-                return lock, me, claim
+                return lock
             claim.unlink()
         other, where = others[0]
         time.sleep(random.uniform(0.01, 0.03) * 2**attempt)
-    return None, other, where
+    gone = f"; if it is gone, remove {where}" if other is None or other.host != me.host else ""
+    raise _taken(folder, other, gone)
 
 
 def _claims(folder: Path, name: str) -> Iterator[tuple[Owner | None, Path]]:

@@ -120,6 +120,7 @@ def test_a_child_neither_keeps_nor_gives_away_what_its_parent_holds(tmp_path, wa
 
 
 def test_another_name_for_a_directory_is_the_same_directory(tmp_path, way, monkeypatch):
+    (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
     with lock.hold(tmp_path / "run"):
         monkeypatch.chdir(tmp_path)
@@ -203,6 +204,38 @@ def test_many_threads_one_at_a_time(tmp_path, way):
     for thread in threads:
         thread.join()
     assert turns and max(most) == 1
+
+
+def test_processes_that_take_and_release_at_random_never_meet(tmp_path, way):
+    """The file, and the folder that was made for it, come and go under the hands of those who open them."""
+    rounds = "held = met = 0\nuntil = time.monotonic() + 3\nmarker = folder + '.inside'\n"
+    rounds += "while time.monotonic() < until:\n    try:\n        taken = lock.hold(folder)\n"
+    rounds += "    except Exception as error:\n        assert 'is in use by' in str(error), error\n        continue\n"
+    rounds += "    os.close(os.open(marker, os.O_CREAT | os.O_EXCL))\n    time.sleep(0.002)\n    os.unlink(marker)\n"
+    rounds += "    held += 1\n    taken.release()\nprint(held, flush=True)\n"
+    racers = [start(tmp_path / "made", way, "print('ready', flush=True)\n", rounds) for _ in range(5)]
+    said = [racer.communicate(timeout=60)[0].strip() for racer in racers]
+    assert all(text.isdigit() for text in said), said
+    assert sum(map(int, said)) > 20 and not list(tmp_path.glob("*/*"))
+
+
+def test_it_leaves_nothing_behind_but_what_was_written(tmp_path, way):
+    with lock.hold(tmp_path / "a" / "b"), lock.hold(tmp_path / "a" / "b", name=".other.lock"):
+        pass
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with lock.hold(tmp_path / "mine"), lock.hold(tmp_path / "made"):
+        (tmp_path / "made" / "result").write_text("")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["made", "made/result", "mine"]
+
+
+def test_whose_folder_was_replaced_removes_nothing_of_the_new_one(tmp_path):
+    first = lock.hold(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with lock.hold(tmp_path / "run"):
+        first.release()
+        with pytest.raises(UserError, match="is in use by"):
+            lock.hold(tmp_path / "run")
 
 
 def test_a_claim_of_another_machine_is_refused_and_the_file_to_remove_is_named(tmp_path, monkeypatch):

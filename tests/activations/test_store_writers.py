@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 import pytest
+import test_harvest
 import test_store
 
-from saejax.activations import store, store_format, store_writer
+from saejax.activations import harvest, store, store_format, store_writer
 from saejax.errors import UserError
 
 WRITER = """
@@ -137,6 +138,24 @@ def test_admitted_twice_in_one_call_and_no_further(way, tmp_path):
             store_writer.admitted(tmp_path, process=1, n_processes=2)
     with store_writer.admitted(tmp_path, process=1, n_processes=2):
         pass
+
+
+def test_a_harvest_that_cannot_begin_leaves_nothing(way, tmp_path):
+    config, model = test_harvest._config(tmp_path), test_harvest.TinyModel()
+    model.tokenizer = None
+    with pytest.raises(UserError, match="has no tokenizer"):
+        test_harvest.harvest(config, model)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_second_harvest_is_refused_before_it_loads_a_model(way, tmp_path, monkeypatch):
+    monkeypatch.setattr(harvest, "load", None)
+    config = test_harvest._config(tmp_path)
+    with store_writer.admitted(tmp_path / "out" / "heldout", n_processes=2):
+        with pytest.raises(UserError, match=r"out/heldout is in use by harvest \(writer 0 of 2\) of process"):
+            harvest.harvest(config)
+    with pytest.raises(TypeError):  # it would load one now
+        harvest.harvest(config)
 
 
 def test_another_configuration_beside_a_writer_is_refused_before_the_first_shard(begin, tmp_path):

@@ -69,7 +69,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
     with contextlib.ExitStack() as stack:
         with processes.alike():
             if processes.first():
-                stack.enter_context(lock.hold(run_dir, "saejax train"))
+                stack.enter_context(lock.hold(run_dir, "saejax train", again=True))
             _check_dir(cfg, run_dir, resume)
         members = ensemble_config.dirs(cfg, run_dir)
         left = any(checkpoint.steps(path)[-1:] < [c.train.n_steps] for path, c in members.items())
@@ -113,7 +113,7 @@ def train_members(
     with contextlib.ExitStack() as stack:
         with processes.alike():
             for path in members if processes.first() else ():
-                stack.enter_context(lock.hold(path, "saejax train"))
+                stack.enter_context(lock.hold(path, "saejax train", again=True))
         for path, cfg in members.items():
             record, steps = standing.record(path), checkpoint.steps(path)
             if steps and resume:

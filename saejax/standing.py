@@ -161,8 +161,8 @@ def begin(cfg: config.Config, run_dir: Path, owner: checkpoint_record.Owner, ste
             logger.info("from step %d on %s is %s, it was %s", step, key, new, old)
         if changes:
             line = {"step": step, "at": now(), "changed": changes}
-            with (run_dir / "changes.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with whole.appended(run_dir / "changes.jsonl") as file:
+                file.write((json.dumps(line) + "\n").encode())
     write_config(cfg, run_dir, plain.Stamp(owner.run_id, owner.older_up_to_step))
 
 

@@ -185,7 +185,9 @@ def test_even_a_name_that_was_guessed_is_not_written_through(door, tmp_path, mon
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_permissions_are_what_the_umask_leaves(door, umask, tmp_path):
-    _, name, write = door
+    kind, name, write = door
+    if kind == "lock":
+        pytest.skip("is gone by then; see test_lock.py")
     before = os.umask(umask)
     try:
         write(tmp_path / name)

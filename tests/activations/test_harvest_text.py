@@ -78,6 +78,16 @@ def test_half_a_surrogate_pair_is_read_as_the_replacement_character(door, small_
     assert sorted(letters) == sorted(read.replace("\ud83d", "\ufffd").replace("\ude00", "\ufffd"))
 
 
+def test_half_a_surrogate_pair_is_no_token_either(door, small_model, tmp_path):
+    file, model = _lines(tmp_path / "z.jsonl"), tmp_path / "model"
+    with pytest.raises(UserError, match=r"bos must be auto, none or a token of the model, got '\\udcff'"):
+        _tokens(door, small_model, file, tmp_path, bos="\udcff")
+    shutil.copytree(small_model, model)
+    (model / "tokenizer_config.json").write_text(json.dumps({"bos_token": "\ud83d", "eos_token": "\ude00"}))
+    found = _tokens(door, model, file, tmp_path)
+    assert all((part[..., 0, 0] == 0).all() for part in found.values())  # the vocabulary's <|endoftext|>
+
+
 @pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
 def test_one_document_is_enough(door, small_model, tmp_path, name):
     book = "".join(f"Paragraph {i} of a book.\n\n" for i in range(120))

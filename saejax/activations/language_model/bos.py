@@ -52,7 +52,7 @@ def of_setting(setting: str, tokenizer: Tokenizer) -> Bos:
     """
     if setting == "none":
         return Bos(None, "bos=none")
-    if (found := tokenizer.token_to_id(setting)) is None:
+    if (found := _id(tokenizer, setting)) is None:
         raise UserError(f"bos must be auto, none or a token of the model, got {setting!r}")
     return Bos(found, f"bos={setting}")
 
@@ -163,7 +163,7 @@ def _parts(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _known(tokenizer: Tokenizer, ends: frozenset) -> Bos:
     """A token of the vocabulary that is known to begin texts, and that no file names as their end alone."""
     for token in KNOWN:
-        if (found := tokenizer.token_to_id(token)) is not None and found not in ends:
+        if (found := _id(tokenizer, token)) is not None and found not in ends:
             return Bos(found, f"no file names it; {token} is known to begin texts")
     return Bos(None, "no file names one, and the vocabulary has none that is known")
 
@@ -178,7 +178,7 @@ def _ends(tokenizer: Tokenizer, config: Mapping[str, Any], beside: Mapping[str, 
 def _id_of(tokenizer: Tokenizer, token: Any) -> int | None:
     """The id of a token as tokenizer_config.json writes it: a string, or a mapping with its content."""
     text = token.get("content") if isinstance(token, Mapping) else token
-    return tokenizer.token_to_id(text) if isinstance(text, str) else None
+    return _id(tokenizer, text) if isinstance(text, str) else None
 
 
 def _special(tokenizer: Tokenizer, given: Any) -> int | None:
@@ -193,3 +193,8 @@ def _is_id(given: Any) -> bool:
 
 def _shown(tokenizer: Tokenizer, token_id: int) -> str:
     return plain.one_line(tokenizer.id_to_token(token_id))
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int | None:
+    """The id of a token, None for none of the vocabulary, as is half of a surrogate pair, which JSON can hold."""
+    return None if any("\ud800" <= c <= "\udfff" for c in token) else tokenizer.token_to_id(token)

@@ -7,6 +7,7 @@ that the work was done: `saejax.errors` has the table.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import saejax
-from saejax import pages, paths, processes, whole
-from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
+from saejax import pages, paths, processes, signals, whole
+from saejax.errors import DONE, FAILED, MISTAKE, Stopped, UserError, stopped_status
 
 if TYPE_CHECKING:
     from saejax import ensembles
@@ -54,7 +55,14 @@ def main(argv: list[str] | None = None) -> int:
       Exit status, see `saejax.errors`: 0 done, 1 a store that is not sound or an experiment that fails a check, 2 a
       mistake of the user, 128 + n stopped by signal n.
     """
-    return processes.together(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        pages.keep()  # before any thread
+    try:
+        with signals.watch():  # before JAX is imported
+            return processes.together(lambda: _run(arguments))
+    except Stopped as stop:  # between the end of the work and here
+        return stopped_status(stop.signum)
 
 
 def _run(arguments: list[str]) -> int:
@@ -70,26 +78,49 @@ def _run(arguments: list[str]) -> int:
         print(f"saejax: unknown command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return MISTAKE
     try:
+        processes.introduce(lambda: importlib.import_module("saejax.agreement").command(name, rest))
         return COMMANDS[name](rest)
-    except UserError as error:
-        print(f"saejax {name}: {error}", file=sys.stderr)
-        return MISTAKE
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"saejax {name}: {error.strerror or error}{where}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt as stop:
-        print(f"saejax {name}: interrupted", file=sys.stderr)
-        return stopped_status(getattr(stop, "signum", signal.SIGINT))
+    except BaseException as error:
+        status = _ended(name, error)
+        joins = any("mesh.distributed=" in a or a.startswith("resume=") for a in rest)
+        if joins and name in ("train", "evaluate"):
+            from saejax import agreement
+
+            agreement.tell_others(rest, error)
+        if status is None:
+            raise
+        return status
+
+
+def _ended(name: str, error: BaseException) -> int | None:
+    """A line about what ended a command, and its exit status; None for a defect, whose traceback is wanted."""
+    match error:
+        case UserError():
+            print(f"saejax {name}: {error}", file=sys.stderr)
+        case OSError():
+            where = f" ({error.filename})" if error.filename else ""
+            print(f"saejax {name}: {error.strerror or error}{where}", file=sys.stderr)
+        case KeyboardInterrupt():
+            return _stopped(name, error)
+        case _:
+            return None
+    return MISTAKE
+
+
+def _stopped(name: str, stop: KeyboardInterrupt) -> int:
+    """A line about a command that a signal stopped, and its exit status."""
+    signum = getattr(stop, "signum", signal.SIGINT)
+    if processes.first():
+        print(f"saejax {name}: stopped by {signals.name(signum)}; the same command goes on", file=sys.stderr)
+    return stopped_status(signum)
 
 
 def train(arguments: list[str]) -> int:
     """`saejax train`: one run, a sweep (-m), or the continuation of a run (resume=RUN_DIR)."""
-    pages.keep()
     from saejax import config, manual, preflight
 
     if wants_help(arguments):
-        print(manual.of_command("train", config.Config, TRAIN_EXAMPLES))
+        print(manual.of_command("train", config.Config))
         return DONE
     if "--dry-run" in arguments:
         from saejax import plan
@@ -117,17 +148,6 @@ def train(arguments: list[str]) -> int:
     return DONE
 
 
-TRAIN_EXAMPLES = (
-    "saejax train",
-    "saejax train source=store source.path=data/smollm2 sae.d_sae=4608 sae.k=32 train.batch=1024",
-    "saejax train -m sae.k=16,32,64 seed=0,1",
-    "saejax train ensemble.k=[16,32,64] ensemble.seed=[0,1]",
-    "saejax train -m sweep.fold=true sae.k=16,32,64 seed=0,1 data_seed=0",
-    "saejax train resume=runs/2026-01-31_120000",
-    "saejax train --dry-run mesh.data=64 mesh.latent=32 train.n_lanes=64 sae.d_sae=33554432 --device-memory-gib=141",
-)
-
-
 def _run_under_hydra(arguments: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -144,18 +164,22 @@ def _run_under_hydra(arguments: list[str]) -> None:
         multirun = hydra_config.mode == RunMode.MULTIRUN
         run_dir = Path(hydra_config.runtime.output_dir)
         try:
-            status = _come_to(run_dir, config.to_object(composed), multirun)
+            with signals.watch():  # in a process of a launcher this is the first line
+                signals.check()
+                status = _come_to(run_dir, config.to_object(composed), multirun)
         except (UserError, OSError) as error:
             if multirun:  # the launcher marks this job as failed and goes on with the others
                 raise CompactHydraException(f"saejax train: {error}") from None
             print(f"saejax train: {error}", file=sys.stderr)
             status = MISTAKE
+        except KeyboardInterrupt as stop:
+            status = _stopped("train", stop)
         except Exception as error:
             if not processes.several():
                 raise
             status = processes.told(error)  # Hydra would make 1 of it
         if status:
-            _pass_on(status)
+            signals.pass_on(status - 128)
             sys.exit(status)
         return standing.objective(run_dir, hydra_config.sweeper.get("direction"))
 
@@ -178,6 +202,7 @@ def _run_folded(arguments: list[str]) -> int:
         raise UserError(f"{preflight.FOLD}=true is for one process: take mesh.distributed=none")
     statuses = []
     for group in ensembles.groups(members):
+        signals.check()
         names, status = ", ".join(path.name for path in group), FAILED
         how = f"folded into one step: {names}" if len(group) > 1 else f"{names} runs separately: {ensembles.FOLDS}"
         for path in group:
@@ -233,13 +258,14 @@ def _say(result: ensembles.Result, where: Path) -> int:
 
 def _come_to(run_dir: Path, cfg: object, of_sweep: bool = True) -> int:
     """Start a run in its directory, go on with it, or leave it alone if it is finished; a line says which."""
-    from saejax import standing
+    from saejax import agreement, standing
 
     if cfg.ensemble.points:  # pyright: ignore[reportAttributeAccessIssue]
         return _finish_training(cfg, run_dir, resume=False)
-    cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
+    agreement.join(cfg)
     run_dir = Path(processes.gather(str(run_dir))[0])
-    found = standing.look(cfg, run_dir)  # pyright: ignore[reportArgumentType]
+    with processes.alike():
+        found = standing.look(cfg, run_dir)  # pyright: ignore[reportArgumentType]
     if of_sweep or found.standing is not standing.Standing.new:  # one new run may be a mistake, which is one line
         logging.getLogger(__name__).info("%s %s", run_dir, found)
     state = standing.Standing[processes.gather(found.standing.name)[0]]
@@ -248,17 +274,10 @@ def _come_to(run_dir: Path, cfg: object, of_sweep: bool = True) -> int:
     return _finish_training(cfg, run_dir, resume=state is standing.Standing.unfinished)
 
 
-def _pass_on(status: int) -> None:
-    """Give the signal that stopped a run, now that it is saved, to a launcher that waits for it, say to queue again."""
-    handler = signal.getsignal(status - 128) if status > 128 else None
-    if callable(handler) and handler is not signal.default_int_handler:
-        signal.raise_signal(status - 128)
-
-
 def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
-    from saejax import ensembles, run
+    from saejax import agreement, ensembles, run
 
-    cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
+    agreement.join(cfg)
     _quiet_libraries()
     if cfg.ensemble.points:  # pyright: ignore[reportAttributeAccessIssue]
         return _say(ensembles.train(cfg, run_dir, resume=resume), run_dir)  # pyright: ignore[reportArgumentType]
@@ -283,12 +302,7 @@ def harvest(arguments: list[str]) -> int:
     from saejax.activations import harvest as harvesting
 
     if wants_help(arguments):
-        examples = (
-            "saejax harvest path=data/smollm2",
-            "saejax harvest path=data/early hook=blocks.5.hook_resid_post n_tokens=100000",
-            "saejax harvest path=data/mine model=/models/llama text=files text.path=corpus/*.jsonl",
-        )
-        print(manual.of_command("harvest", harvesting.HarvestConfig, examples))
+        print(manual.of_command("harvest", harvesting.HarvestConfig))
         return DONE
     cfg = config.load("harvest", harvesting.HarvestConfig, arguments)
     _log_to_stderr()
@@ -296,20 +310,20 @@ def harvest(arguments: list[str]) -> int:
     return DONE
 
 
-def command_of(name: str, examples: tuple[str, ...]) -> Callable[[list[str]], int]:
+def command_of(name: str) -> Callable[[list[str]], int]:
     """The command line of one function of `saejax.commands`: `NAMES[name]` is (config class, function)."""
 
     def command(arguments: list[str]) -> int:
-        from saejax import commands, config, manual
+        from saejax import agreement, commands, config, manual
 
         root, function = commands.NAMES[name]
         if wants_help(arguments):
-            print(manual.of_command(name, root, examples))
+            print(manual.of_command(name, root))
             return DONE
         cfg = config.load(name, root, arguments)
         _log_to_stderr()
-        if (mesh := getattr(cfg, "mesh", None)) is not None:
-            mesh.start()
+        if hasattr(cfg, "mesh"):
+            agreement.join(cfg)
         said = function(cfg)
         if processes.first():
             print(said)
@@ -371,30 +385,12 @@ def _quiet_libraries() -> None:
         logging.getLogger().setLevel(logging.ERROR)
 
 
-EVALUATE_EXAMPLES = (
-    "saejax evaluate run=runs/X",
-    "saejax evaluate run=runs/X step=2000 rows=100000",
-    "saejax evaluate run=runs/X language_model=false",
-    "saejax evaluate run=downloads/an_sae activations=rows.npy",
-)
-EXPORT_EXAMPLES = (
-    "saejax export run=runs/X",
-    "saejax export run=runs/X path=out/my_sae",
-    "saejax export run=runs/X step=2000 format=saelens",
-    "saejax export run=runs/X format=neuronpedia neuronpedia.model=gpt2-small hub=me/my-saes",
-)
-REPORT_EXAMPLES = (
-    "saejax report run=runs/X",
-    "saejax report run=runs/X latents.n_latents=100 out=pages/x.html",
-    "saejax report sweep=runs/sweep_X",
-)
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "harvest": harvest,
     "train": train,
-    "evaluate": command_of("evaluate", EVALUATE_EXAMPLES),
-    "export": command_of("export", EXPORT_EXAMPLES),
-    "report": command_of("report", REPORT_EXAMPLES),
+    "evaluate": command_of("evaluate"),
+    "export": command_of("export"),
+    "report": command_of("report"),
     "store": store,
     "experiment": experiment,
 }

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from saejax import config, interop, processes, run, sharding
+from saejax import agreement, config, interop, processes, run, sharding
 from saejax.activations import harvest, language_model, sinks, store, store_source
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
@@ -119,6 +119,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     if not _of_run(run_dir):
         raise UserError(f"run={run_dir}: no run directory; what other tools wrote is measured with activations=ROWS")
     sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
+    agreement.same_work(trained.source, step=sae.provenance["step"])
     # The language model runs on the devices of one process.
     heldout = _heldout_store(trained) if cfg.language_model and processes.first() else None
     backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saejax import checkpoint, config, lock, paths, processes, run, sharding, standing, tracking
+from saejax import agreement, checkpoint, config, lock, paths, processes, run, sharding, standing, tracking
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.training import ensemble, ensemble_config, flops, loop, memory, optim, settings, state
@@ -65,6 +65,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
         is finite any more.
     """
     run_dir = paths.local(run_dir, "run_dir")
+    agreement.same_work(cfg.source, resume=resume, devices=jax.device_count())
     config.check_data(cfg)
     with contextlib.ExitStack() as stack:
         with processes.alike():

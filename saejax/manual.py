@@ -16,21 +16,55 @@ import yaml
 
 from saejax import config
 
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "harvest": (
+        "saejax harvest path=data/smollm2",
+        "saejax harvest path=data/early hook=blocks.5.hook_resid_post n_tokens=100000",
+        "saejax harvest path=data/mine model=/models/llama text=files text.path=corpus/*.jsonl",
+    ),
+    "train": (
+        "saejax train",
+        "saejax train source=store source.path=data/smollm2 sae.d_sae=4608 sae.k=32 train.batch=1024",
+        "saejax train -m sae.k=16,32,64 seed=0,1",
+        "saejax train ensemble.k=[16,32,64] ensemble.seed=[0,1]",
+        "saejax train -m sweep.fold=true sae.k=16,32,64 seed=0,1 data_seed=0",
+        "saejax train resume=runs/2026-01-31_120000",
+        "saejax train --dry-run mesh.data=64 mesh.latent=32 train.n_lanes=64 sae.d_sae=33554432 --device-memory-gib=80",
+    ),
+    "evaluate": (
+        "saejax evaluate run=runs/X",
+        "saejax evaluate run=runs/X step=2000 rows=100000",
+        "saejax evaluate run=runs/X language_model=false",
+        "saejax evaluate run=downloads/an_sae activations=rows.npy",
+    ),
+    "export": (
+        "saejax export run=runs/X",
+        "saejax export run=runs/X path=out/my_sae",
+        "saejax export run=runs/X step=2000 format=saelens",
+        "saejax export run=runs/X format=neuronpedia neuronpedia.model=gpt2-small hub=me/my-saes",
+    ),
+    "report": (
+        "saejax report run=runs/X",
+        "saejax report run=runs/X latents.n_latents=100 out=pages/x.html",
+        "saejax report sweep=runs/sweep_X",
+    ),
+}
+"""Whole command lines of each command."""
 
-def of_command(name: str, root: type, examples: tuple[str, ...]) -> str:
+
+def of_command(name: str, root: type) -> str:
     """Help of one command.
 
     Args:
       name: of the command.
       root: its config dataclass.
-      examples: whole command lines.
 
     Returns:
       Text for a terminal: usage, examples, choices of each group, then every key with the value it has when nothing
       is said about it.
     """
     lines = [f"usage: saejax {name} [key=value ...]", "", inspect.getdoc(root) or "", "", "examples:"]
-    lines += [f"  {example}" for example in examples]
+    lines += [f"  {example}" for example in EXAMPLES[name]]
     defaults = _default_choices(name)
     if defaults:
         lines += ["", "groups, chosen as group=choice (* is taken when nothing is said):"]

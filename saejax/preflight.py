@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import config, lock, paths, processes
+from saejax import agreement, config, lock, paths, processes
 from saejax.errors import UserError
 
 # A sweep of thousands is checked in part: composing one job takes a fifth of a second.
@@ -72,7 +72,7 @@ def join(arguments: list[str], configs: list[config.Config]) -> list[str]:
     """
     if len(configs) != 1 or any(a in ("-m", "--multirun") for a in arguments):
         return arguments  # each job of a sweep joins its own
-    configs[0].mesh.start()
+    agreement.join(configs[0])
     if not processes.several() or any(a.startswith("hydra.run.dir=") for a in arguments):
         return arguments
     with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):

@@ -1,4 +1,4 @@
-"""Several processes as one run: which of them this is, how they start, agree with one another and part.
+"""Several processes as one run: how they start, agree with one another and part. `places` says which one this is.
 
 Level zero of the package, beside `sharding`. The engine is `jax.distributed`: process 0 is the coordinator, which hears
 from every other one and ends all of them when one falls silent. Nothing here touches it unless `mesh.distributed` asks.
@@ -11,166 +11,46 @@ wait for one another; one that fails alone does not wait, because the others han
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
 import itertools
-import logging
+import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
+from saejax import rendezvous, signals
+from saejax.errors import DONE, FAILED, LOST, MISTAKE, Stopped, UserError
+from saejax.places import Distributed, Place, place
 
-from saejax.errors import DONE, FAILED, LOST, MISTAKE, UserError
-
-logger = logging.getLogger(__name__)
-
-
-class Distributed(enum.Enum):
-    """Who says which process this is."""
-
-    none = "none"
-    """Nobody: there is one process."""
-    auto = "auto"
-    """The first of slurm, kubernetes, tpu and manual whose environment is there; else one process."""
-    slurm = "slurm"
-    """`srun`, by its environment."""
-    kubernetes = "kubernetes"
-    """An indexed Job or a JobSet: JOB_COMPLETION_INDEX, JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES."""
-    tpu = "tpu"
-    """A TPU pod slice: JAX asks the machine."""
-    manual = "manual"
-    """The fields of this group, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+__all__ = [
+    "Distributed", "Place", "agree", "alike", "first", "gather", "give_up", "introduce", "place", "several", "start",
+    "stop_here", "stopped_by", "together", "told",
+]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """One process among those of a run.
-
-    Attributes:
-      how: who said so; never `none` or `auto`.
-      process_id: its number, 0 is the coordinator; None where JAX finds out (`tpu`), as the other fields.
-      n_processes: how many there are.
-      coordinator: host:port of process 0.
-      local_devices: numbers of this process's GPUs, None for all that it sees.
-    """
-
-    how: Distributed
-    process_id: int | None = None
-    n_processes: int | None = None
-    coordinator: str | None = None
-    local_devices: list[int] | None = None
+_command: Callable[[], Mapping[str, str]] = dict
+_settled = False  # whether the others know what this process does
 
 
-def place(
-    how: Distributed,
-    *,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> Place | None:
-    """Which process this is; what is given goes before JAX_* variables, these before those of a scheduler.
+def introduce(facts: Callable[[], Mapping[str, str]]) -> None:
+    """What this process is about to do, in words that all processes of a run must have alike before they join.
 
     Args:
-      how: see `Distributed`.
-      coordinator: host:port of process 0.
-      num_processes: how many there are.
-      process_id: number of this one.
-
-    Returns:
-      Its place; None where it is alone.
-
-    Raises:
-      UserError: something is missing or cannot be; says what and where it may be given.
+      facts: asked for them where there are others.
     """
-    how = _detected(coordinator) if how is Distributed.auto else how
-    if how is Distributed.none:
-        return None
-    if how is Distributed.tpu:
-        return Place(how)
-    found = _slurm() if how is Distributed.slurm else {}
-    if how is Distributed.kubernetes:
-        found = {"process_id": os.environ.get("JOB_COMPLETION_INDEX")}
-    number = _number(how, "process_id", process_id, "JAX_PROCESS_ID", found)
-    n_processes = _number(how, "num_processes", num_processes, "JAX_NUM_PROCESSES", found)
-    if not 0 <= number < n_processes:
-        raise UserError(f"mesh.process_id must be in [0, mesh.num_processes={n_processes}), got {number}")
-    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or found.get("coordinator")
-    if address is None:
-        raise _missing(how, "coordinator", "JAX_COORDINATOR_ADDRESS")
-    if not re.fullmatch(r"\S+:\d{1,5}", address):
-        raise UserError(f"mesh.coordinator must be host:port of process 0, got {address}")
-    return Place(how, number, n_processes, address, _gpus() if how is Distributed.slurm else None)
-
-
-def _number(how: Distributed, name: str, given: int | None, variable: str, found: dict[str, str | None]) -> int:
-    value = given if given is not None else os.environ.get(variable, found.get(name))
-    if value is None:
-        raise _missing(how, name, variable)
-    if not re.fullmatch(r"\d+", str(value)):
-        raise UserError(f"mesh.{name} must be a number, got {value} from the environment")
-    return int(value)
-
-
-def _missing(how: Distributed, name: str, variable: str) -> UserError:
-    return UserError(f"mesh.distributed={how.name} needs mesh.{name}, or {variable} in the environment")
-
-
-def _detected(coordinator: str | None) -> Distributed:
-    """Whose environment this is, from what only a process that has company finds in it."""
-    there = os.environ
-    if "SLURM_STEP_NODELIST" in there and there.get("SLURM_STEP_NUM_TASKS", there.get("SLURM_NTASKS", "1")) != "1":
-        return Distributed.slurm
-    if "JOB_COMPLETION_INDEX" in there and "JAX_COORDINATOR_ADDRESS" in there:
-        return Distributed.kubernetes
-    if "," in there.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_NUM_SLICES" in there or _on_tpu_vm():
-        return Distributed.tpu
-    alone = coordinator is None and "JAX_COORDINATOR_ADDRESS" not in there
-    return Distributed.none if alone else Distributed.manual
-
-
-def _on_tpu_vm() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("libtpu") is not None and any(Path("/dev").glob("accel*"))
-
-
-def _slurm() -> dict[str, str | None]:
-    """What `srun` tells each of its tasks. The port follows from the job, so that two jobs on a node differ."""
-    there = os.environ
-    if "SLURM_PROCID" not in there or "SLURM_STEP_NODELIST" not in there:
-        raise UserError("mesh.distributed=slurm: SLURM_STEP_NODELIST is not set; start the command with srun")
-    first = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", there["SLURM_STEP_NODELIST"])
-    host = "".join(part or "" for part in first.groups()) if first else ""
-    port = 61440 + (int(there.get("SLURM_JOB_ID", "0")) + int(there.get("SLURM_STEP_ID", "0"))) % 4096
-    return {
-        "process_id": there["SLURM_PROCID"],
-        "num_processes": there.get("SLURM_STEP_NUM_TASKS", there.get("SLURM_NTASKS")),
-        "coordinator": f"{host}:{port}",
-    }
-
-
-def _gpus() -> list[int] | None:
-    """One GPU for each of several tasks of a node, all for a single one; SLURM may have chosen already."""
-    there = os.environ
-    bound = there.get("CUDA_VISIBLE_DEVICES") or there.get("ROCR_VISIBLE_DEVICES") or ""
-    one_per_node = there.get("SLURM_STEP_NUM_TASKS") == there.get("SLURM_STEP_NUM_NODES", "1")
-    chosen = len(bound.split(",")) == 1 if bound else False
-    if one_per_node or chosen or "JAX_LOCAL_DEVICE_IDS" in there or "SLURM_LOCALID" not in there:
-        return None
-    return [int(there["SLURM_LOCALID"])]
+    global _command, _settled
+    _command, _settled = facts, False
 
 
 def start(at: Place | None, *, timeout_seconds: int, dead_after_seconds: int) -> None:
     """Join the other processes; once in the life of a process, before any array or device is asked for.
 
-    Where they do not come together in time, the process prints one line and ends with status 2: JAX would abort it.
+    To ask for a device afterwards waits for all others to do so: `agree` comes first.
 
     Args:
       at: from `place`; None, or a place among one, starts nothing.
@@ -178,10 +58,17 @@ def start(at: Place | None, *, timeout_seconds: int, dead_after_seconds: int) ->
       dead_after_seconds: silence after which a process counts as dead, and all others end.
 
     Raises:
-      UserError: process 0 cannot listen at its address.
+      UserError: process 0 cannot listen at its address; in all of them alike: not all have come, they differ in what
+        they are about to do, or one of them has failed.
     """
+    import jax
+
     if at is None or at.n_processes == 1 or jax.distributed.is_initialized():
         return
+    signals.check()
+    if (address := at.address) is not None:
+        _meet(address, timeout_seconds)
+    # They are all there. Should JAX not join them all the same, it would abort this process; that is one line, too.
     waiting = threading.Timer(timeout_seconds, _not_together, (at, timeout_seconds))
     waiting.daemon = True
     waiting.start()
@@ -200,8 +87,34 @@ def start(at: Place | None, *, timeout_seconds: int, dead_after_seconds: int) ->
         raise UserError(f"mesh.distributed={at.how.name} could not start{where}: {reason}") from error
     finally:
         waiting.cancel()
-    if jax.process_index() == 0:
-        logger.info("%d processes, %d devices", jax.process_count(), jax.device_count())
+    signals.share(lambda: stopped_by() if stop_here() else None)
+    if address is None:
+        agree(_command())
+
+
+def _meet(address: rendezvous.Address, timeout_seconds: int) -> None:
+    global _settled
+    try:
+        rendezvous.meet(address, _command(), timeout_seconds)
+    except UserError:
+        _settled = True  # all have heard it
+        raise
+    except Stopped:
+        _settled = signals.noted() is None  # another one was stopped
+        raise
+    _settled = True
+
+
+def give_up(at: Place | None, error: BaseException) -> None:
+    """Tell those who wait for this process that it does not come, and why: they end at once, with that line.
+
+    Args:
+      at: where it would have joined them; None where it is alone.
+      error: what ended it.
+    """
+    address = None if at is None else at.address
+    if address is not None and address.n_processes > 1 and not _settled and not several():
+        rendezvous.give_up(address, error, _WORD_SECONDS)
 
 
 def _not_together(at: Place, seconds: int) -> None:
@@ -220,17 +133,19 @@ def _not_together(at: Place, seconds: int) -> None:
 
 
 def several() -> bool:
-    """Whether this process has company."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this process has company. Asks no device, and loads no JAX where nobody has."""
+    return "jax" in sys.modules and _joined().client is not None and _joined().num_processes > 1
 
 
 def first() -> bool:
     """Whether this is the process that logs and writes what is written once."""
-    return not several() or jax.process_index() == 0
+    return not several() or _joined().process_id == 0
 
 
 _numbers = itertools.count()
+_agreements = itertools.count()
 _DAY_MS = 86_400_000
+_WORD_SECONDS = 30  # others may still be importing what this one failed in
 
 
 def gather(value: str) -> list[str]:
@@ -241,9 +156,36 @@ def gather(value: str) -> list[str]:
     """
     if not several():
         return [value]
-    client, key = _client(), f"saejax/{next(_numbers)}"
-    client.key_value_set(f"{key}/{jax.process_index()}", f"={value}")
-    return [client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)[1:] for i in range(jax.process_count())]
+    here, key = _joined(), f"saejax/{next(_numbers)}"
+    here.client.key_value_set(f"{key}/{here.process_id}", f"={value}")
+    return [here.client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)[1:] for i in range(here.num_processes)]
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """End all processes where they differ, before they wait for one another in vain or mix what they compute.
+
+    Args:
+      facts: of this process: name of a field -> value. All call it at the same place.
+
+    Raises:
+      UserError: the same in all of them: the first field in which some differ, and its values.
+    """
+    if not several():
+        return
+    here, key = _joined(), f"saejax/agree/{next(_agreements)}"
+    if here.process_id == 0:
+        here.client.key_value_set(f"{key}/all", json.dumps(dict(facts)))
+    wanted: dict[str, str] = json.loads(here.client.blocking_key_value_get(f"{key}/all", _DAY_MS))
+    names = [name for name in {**wanted, **facts} if facts.get(name) != wanted.get(name)]
+    # Only what differs is sent to all: a config of some kilobytes from each to each of a thousand would be gigabytes.
+    here.client.key_value_set(f"{key}/{here.process_id}", json.dumps({name: facts.get(name) for name in names[:8]}))
+    heard = (here.client.blocking_key_value_get(f"{key}/{i}", _DAY_MS) for i in range(here.num_processes))
+    differing = {number: found for number, text in enumerate(heard) if (found := json.loads(text))}
+    if differing:
+        told = {name for found in differing.values() for name in found}
+        order = [name for name in {**wanted, **dict.fromkeys(sorted(told))} if name in told]
+        table = {i: wanted | differing.get(i, {}) for i in range(here.num_processes)}
+        raise UserError(rendezvous.differences({i: {n: have.get(n) for n in order} for i, have in table.items()}))
 
 
 @contextlib.contextmanager
@@ -267,15 +209,27 @@ def alike() -> Iterator[None]:
             raise UserError(what) if kind == "u" else RuntimeError(f"process {number}: {what}")
 
 
-def stops_at(step: int) -> bool:
-    """Whether all processes stop before this step, because one of them was told to by SIGTERM.
+_places = itertools.count(1)
+_stopped = False  # whether all have stopped at one of these places
 
-    JAX's preemption service notices the signal, finds the furthest step of all and names the one after it. To ask
-    costs a microsecond; every process asks before every step.
+
+def stop_here() -> bool:
+    """Whether all processes stop at this place, because one of them was told to by SIGTERM.
+
+    JAX's preemption service notices the signal, finds the furthest place that any process has reached and names the
+    one after it. To ask costs a microsecond; all processes ask at the same places, in the same order.
     """
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(next(_places))
+
+
+def stopped_by() -> int:
+    """The signal that stopped all processes, alike in all of them; each asks once, where it stopped."""
+    global _stopped
+    heard = gather(str(signals.noted() or 0))
+    _stopped = True
+    return max(map(int, heard)) or signal.SIGTERM
 
 
 def together(work: Callable[[], int]) -> int:
@@ -314,19 +268,22 @@ def told(error: BaseException) -> int:
 
 
 def _part(status: int) -> None:
-    well = status == DONE or status >= 128 and status != LOST
+    well = status == DONE or _stopped
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     try:
         # Process 0 may still be writing a report; of those that fail, none will come when it is the only one.
-        _client().wait_at_barrier(f"saejax/{'well' if well else 'failed'}", _DAY_MS if well else 5000)
+        _joined().client.wait_at_barrier(f"saejax/{'well' if well else 'failed'}", _DAY_MS if well else 5000)
     except Exception:
         os._exit(status or FAILED)
+    import jax
+
     jax.distributed.shutdown()
+    signals.share(None)
 
 
-def _client() -> Any:
-    """The line to the coordinator; JAX has no public name for it."""
+def _joined() -> Any:
+    """What this process knows of the others: `client`, `process_id`, `num_processes`; JAX has no public name for it."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state

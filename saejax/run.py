@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import saejax
 from saejax import (
+    agreement,
     checkpoint,
     checkpoint_record,
     config,
@@ -76,6 +77,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     if cfg.ensemble.points:
         raise UserError("an ensemble is trained by saejax.ensembles.train, or from the command line")
     run_dir = paths.local(run_dir, "run_dir")
+    agreement.same_work(cfg.source, resume=resume, devices=jax.device_count())
     config.check_data(cfg)
     mesh = sharding.make_mesh(*cfg.mesh.shape(jax.device_count(), n_lanes=cfg.train.n_lanes))
     sharding.check_divides(mesh, n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)

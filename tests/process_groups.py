@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 CODE = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -32,6 +32,13 @@ class Group:
         deadline = time.monotonic() + seconds
         return [member.wait(max(0.1, deadline - time.monotonic())) for member in self.members]
 
+    def wait_for_first_end(self, seconds: float = 240) -> None:
+        """Until one of them has ended."""
+        deadline = time.monotonic() + seconds
+        while all(member.poll() is None for member in self.members):
+            assert time.monotonic() < deadline, f"none ended: {self.said(0)[-2000:]}"
+            time.sleep(0.05)
+
     def said(self, number: int) -> str:
         """What one of them printed so far."""
         return self.logs[number].read_text(errors="replace")
@@ -53,8 +60,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(n: int, folder: Path, *arguments: str, devices: int = 1, **variables: str) -> Iterator[Group]:
-    """`saejax ARGUMENTS` in n processes with some fake devices each, which find one another by JAX_* variables."""
+def running(
+    n: int,
+    folder: Path,
+    *arguments: str,
+    devices: int = 1,
+    each: Sequence[Sequence[str]] = (),
+    each_environment: Sequence[Mapping[str, str]] = (),
+    **variables: str,
+) -> Iterator[Group]:
+    """`saejax ARGUMENTS` in n processes with some fake devices each, which find one another by JAX_* variables.
+
+    `each` holds what a process has beside the arguments of all, `each_environment` its own variables.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # XLA sizes its thread pool by NPROC; with fewer threads than waiting devices it deadlocks.
     shared = {
@@ -68,8 +86,9 @@ def running(n: int, folder: Path, *arguments: str, devices: int = 1, **variables
     try:
         for number, log in enumerate(logs):
             environment = os.environ | shared | {"JAX_PROCESS_ID": str(number)} | variables
+            environment |= each_environment[number] if each_environment else {}
             with log.open("wb") as out:
-                command = [sys.executable, "-c", CODE, *arguments]
+                command = [sys.executable, "-c", CODE, *arguments, *(each[number] if each else ())]
                 options = {"env": environment, "stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
                 members.append(subprocess.Popen(command, **options))
         yield Group(members, logs)

@@ -47,7 +47,11 @@ def commands(text):
 def documents():
     """Where commands stand -> text."""
     paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), *(ROOT / "conf").rglob("*.yaml")]
-    paths += [*(ROOT / "scripts").iterdir(), ROOT / "Dockerfile", ROOT / "saejax" / "cli.py"]
+    paths += [
+        *(ROOT / "scripts").iterdir(),
+        ROOT / "Dockerfile",
+        *(ROOT / "saejax" / name for name in ("cli.py", "manual.py")),
+    ]
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.is_file()}
 
 

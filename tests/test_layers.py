@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What every part may import: they know nothing but the standard library and one another.
-GROUND = {"errors", "paths", "resume_policy", "lock", "whole", "numeric"}
+GROUND = {"errors", "paths", "resume_policy", "lock", "signals", "whole", "numeric"}
 
 # What else a part of saejax may import of saejax, besides itself.
 BELOW_CONFIG = {
@@ -33,7 +33,7 @@ BELOW_CONFIG = {
     "sharding",
 }
 BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training", "whole"}
-BELOW_TOP = BELOW_CONFIG | {"config", "run", "standing"}
+BELOW_TOP = BELOW_CONFIG | {"agreement", "config", "run", "standing"}
 TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
@@ -42,12 +42,15 @@ LAYERS: dict[str, set[str]] = {
     "resume_policy": set(),
     "lock": set(),
     "numeric": set(),
+    "signals": set(),
     "kernels": set(),
     "sae": {"kernels"},
     "sparse_coding": {"kernels", "sae"},
     "codes": {"kernels", "sparse_coding"},
     "plain": set(),
-    "processes": set(),
+    "rendezvous": set(),
+    "places": {"rendezvous"},
+    "processes": {"places", "rendezvous"},
     "sharding": {"processes"},
     "tracking": {"whole"},
     "whole": set(),
@@ -60,7 +63,8 @@ LAYERS: dict[str, set[str]] = {
     "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
     "standing": {"checkpoint", "checkpoint_record", "config", "plain", "processes", "whole"},
-    "run": BELOW_CONFIG | {"config", "standing"},
+    "agreement": {"config", "plain", "processes"},
+    "run": BELOW_CONFIG | {"agreement", "config", "standing"},
     "ensembles": BELOW_TOP,
     "interop": BELOW_TOP,
     "report": BELOW_TOP,

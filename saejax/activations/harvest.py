@@ -13,10 +13,7 @@ import itertools
 import logging
 import math
 import pathlib
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import jax
@@ -25,7 +22,7 @@ import numpy as np
 import tqdm
 from jaxtyping import Array, Float, Shaped
 
-from saejax import sharding
+from saejax import sharding, signals
 from saejax.activations import (
     disk_space,
     language_model,
@@ -39,14 +36,11 @@ from saejax.activations import (
 )
 from saejax.activations.harvest_config import HarvestConfig, OnNonfinite
 from saejax.activations.sinks import Sink, calibrate, keep_mask
-from saejax.errors import Stopped, UserError
+from saejax.errors import UserError
 
 __all__ = ["HarvestConfig", "Sink", "harvest", "keep_mask"]
 
 logger = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""What stops a harvest as Ctrl-C does."""
 
 TORCH_PREFIX = "torch:"
 """Marks a model that PyTorch runs; its hooks are module paths."""
@@ -66,7 +60,7 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     Raises:
       UserError: a setting cannot be, a split has no text, a store was begun with other settings, the dtype would
         overflow, or the disk is full.
-      KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on SIGTERM and SIGUSR1. What is published
+      KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on `signals.SIGNALS`. What is published
         stays, the same call continues.
     """
     paths = {split: pathlib.Path(config.path).expanduser() / split for split in text.SPLITS}
@@ -82,21 +76,21 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     place = config.place()  # before the model, for it says which devices are this process's
     config.text.count(whole=False)  # no text, no store
     with contextlib.ExitStack() as held:
+        held.enter_context(signals.watch())
         for path in paths.values():  # before the model, which may take minutes
             held.enter_context(store_writer.admitted(path, process=place[0], n_processes=place[1]))
         if None in (config.n_tokens, config.heldout_tokens):  # all of the text will be read: its mistakes are said now
             config.text.count()
         goes_on = next((manifest for path in paths.values() if (manifest := _begun(path))), None)
         run = Run(config, place, load(config) if backend is None else backend, common, goes_on)
-        with _interruptible():
-            surveys = {split: packing.survey(run.sequences(split)) for split in text.SPLITS}
-            packing.report(surveys, config.limits())
-            for split, path in paths.items():
-                special_tokens.check_same_tokens(path, _begun(path), surveys[split].sha256, run.tokenizer)
-            sizes = {path: run.bytes_to_write(path, surveys[split]) for split, path in paths.items()}
-            disk_space.check(sizes, "lower n_tokens or choose another disk")
-            for split in text.SPLITS:
-                run.write(split, paths[split], surveys[split])
+        surveys = {split: packing.survey(run.sequences(split)) for split in text.SPLITS}
+        packing.report(surveys, config.limits())
+        for split, path in paths.items():
+            special_tokens.check_same_tokens(path, _begun(path), surveys[split].sha256, run.tokenizer)
+        sizes = {path: run.bytes_to_write(path, surveys[split]) for split, path in paths.items()}
+        disk_space.check(sizes, "lower n_tokens or choose another disk")
+        for split in text.SPLITS:
+            run.write(split, paths[split], surveys[split])
     return paths
 
 
@@ -368,21 +362,3 @@ def _one_late(batches: Iterator[Batch], dispatch: Callable) -> Iterator[tuple[Ba
         waiting = result
     if waiting is not None:
         yield waiting
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """What schedulers send does what Ctrl-C does. Only the main thread may set that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Stopped(signum)
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -88,7 +88,7 @@ def fit(
     metrics: dict[str, jax.Array] = {}
     with _closing(progress, checkpoints), interrupt.watch() as stop:
         fresh = put(next(rows)) if first < last else None
-        while number < last and not stop.due(number):
+        while number < last and not stop.due():
             state, metrics = step(state, fresh)  # pyright: ignore[reportArgumentType]
             number, position = number + 1, rows.get_state()
             watch.note(number, metrics)

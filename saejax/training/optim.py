@@ -174,7 +174,7 @@ def _clip(largest_norm: float) -> optax.GradientTransformation:
     """As `optax.clip_by_global_norm`, by one factor, which the update rule takes in without another pass."""
 
     def clipped(updates: Any, _: Any) -> Any:
-        norm = optax.global_norm(updates)
+        norm = optax.tree.norm(updates)
         factor = jnp.where(norm > largest_norm, largest_norm / norm, 1.0)
         return jax.tree.map(lambda update: factor * update, updates)
 

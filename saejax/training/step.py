@@ -114,8 +114,8 @@ def make_learn(
             "fvu": _fvu(sparsifier.split(x)[1], aux.recon),
             "l0": jnp.mean(aux.encoding.l0()),
             "dead_share": jnp.mean(dead, dtype=jnp.float32),
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
             "lr": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
         new_state = dataclasses.replace(

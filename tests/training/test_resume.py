@@ -1,6 +1,5 @@
 """Nothing is lost: killed, stopped and resumed runs end as the one that was never interrupted."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 import small_runs as runs
 
-from saejax import config, run
+from saejax import config, run, signals
 from saejax.errors import UserError
 from saejax.sae import base
-from saejax.training import interrupt as signals
 
 # The command line of `runs.compose(architecture, 100)`, checkpoints kept so that step 50 can be looked at.
 COMMAND = [
@@ -177,12 +175,10 @@ def test_a_failing_evaluation_does_not_lose_the_training(tmp_path, monkeypatch):
     assert runs.checkpoint.steps(tmp_path) == [4]
 
 
-def test_a_run_stopped_before_its_first_step_goes_on_from_there(tmp_path, monkeypatch):
-    stopped = contextlib.nullcontext(signals.Interrupt())
-    stopped.enter_result.signum = signal.SIGTERM
+def test_a_run_stopped_before_its_first_step_goes_on_from_there(tmp_path):
     cfg = runs.compose("topk", 4)
-    with monkeypatch.context() as patched:
-        patched.setattr(signals, "watch", lambda: stopped)
+    with signals.hold():  # as a command that cannot be left just then
+        os.kill(os.getpid(), signal.SIGTERM)
         assert runs.train(tmp_path / "run", cfg).step == 0
     runs.train(tmp_path / "run", cfg, resume=True)
     runs.train(tmp_path / "straight", cfg)

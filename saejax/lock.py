@@ -242,7 +242,8 @@ def _claimed(folder: Path, key: tuple[int, int, str], me: Owner) -> Lock:
             claim.unlink()
         other, where = others[0]
         time.sleep(random.uniform(0.01, 0.03) * 2**attempt)
-    gone = f"; if it is gone, remove {where}" if other is None or other.host != me.host else ""
+    known = other is not None and (other.host, other.machine) == (me.host, me.machine)
+    gone = "" if known else f"; if it is gone, remove {where}"
     raise _taken(folder, other, gone)
 
 

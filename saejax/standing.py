@@ -121,6 +121,7 @@ def take(cfg: config.Config, run_dir: Path, resume: bool, stack: contextlib.Exit
     with processes.alike():
         if processes.first():
             stack.enter_context(lock.hold(run_dir, "saejax train", again=True))
+            whole.remove_left(run_dir, ("config.yaml", "run.json", "metrics.jsonl"))
         check_run_dir(cfg, run_dir, resume)
     stamp = plain.read_run(run_dir)[1] if resume else plain.Stamp()
     if stamp.run_id is None:  # new, or of an older version

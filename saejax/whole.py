@@ -12,11 +12,12 @@ import errno
 import io
 import logging
 import os
+import re
 import secrets
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,6 +80,20 @@ def partial(path: Path) -> tuple[BinaryIO, Path]:
     unfinished = path.with_name(f".{path.name[:48]}.{secrets.token_hex(8)}{PARTIAL}")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(unfinished, flags, 0o666), "w+b"), unfinished
+
+
+def remove_left(folder: Path, names: Collection[str]) -> None:
+    """Removes partial files that killed processes left.
+
+    Args:
+      folder: held by this process (`saejax.lock`).
+      names: files that are written only by who holds it; others may be at work on the rest.
+    """
+    for file in folder.glob(f".*{PARTIAL}"):
+        found = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL)}", file.name)
+        if found and found[1] in names:
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def publish(unfinished: Path, path: Path, *, keep_existing: bool = False) -> None:

@@ -53,6 +53,16 @@ def test_of_several_that_write_at_once_each_is_whole_and_none_is_left(tmp_path):
     assert (tmp_path / "a.txt").read_text() in texts and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_killed_process_left_goes_and_the_work_of_others_stays(tmp_path):
+    files = [whole.partial(tmp_path / name) for name in ("run.json", "eval.json", "config.yaml", "x.run.json")]
+    (tmp_path / ".run.json.partial").write_text("mine")
+    whole.remove_left(tmp_path, ("run.json", "config.yaml"))
+    (tmp_path / ".run.json.partial").unlink()
+    assert sorted(tmp_path.iterdir()) == sorted(path for _, path in files[1::2])
+    for file, _ in files:
+        file.close()
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_the_first_wins_where_it_is_to_stay(tmp_path, monkeypatch, links):
     def refuse(*_):

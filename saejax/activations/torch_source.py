@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from saejax import plain, whole
+from saejax import lock, plain, whole
 from saejax.activations.language_model import FileTokenizer, bos, hf
 from saejax.errors import UserError
 
@@ -209,10 +209,15 @@ def write_images(
       >>> write_images(model, batches, "layers.9", "vit_rows")  # doctest: +SKIP
       605184
     """
-    folder, rows = pathlib.Path(path).expanduser(), 0
+    folder = pathlib.Path(path).expanduser()
+    with lock.hold(folder, "write_images"):
+        return _write_images(model, batches, hook, folder)
+
+
+def _write_images(model: TorchModel, batches: Iterable[Any], hook: str, folder: pathlib.Path) -> int:
+    rows = 0
     if next(folder.glob("*.npy"), None) is not None:
         raise UserError(f"path {folder} holds arrays already: take another directory, or empty it")
-    folder.mkdir(parents=True, exist_ok=True)
     for number, pixels in enumerate(batches):
         values = model.capture_images(pixels, (hook,))[hook]
         if not np.isfinite(values).all():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import jax
 import numpy as np
 
-from saejax import config, whole
+from saejax import config, lock, whole
 from saejax.errors import UserError
 from saejax.experiments import figures
 
@@ -174,14 +174,17 @@ def run_experiment(experiment: Experiment, out_dir: str | Path, *, echo: bool = 
       The outcome, its figure already saved; `values["seconds"]` is the wall time of the run.
 
     Raises:
-      UserError: the directory holds another experiment.
+      UserError: the directory holds another experiment, or one is at work there.
     """
-    out_dir = Path(out_dir)
+    with lock.hold(out_dir, f"saejax experiment {experiment.name}"):
+        return _run_in(experiment, Path(out_dir), echo)
+
+
+def _run_in(experiment: Experiment, out_dir: Path, echo: bool) -> Outcome:
     record = out_dir / "config.yaml"
     head = f"type: {experiment.name}\n"
     if record.exists() and not record.read_text(encoding="utf-8").startswith(head):
         raise UserError(f"out={out_dir} holds something else than {experiment.name}: take another directory")
-    out_dir.mkdir(parents=True, exist_ok=True)
     whole.write(record, config.to_yaml(experiment))
     start = time.perf_counter()
     outcome = experiment.run()

@@ -20,7 +20,7 @@ import jax
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from saejax import checkpoint_read, checkpoint_record, digest, paths, processes, whole
+from saejax import checkpoint_read, checkpoint_record, digest, numeric, paths, processes, whole
 from saejax.checkpoint_read import LOADER, RECORD, STATE
 from saejax.checkpoint_read import check_newest as check_newest
 from saejax.checkpoint_read import load_arrays as load_arrays
@@ -63,6 +63,7 @@ class CheckpointConfig:
     """Checkpoints of lowest held-out fvu kept beside them; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        numeric.check(self, "checkpoint.")
         if self.save_every_steps is not None and self.save_every_steps < 1:
             raise UserError(f"checkpoint.save_every_steps must be at least 1 or null, got {self.save_every_steps}")
         if self.keep_last < 1:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from saejax import agreement, config, interop, processes, run, sharding
+from saejax import agreement, config, interop, numeric, processes, run, sharding
 from saejax.activations import harvest, language_model, sinks, store, store_source
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
@@ -54,10 +54,12 @@ class EvaluateConfig:
     """Devices that rows and latents are split over, and whose processes they belong to; no effect on the figures."""
 
     def __post_init__(self) -> None:
+        numeric.check(self)
         for name in ("rows", "batch", "splice_sequences", "splice_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        _check_step(self.step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,10 @@ class ExportConfig:
     dashboards: dashboards.DashboardConfig = dataclasses.field(default_factory=dashboards.DashboardConfig)
     """Dashboards for format=neuronpedia."""
 
+    def __post_init__(self) -> None:
+        numeric.check(self)
+        _check_step(self.step)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
@@ -102,6 +108,11 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.sweep is None):
             raise UserError("report needs exactly one of run=RUN_DIR and sweep=SWEEP_DIR")
+
+
+def _check_step(step: int | None) -> None:
+    if step is not None and step < 0:
+        raise UserError(f"step must be the number of a checkpoint or null, got {step}")
 
 
 def evaluate(cfg: EvaluateConfig) -> str:

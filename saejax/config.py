@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import checkpoint, plain, sharding, tracking
+from saejax import checkpoint, key_value, numeric, plain, sharding, tracking
 from saejax.activations import arrays, buffer, joined_source, live, normalize, source, store_source, synthetic, text
 from saejax.errors import UserError
 from saejax.resume_policy import Fixed, Place
@@ -82,6 +82,7 @@ class Config:
     """Fixes data order and draws alone, so that runs of several seeds see the same batches; null takes `seed`."""
 
     def __post_init__(self) -> None:
+        numeric.check(self)
         if self.normalize.mode is normalize.NormMode.auto:
             mode = normalize.NormMode[self.sae.preferred_norm]
             object.__setattr__(self, "normalize", dataclasses.replace(self.normalize, mode=mode))
@@ -213,6 +214,7 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
       UserError: one line saying which key or value is wrong and what is allowed.
     """
     register(name, root)
+    key_value.check_choices(key_value.parsed(overrides), conf_dir())
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         try:
@@ -242,8 +244,8 @@ def override(default: Any, overrides: list[str]) -> Any:
     node = OmegaConf.structured(default)
     _unlock(node)
     try:
-        merged: Any = OmegaConf.merge(node, OmegaConf.from_dotlist(overrides))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        merged: Any = OmegaConf.merge(node, key_value.dotlist(overrides))
+    except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error
     return to_object(merged)
 
@@ -290,6 +292,8 @@ def _one_line(error: Exception) -> str:
     key = re.search(r"full_key: (\S+)", text)
     if unknown and key:
         return f"unknown key {key[1]}; {unknown[2]} has {', '.join(_fields(unknown[2]))}"
+    if key and (wrong := key_value.wrong_value(text)):
+        return f"{key[1]} {wrong}"
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(_LAYOUT)]
     return (f"{key[1]}: " if key else "") + "; ".join(dict.fromkeys(lines))
@@ -362,7 +366,7 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
             raise UserError(f"{where} must be one of {', '.join(registry)}, got {plain.one_line(chosen)}")
         node[group] = schema(registry[chosen])
     try:
-        merged = OmegaConf.merge(node, saved, OmegaConf.from_dotlist(overrides or []))
+        merged = OmegaConf.merge(node, saved, key_value.dotlist(overrides or []))
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(_one_line(error)) from error
     return to_object(merged)  # pyright: ignore[reportArgumentType]

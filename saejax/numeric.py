@@ -13,6 +13,7 @@ import math
 import numbers
 import types
 import typing
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from saejax.errors import UserError
@@ -36,13 +37,14 @@ class _Kind:
     optional: bool
 
 
-def check(config: Any, prefix: str = "") -> None:
+def check(config: Any, prefix: str = "", *, on_host: Collection[str] = ()) -> None:
     """Refuse what no number field may hold; numbers of NumPy become Python's, lists of them tuples.
 
     Args:
       config: instance of a config dataclass. Its annotations say what a field holds: int, float, either or null, or a
         tuple of them; fields of other types are left alone. The name says how large it may be: see the constants.
       prefix: of the keys, for the message: "optim." and the like.
+      on_host: fields that no device counts with: they may be as large as tokens may.
 
     Raises:
       UserError: NaN, an infinity, a truth value, a text, a number out of range; with the key, the value and the rule.
@@ -61,13 +63,13 @@ def check(config: Any, prefix: str = "") -> None:
         value = vars(config).get(name)
         if value is None and kind.optional:
             continue
-        key = prefix + name
+        key, range_of = prefix + name, "_tokens" if name in on_host else name
         if not kind.many:
-            object.__setattr__(config, name, _number(key, value, kind.number))
+            object.__setattr__(config, name, _number(key, value, kind.number, range_of))
             continue
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
+        if isinstance(value, str) or not isinstance(value, Iterable):
             raise UserError(f"{key} must be a list of numbers, got {_shown(value)}")
-        object.__setattr__(config, name, tuple(_number(key, item, kind.number) for item in value))
+        object.__setattr__(config, name, tuple(_number(key, item, kind.number, range_of) for item in value))
 
 
 def seed(value: Any, name: str = "seed") -> int:
@@ -76,7 +78,16 @@ def seed(value: Any, name: str = "seed") -> int:
     Raises:
       UserError: it is no whole number in [0, 2^32).
     """
-    return _number(name, value, int)
+    return _number(name, value, int, "seed")
+
+
+def number(value: Any, name: str) -> float:
+    """A number from outside a config, as Python's.
+
+    Raises:
+      UserError: it is none, not finite, or none that float32 holds.
+    """
+    return _number(name, value, float, "")
 
 
 def count(value: Any, name: str) -> int:
@@ -85,7 +96,7 @@ def count(value: Any, name: str) -> int:
     Raises:
       UserError: it is no whole number in [1, 2^31).
     """
-    found = _number(name, value, int)
+    found = _number(name, value, int, "")
     if found < 1:
         raise UserError(f"{name} must be at least 1, got {found}")
     return found
@@ -109,17 +120,17 @@ def _kind(hint: Any) -> _Kind | None:
     return _Kind(float if float in held else int, many, optional)
 
 
-def _number(key: str, value: Any, kind: type) -> Any:
-    """A value as a Python number of its kind; an int stays one where a float is asked for."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _number(key: str, value: Any, kind: type, range_of: str) -> Any:
+    """A value as a Python number of its kind, in the range of a field's name; an int may stand for a float."""
+    whole = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
     if kind is int:
-        low, high = _range(key)
-        if not whole:
+        low, high = _range(range_of)
+        if whole is None:
             raise UserError(f"{key} must be a whole number, got {_shown(value)}")
-        if not low <= int(value) <= high:
-            limit = f"at most {high}" if value > high else f"at least {low}"
+        if not low <= whole <= high:
+            limit = f"at most {high}" if whole > high else f"at least {low}"
             raise UserError(f"{key} must be {limit}, got {_shown(value)}")
-        return int(value)
+        return whole
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise UserError(f"{key} must be a number, got {_shown(value)}")
     try:
@@ -131,12 +142,11 @@ def _number(key: str, value: Any, kind: type) -> Any:
     if size > LARGEST_FLOAT or 0 < size < SMALLEST_FLOAT:
         limits = f"{SMALLEST_FLOAT:.2g} to {LARGEST_FLOAT:.2g}"
         raise UserError(f"{key} must be 0 or of a magnitude that float32 holds, {limits}, got {_shown(value)}")
-    return int(value) if whole else float(value)
+    return float(value) if whole is None else whole
 
 
-def _range(key: str) -> tuple[int, int]:
+def _range(name: str) -> tuple[int, int]:
     """The whole numbers that a field may hold by its name; what else it demands of them, it says itself."""
-    name = key.rpartition(".")[2]
     if name == "seed" or name.endswith("_seed"):
         return 0, LARGEST_SEED
     return (-LARGEST_TOKENS, LARGEST_TOKENS) if name.endswith("_tokens") else (-LARGEST, LARGEST)

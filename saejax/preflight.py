@@ -9,12 +9,11 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import agreement, config, lock, paths, processes
+from saejax import agreement, config, key_value, lock, paths, processes
 from saejax.errors import UserError
 
 # A sweep of thousands is checked in part: composing one job takes a fifth of a second.
@@ -112,7 +111,7 @@ def _sweep_dir(arguments: list[str]) -> Path | None:
         said = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith("hydra.sweep.dir=")]
         return Path(said[-1]).absolute() if said and "${" not in said[-1] else None
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = key_value.parsed(overrides)
         once = [text for text, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
         with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
             composed = compose("train", once, return_hydra_config=True)
@@ -214,16 +213,16 @@ def _overrides(arguments: list[str]) -> list[str]:
 
 def _jobs(arguments: list[str]) -> list[list[str]]:
     """The overrides of every job: one, or one for each point of a grid."""
-    overrides = _overrides(arguments)
-    for word in arguments:
-        if word not in overrides and not word.startswith("-"):
-            raise UserError(f"{word}: expected key=value")
-    ours = [o for o in overrides if not o.lstrip("+").startswith(("hydra", FOLD + "="))]
+    key_value.parsed(a for a in arguments if not a.startswith("-"))
+    ours = [o for o in _overrides(arguments) if not o.lstrip("+").startswith(("hydra", FOLD + "="))]
     if not _multirun(arguments):
         return [ours]
+    parsed = key_value.parsed(ours)
     try:
-        parsed = OverridesParser.create().parse_overrides(ours)
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    except (HydraException, ValueError):
-        return []  # another sweeper's syntax, say interval(0, 1): that sweeper will judge it
+    except (HydraException, ValueError) as error:
+        if any(a.lstrip("+").startswith(("hydra/sweeper=", "hydra/sweeper@")) for a in arguments):
+            return []  # that sweeper's syntax, say interval(0, 1): it will judge it
+        swept = next((o.input_line for o in parsed if o.is_sweep_override()), ours)
+        raise UserError(f"{swept}: a grid takes lists of values, as in sae.k=16,32") from error
     return [list(job) for batch in batches for job in batch]

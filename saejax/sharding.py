@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saejax import processes
+from saejax import numeric, processes
 from saejax.errors import UserError
 from saejax.resume_policy import Place
 
@@ -67,6 +67,7 @@ class MeshConfig:
     """Devices over which the members of an ensemble are split; a divisor of their number."""
 
     def __post_init__(self) -> None:
+        numeric.check(self, "mesh.")
         for name, value in (("data", self.data), ("latent", self.latent), ("ensemble", self.ensemble)):
             if value is not None and value < 1:
                 raise UserError(f"mesh.{name} must be at least 1, got {value}")

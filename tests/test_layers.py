@@ -32,7 +32,7 @@ BELOW_CONFIG = {
     "sae",
     "sharding",
 }
-BELOW_CONFIG |= {"codes", "sparse_coding", "tracking", "training", "whole"}
+BELOW_CONFIG |= {"codes", "key_value", "sparse_coding", "tracking", "training", "whole"}
 BELOW_TOP = BELOW_CONFIG | {"agreement", "config", "run", "standing"}
 TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report"}
 LAYERS: dict[str, set[str]] = {
@@ -55,6 +55,7 @@ LAYERS: dict[str, set[str]] = {
     "tracking": {"whole"},
     "whole": set(),
     "digest": set(),
+    "key_value": set(),
     "checkpoint": {"checkpoint_read", "checkpoint_record", "digest", "processes", "whole"},
     "checkpoint_read": {"checkpoint_record", "processes", "whole"},
     "checkpoint_record": {"digest"},
@@ -81,8 +82,8 @@ LAYERS: dict[str, set[str]] = {
 # Which modules may import a library whose interface moves or whose import is heavy.
 DOORS: dict[str, tuple[str, ...]] = {
     "wandb": ("saejax.tracking",),
-    "hydra": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
-    "omegaconf": ("saejax.cli", "saejax.config", "saejax.preflight", "scripts"),
+    "hydra": ("saejax.cli", "saejax.config", "saejax.key_value", "saejax.preflight", "scripts"),
+    "omegaconf": ("saejax.cli", "saejax.config", "saejax.key_value", "saejax.preflight", "scripts"),
     "orbax": ("saejax.checkpoint", "saejax.checkpoint_read"),
     "tensorstore": ("saejax.checkpoint",),
     "safetensors": ("saejax.interop", "saejax.activations"),

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
+from saejax import numeric
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, register
 from saejax.errors import UserError
@@ -59,6 +60,7 @@ class Arrays(ActivationSource):
     train.on_nonfinite."""
 
     def __post_init__(self):
+        numeric.check(self, "source.")
         # Absolute, so that a run finds its data again from any working directory.
         object.__setattr__(self, "path", str(pathlib.Path(self.path).expanduser().absolute()))
         object.__setattr__(self, "sites", tuple(self.sites) if len(self.sites) > 1 else ())

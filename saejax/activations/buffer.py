@@ -20,6 +20,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.resume_policy import Fixed
 
@@ -32,6 +33,7 @@ class BufferConfig:
     """Rows held on the devices, all lanes together; rounded down to whole batches (>= 1 batch)."""
 
     def __post_init__(self):
+        numeric.check(self, "buffer.")
         if self.rows < 1:
             raise UserError(f"buffer.rows = {self.rows}: at least one batch is needed")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 
-from saejax import sharding
+from saejax import numeric, sharding
 from saejax.activations import packing
 from saejax.activations.sinks import Sink
 from saejax.activations.store_format import StoreDtype
@@ -85,6 +85,7 @@ class HarvestConfig:
     """How many processes share the harvest, each with its own model; null takes what mesh.distributed finds."""
 
     def __post_init__(self):
+        numeric.check(self)
         object.__setattr__(self, "hook", ",".join(part.strip() for part in self.hook.split(",")))
         if "" in self.hooks or len(set(self.hooks)) < len(self.hooks):
             raise UserError(f"hook must name one place, or several different ones joined by commas, got {self.hook!r}")

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
+from saejax import numeric
 from saejax.activations import harvest, language_model, packing, special_tokens, store_format, text
 from saejax.activations.harvest_config import HarvestConfig
 from saejax.activations.language_model import hooks as hooks_
@@ -79,6 +80,7 @@ class Live(ActivationSource):
     """Tokens at the beginning of the training text that the median is taken over, at least 1."""
 
     def __post_init__(self):
+        numeric.check(self, "source.")
         self.harvest()  # refuses what a harvest would; opens no file
 
     def harvest(self) -> HarvestConfig:

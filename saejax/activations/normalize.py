@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.kernels.row_norm import normalized
 from saejax.resume_policy import Fixed
@@ -56,6 +57,7 @@ class NormalizeConfig:
     """Rows the estimate is taken from (>= 1; fewer where the first filling of the buffer holds fewer)."""
 
     def __post_init__(self):
+        numeric.check(self, "normalize.")
         if self.rows < 1:
             raise UserError(f"normalize.rows = {self.rows}: at least 1 is needed")
         if not 0 < self.whiten_eps <= 1:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
+from saejax import numeric
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest
 from saejax.activations.source import ActivationSource, check_lanes, register
 from saejax.errors import UserError
@@ -76,6 +77,7 @@ class Synthetic(ActivationSource):
     """Number of held-out rows (>= 1)."""
 
     def __post_init__(self):
+        numeric.check(self, "source.")
         if any(width < 1 for width in self.sites):
             raise UserError(f"source.sites = {list(self.sites)}: at least 1 is needed for each")
         if len(self.sites) > 1:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from saejax import paths
+from saejax import numeric, paths
 from saejax.activations import text_files, text_pieces
 from saejax.errors import UserError
 
@@ -52,6 +52,7 @@ class TextCorpus(abc.ABC):
     """Expected share of the documents held out from training, in (0, 1); decided by a hash of the text."""
 
     def __post_init__(self):
+        numeric.check(self, self.keys["share"].removesuffix("heldout_share"))
         if not 0 < self.heldout_share < 1:
             raise UserError(f"{self.keys['share']} must be in (0, 1), got {self.heldout_share}")
 

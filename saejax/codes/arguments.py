@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from saejax import numeric
 from saejax.errors import UserError
 
 
@@ -19,6 +20,34 @@ def check_sizes(**sizes: float) -> None:
             raise UserError(f"{name} = {value}: a whole number of at least 1 is needed")
     if "k" in sizes and "n_atoms" in sizes and sizes["k"] > sizes["n_atoms"]:
         raise UserError(f"k = {sizes['k']}: at most n_atoms = {sizes['n_atoms']} atoms can be active")
+
+
+def check_indexable(**sizes: int) -> None:
+    """Refuse sizes that are not whole numbers of at least 1, or that no int32 counts.
+
+    Args:
+      sizes: by the name that the caller knows.
+
+    Raises:
+      UserError: naming the first bad argument.
+    """
+    check_sizes(**sizes)
+    for name, value in sizes.items():
+        if value > numeric.LARGEST:
+            raise UserError(f"{name} = {value}: at most {numeric.LARGEST} can be numbered")
+
+
+def check_seed(**seeds: int) -> None:
+    """Refuse seeds that are not whole numbers in [0, 2^32): JAX would take a larger one for another, smaller one.
+
+    Args:
+      seeds: by the name that the caller knows.
+
+    Raises:
+      UserError: naming the first bad argument.
+    """
+    for name, value in seeds.items():
+        numeric.seed(value, name)
 
 
 def check_probability(**probabilities: float) -> None:

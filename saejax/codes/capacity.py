@@ -231,6 +231,8 @@ def awgn_dims_sufficient(n_codewords: int, noise: float, *, slack: float = 0.0) 
     """
     check_sizes(n_codewords=n_codewords)
     check_positive(noise=noise)
+    if not 0 <= slack < math.inf:
+        raise UserError(f"slack = {slack}: a finite number of at least 0 is needed")
     return (2 / math.log1p(1 / noise) + slack) * math.log(n_codewords)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from saejax.codes import capacity
@@ -42,13 +44,29 @@ def matched_filter(
 
     Returns:
       (scores lambda, signal-to-noise ratios rho in nats).
+
+    Raises:
+      UserError: a covariance of less than full rank, as far as float32 can tell; not while tracing.
     """
     if covariance is None:
         whitened = dictionary
     else:
+        _check_definite(covariance)
         whitened = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(covariance), dictionary.T).T
     rho = jnp.sum(whitened * dictionary, axis=1)
     return jnp.matmul(x, whitened.T, precision=_HIGHEST) / rho[None, :], rho
+
+
+def _check_definite(covariance: Float[Array, "d d"]) -> None:
+    """Refuse what has no inverse: its Cholesky factor is NaN, NaN exceeds no threshold, and no atom would be on."""
+    if isinstance(covariance, Tracer):
+        return
+    values = np.linalg.eigvalsh(np.asarray(covariance, np.float64))
+    if not values[0] > len(values) * np.finfo(np.float32).eps * values[-1]:
+        raise UserError(
+            f"covariance with eigenvalues {values[0]:.3g} to {values[-1]:.3g}: a positive definite one is needed; for "
+            "map_full more atoms than dimensions, whose differences span the space"
+        )
 
 
 def interference_covariance(dictionary: Float[Array, "n_atoms d"], k: int) -> Float[Array, "d d"]:
@@ -66,7 +84,7 @@ def interference_covariance(dictionary: Float[Array, "n_atoms d"], k: int) -> Fl
     n_atoms = dictionary.shape[0]
     centred = dictionary - dictionary.mean(axis=0, keepdims=True)
     rate = k / n_atoms
-    factor = rate * (1 - rate) * n_atoms / (n_atoms - 1)
+    factor = rate * (1 - rate) * n_atoms / max(n_atoms - 1, 1)
     return factor * jnp.matmul(centred.T, centred, precision=_HIGHEST)
 
 
@@ -172,7 +190,9 @@ def _map_isotropic(x: jax.Array, dictionary: jax.Array, k: int) -> jax.Array:
 
 
 def _map_full(x: jax.Array, dictionary: jax.Array, k: int) -> jax.Array:
-    return _full_map(x, dictionary, interference_covariance(dictionary, k), k / dictionary.shape[0])
+    covariance = interference_covariance(dictionary, k)
+    _check_definite(covariance)
+    return _full_map(x, dictionary, covariance, k / dictionary.shape[0])
 
 
 DECODERS: dict[str, Callable[[jax.Array, jax.Array, int], jax.Array]] = {

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from saejax.codes.arguments import check_sizes
-from saejax.errors import UserError
+from saejax.codes.arguments import check_indexable, check_seed, check_sizes
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -156,14 +155,11 @@ class Implicit:
     d: int
     """Dimensions (>= 1)."""
     seed: int = 0
-    """Seed of all rows (>= 0)."""
+    """Seed of all rows (0 to 2^32 - 1)."""
 
     def __post_init__(self) -> None:
-        check_sizes(n_atoms=self.n_atoms, d=self.d)
-        if self.n_atoms >= 2**31:
-            raise UserError(f"n_atoms = {self.n_atoms}: at most 2^31 - 1 rows can be numbered")
-        if self.seed < 0:
-            raise UserError(f"seed = {self.seed}: at least 0 is needed")
+        check_indexable(n_atoms=self.n_atoms, d=self.d)
+        check_seed(seed=self.seed)
 
     def rows(self, indices: Int[Array, "..."]) -> Float[Array, "... d"]:
         """Unit rows at the given indices, float32.

@@ -26,7 +26,7 @@ def threshold_success(n_atoms: int, k: int, d: float, threshold: float = 0.5) ->
       n_atoms: number of atoms.
       k: active atoms.
       d: dimensions.
-      threshold: t, in (0, 1).
+      threshold: t, in (0, 1); 1 for k = 1.
 
     Returns:
       Probability.
@@ -35,7 +35,9 @@ def threshold_success(n_atoms: int, k: int, d: float, threshold: float = 0.5) ->
       UserError: a number out of its range.
     """
     check_sizes(n_atoms=n_atoms, k=k)
-    check_positive(d=d)
+    check_positive(d=d, threshold=threshold)
+    if threshold > 1 or threshold == 1 and k > 1:
+        raise UserError(f"threshold = {threshold}: a number in (0, 1) is needed")
     misses = k * log_ndtr((1 - threshold) * math.sqrt(d / (k - 1))) if k > 1 else 0.0
     return math.exp(misses + (n_atoms - k) * log_ndtr(threshold * math.sqrt(d / k)))
 
@@ -87,7 +89,7 @@ def dims_for(success: Callable[[float], float], probability: float) -> float:
     if success(1e-9) >= probability:
         return 0.0
     high = 1.0
-    while success(high) < probability:
+    while not success(high) >= probability:  # NaN reaches nothing
         high *= 2
         if high > 1e30:
             raise UserError(f"probability = {probability}: never reached, success is {success(high):.4g} at d = 1e30")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from saejax.codes.arguments import check_sizes
+from saejax.codes.arguments import check_indexable, check_sizes
 
 
 def sample(key: Key[Array, ""], n_atoms: int, k: int, b: int) -> Int[Array, "b k"]:
@@ -31,6 +31,7 @@ def sample(key: Key[Array, ""], n_atoms: int, k: int, b: int) -> Int[Array, "b k
       [[0, 1, 2], [0, 1, 2]]
     """
     check_sizes(n_atoms=n_atoms, k=k, b=b)
+    check_indexable(n_atoms=n_atoms, b=b)
     return of_keys(row_keys(key, b), n_atoms, k)
 
 

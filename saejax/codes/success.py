@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from scipy.optimize import isotonic_regression
 
 from saejax.codes import decoders, subsets
-from saejax.codes.arguments import check_probability, check_sizes
+from saejax.codes.arguments import check_indexable, check_probability, check_seed, check_sizes
 from saejax.codes.dictionaries import signs
 from saejax.errors import UserError
 
@@ -144,7 +144,8 @@ def one_step(
       UserError: a size out of range, k >= n_atoms, or k max(dims) beyond 2^24.
     """
     grid = _checked_dims(n_atoms, k, dims)
-    check_sizes(n_dictionaries=n_dictionaries, n_supports=n_supports, block=block)
+    check_indexable(n_atoms=n_atoms, n_dictionaries=n_dictionaries, n_supports=n_supports, block=block)
+    check_seed(seed=seed)
     if k * grid[-1] >= 2**24:
         raise UserError(f"dims = {grid[-1]}: k x dims = {k * grid[-1]} must stay below 2^24 for exact float32 sums")
     measure = _one_step_program(n_atoms, k, tuple(grid), min(block, n_atoms), mesh)
@@ -211,7 +212,8 @@ def curve(
       UserError: a size out of range or an unknown decoder.
     """
     grid = _checked_dims(n_atoms, k, dims)
-    check_sizes(n_dictionaries=n_dictionaries, n_supports=n_supports)
+    check_indexable(n_atoms=n_atoms, n_dictionaries=n_dictionaries, n_supports=n_supports)
+    check_seed(seed=seed)
     successes, unconverged = np.zeros(len(grid), int), np.zeros(len(grid), int)
     for number in range(n_dictionaries):
         key = jax.random.fold_in(jax.random.key(seed), number)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.sae import base
 
@@ -69,6 +70,9 @@ class Metric(abc.ABC):
     """The struct that `update` takes."""
     on_host: ClassVar[bool] = False
     """Whether `update` takes numpy batches of real rows, uncompiled, because it sorts or keeps rows."""
+
+    def __post_init__(self) -> None:
+        numeric.check(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -55,6 +55,7 @@ class Firing(metric.Metric):
     """Firing rate above which a latent counts as dense, in (0, 1)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if any(w < 2 for w in self.windows):
             raise UserError(f"eval.windows must all be at least 2 tokens, got {self.windows}")
         if not 0 < self.dense_above < 1:
@@ -184,6 +185,7 @@ class Activity(metric.Metric):
     """Of the number of active latents per row; each in (0, 1], given in whole percent."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if any(not 0 < q <= 1 for q in self.quantiles):
             raise UserError(f"quantiles must all lie in (0, 1], got {self.quantiles}")
 

@@ -22,6 +22,7 @@ class Capacity(Experiment):
     name: ClassVar[str] = "codes/capacity"
     summary: ClassVar[str] = "capacity calculator: features that fit d_in dimensions with k active, by every rule"
     cpu_seconds: ClassVar[tuple[int, int]] = (2, 2)
+    in_formulas: ClassVar[tuple[str, ...]] = ("d_in", "k", "n_atoms")
 
     d_in: int = 768
     """Dimensions (count, >= 1)."""

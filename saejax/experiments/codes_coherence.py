@@ -43,7 +43,7 @@ class Coherence(Experiment):
         check_sizes(n_atoms=self.n_atoms, n_draws=self.n_draws)
         check_probability(p=self.p)
         for epsilon in self.epsilons:
-            check_positive(epsilon=epsilon)
+            check_positive(epsilons=epsilon)
 
     def quick(self) -> Self:
         return dataclasses.replace(self, n_atoms=256)

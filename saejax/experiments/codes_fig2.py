@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from saejax.codes import capacity, gaussian, rules, success
+from saejax.codes.arguments import check_indexable
 from saejax.errors import UserError
 from saejax.experiments import figures
 from saejax.experiments.codes_data import ONE_STEP, PAPER, RUN, trial_mesh
@@ -32,6 +33,7 @@ class Fig2(Experiment):
     summary: ClassVar[str] = "dimensions that each decoder needs at 2^20 features against k, theory and Monte Carlo"
     cpu_seconds: ClassVar[tuple[int, int]] = (300, 15)
     may_be_zero: ClassVar[tuple[str, ...]] = ("supports_at_scale",)
+    in_formulas: ClassVar[tuple[str, ...]] = ("n_atoms",)
 
     n_atoms: int = 2**20
     """Features of the closed forms (count, >= 1024)."""
@@ -48,9 +50,12 @@ class Fig2(Experiment):
         super().__post_init__()
         if self.n_atoms < 1024:
             raise UserError(f"n_atoms = {self.n_atoms}: at least 1024 is needed")
+        if self.supports_at_scale:
+            check_indexable(n_atoms=self.n_atoms)
         for k in self.measured_k:
             if (self.measured_log2, k) not in ONE_STEP:
-                raise UserError(f"measured_log2 = {self.measured_log2}, k = {k}: one of {sorted(ONE_STEP)} is needed")
+                cell = f"measured_log2 = {self.measured_log2}, measured_k = {k}"
+                raise UserError(f"{cell}: one of {sorted(ONE_STEP)} is needed")
 
     def quick(self) -> Self:
         return dataclasses.replace(self, measured_log2=12, measured_k=(4, 16), supports_at_scale=0)

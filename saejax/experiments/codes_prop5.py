@@ -43,7 +43,9 @@ class Prop5Capacity(Experiment):
         if not all(2 <= n <= 24 for n in self.log2_atoms):
             raise UserError(f"log2_atoms = {self.log2_atoms}: each must lie between 2 and 24")
         if not all(1 <= k < 2 ** min(self.log2_atoms) for k in self.actives):
-            raise UserError(f"actives = {self.actives}: each must be at least 1 and below the number of features")
+            raise UserError(
+                f"actives = {self.actives}: each must be in [1, 2^log2_atoms), log2_atoms = {self.log2_atoms}"
+            )
         if not 0 < self.below < 2:
             raise UserError(f"below = {self.below}: a number inside (0, 2) is needed")
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from saejax import config, whole
+from saejax import config, key_value, whole
 from saejax.errors import UserError
 from saejax.experiments import all_experiments, harness
 
@@ -52,7 +52,7 @@ def execute(arguments: list[str]) -> int:
     name, *overrides = arguments
     loose = [a for a in overrides if "=" not in a]
     if loose or "=" in name:
-        raise UserError(f"experiment NAME key=value ..., got {loose[0] if loose else name}")
+        raise UserError(f"experiment NAME key=value ..., got {key_value.shown(loose[0] if loose else name)}")
     if name == ALL_QUICK:
         return _all_quick(overrides)
     found = all_experiments()

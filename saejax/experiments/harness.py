@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import jax
 import numpy as np
 
-from saejax import config, lock, whole
+from saejax import config, lock, numeric, whole
 from saejax.errors import UserError
 from saejax.experiments import figures
 
@@ -128,24 +128,32 @@ class Experiment(abc.ABC):
     may_be_zero: ClassVar[tuple[str, ...]] = ()
     """Counts of which 0 has a meaning."""
 
+    in_formulas: ClassVar[tuple[str, ...]] = ()
+    """Counts that only formulas see, on the host: they may exceed what a device counts."""
+
     seed: int = 0
     """Fixes every draw of the experiment."""
 
     def __post_init__(self) -> None:
         """Refuses counts below 1, numbers that are not finite and empty lists; each experiment knows the rest."""
+        numeric.check(self, on_host=self.in_formulas)
+        if self.seed > numeric.LARGEST:
+            raise UserError(
+                f"seed must be at most {numeric.LARGEST}, since experiments count on from it, got {self.seed}"
+            )
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if isinstance(value, list):  # command lines and YAML know lists only
                 value = tuple(value)
                 object.__setattr__(self, name, value)
-            least = 0 if name in ("seed", *self.may_be_zero) else 1
-            if type(value) is int and value < least:
-                raise UserError(f"{name} = {value}: at least {least} is needed")
             if value == ():
                 raise UserError(f"{name} = []: one or more are needed")
+            least = 0 if name in ("seed", *self.may_be_zero) else 1
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise UserError(f"{name} = {number}: a finite number is needed")
+                if type(number) is int and number < least:
+                    raise UserError(f"{name} = {number}: at least {least} is needed")
+        if getattr(self, "learning_rate", 1) <= 0:
+            raise UserError(f"learning_rate = {vars(self)['learning_rate']}: a number above 0 is needed")
 
     @abc.abstractmethod
     def quick(self) -> Self:

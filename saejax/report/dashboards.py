@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from saejax import whole
+from saejax import numeric, whole
 from saejax.errors import UserError
 from saejax.report import search, snippets
 from saejax.report.corpus import Corpus, Window
@@ -58,6 +58,7 @@ class DashboardConfig:
     """Draw of the random texts."""
 
     def __post_init__(self) -> None:
+        numeric.check(self, "dashboards.")
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 0 if field.name in ("before", "after", "seed") else 1
             if value is not None and value < least:

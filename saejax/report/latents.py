@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.report import decoder, search, snippets
 from saejax.report.corpus import Corpus
@@ -43,11 +44,12 @@ class LatentPage:
     """Draw of the latents and of the random snippets."""
 
     def __post_init__(self):
+        numeric.check(self, "latents.")
         least = {"n_random": 0, "before": 0, "after": 0, "seed": 0}
         for field in dataclasses.fields(self):
             value, low = getattr(self, field.name), least.get(field.name, 1)
             if value < low:
-                raise UserError(f"report.{field.name} must be at least {low}, got {value}")
+                raise UserError(f"latents.{field.name} must be at least {low}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)

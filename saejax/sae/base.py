@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.kernels import encode_top_k, matmul, sparse_decode, sparse_encode
 from saejax.resume_policy import Fixed, Free
@@ -84,6 +85,7 @@ class Sparsifier(abc.ABC):
     """Dead latents that explain the residual of a row, in [1, d_sae]; null takes half of d_in."""
 
     def __post_init__(self):
+        numeric.check(self, "sae.")
         object.__setattr__(self, "sites", tuple(self.sites))  # a YAML list arrives as a list
         check(self.d_in >= 1, "d_in", "must be at least 1", self.d_in)
         check(self.d_sae >= 1, "d_sae", "must be at least 1", self.d_sae)

@@ -81,7 +81,8 @@ def check(sparsifier: Sparsifier) -> None:
     if family is Family.crosscoder:
         _demand(len(sites) >= 2, "sites", "must be two widths or more for family=crosscoder", sites)
     width = sum(read(family, sites)) if sites else sparsifier.d_in
-    _demand(sparsifier.d_in == width, "d_in", f"must be {width}, the width that is read of {sites}", sparsifier.d_in)
+    must = f"must be {width}, the width that is read of sae.sites={sites}"
+    _demand(sparsifier.d_in == width, "d_in", must, sparsifier.d_in)
     if family is Family.clt:
         inputs = read(family, sites)
         _demand(len(set(inputs)) == 1, "sites", "must read sites of one width for family=clt", inputs)

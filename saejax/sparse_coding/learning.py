@@ -23,6 +23,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.sparse_coding import proximal
 
@@ -114,31 +115,33 @@ def learn(
       True
     """
     _check(method, l1_coef, decay, twin_cos)
-    _check_counts(n_atoms=n_atoms, batch=batch, n_steps=n_steps, n_iterations=n_iterations, patience=patience)
+    counts = dict(n_atoms=n_atoms, batch=batch, n_steps=n_steps, n_iterations=n_iterations, patience=patience)
+    for name, value in counts.items():
+        numeric.count(value, name)
+    numeric.seed(seed)
     rows = _signals(y)
     rng = np.random.default_rng(seed)
     start = _start(rows, n_atoms, initial, rng)
     order = jnp.asarray(_order(rng, len(rows), n_steps, batch))
     knobs = _Knobs(l1_coef, n_iterations, decay, patience, twin_cos)
     dictionary, history = _run(method, nonneg, jnp.asarray(rows), jnp.asarray(start), order, knobs)
+    if not all(bool(jnp.isfinite(found).all()) for found in (dictionary, *history.values())):
+        size = float(np.abs(rows).max())
+        raise UserError(f"y must be of a size that can be squared in float32, got entries up to {size:.3g}: scale it")
     return Learned(dictionary=dictionary, history={name: np.asarray(value) for name, value in history.items()})
 
 
 def _check(method: str, l1_coef: float, decay: float, twin_cos: float) -> None:
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not (np.isfinite(l1_coef) and l1_coef > 0):
+    for name, value in {"l1_coef": l1_coef, "decay": decay, "twin_cos": twin_cos}.items():
+        numeric.number(value, name)
+    if l1_coef <= 0:
         raise UserError(f"l1_coef must be a finite number above 0, got {l1_coef}")
-    if not (np.isfinite(decay) and decay >= 0):
+    if decay < 0:
         raise UserError(f"decay must be a finite number of at least 0, got {decay}")
     if not 0 < twin_cos <= 1:
         raise UserError(f"twin_cos must lie in (0, 1], got {twin_cos}")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
 
 
 def _signals(y: Float[Array, "rows d"]) -> np.ndarray:

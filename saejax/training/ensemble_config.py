@@ -11,6 +11,7 @@ import itertools
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.resume_policy import Fixed, Place
 from saejax.sae import base
@@ -68,6 +69,7 @@ class EnsembleConfig:
     """auto, loop (one after the other: CPUs) or vmap (stacked: accelerators)."""
 
     def __post_init__(self) -> None:
+        numeric.check(self, "ensemble.")
         for name in KNOBS:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML list arrives as a list
             values = getattr(self, name)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.resume_policy import Fixed, Free
 
@@ -72,6 +73,7 @@ class OptimConfig:
     """Shape of the fall: linear or cosine."""
 
     def __post_init__(self) -> None:
+        numeric.check(self, "optim.")
         if self.lr <= 0:
             raise UserError(f"optim.lr must be above 0, got {self.lr}")
         if self.lr_reference_d_sae is not None and self.lr_reference_d_sae < 1:

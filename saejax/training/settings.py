@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.resume_policy import Fixed, Free, Place
 from saejax.training import liveness
@@ -75,6 +76,7 @@ class TrainConfig:
     """Whether ten steps after the first ten are recorded by JAX's profiler, into profile/ of the run directory."""
 
     def __post_init__(self) -> None:
+        numeric.check(self, "train.")
         for name in ("batch", "n_lanes", "log_every_steps", "eval_rows", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
@@ -92,6 +94,12 @@ class TrainConfig:
             raise UserError(f"train.batch must be a multiple of train.n_lanes={self.n_lanes}, got {self.batch}")
         if self.n_tokens < self.batch:
             raise UserError(f"train.n_tokens must be at least train.batch={self.batch}, got {self.n_tokens}")
+        if self.n_steps > numeric.LARGEST:
+            most = (numeric.LARGEST + 1) * self.batch - 1
+            raise UserError(
+                f"train.n_tokens must be at most {most}, {numeric.LARGEST} steps of train.batch={self.batch}, "
+                f"got {self.n_tokens}"
+            )
         if self.dead_after_tokens is not None and not 1 <= self.dead_after_tokens < liveness.MAX_TOKENS:
             raise UserError(
                 f"train.dead_after_tokens must be in [1, {liveness.MAX_TOKENS}) or null, got {self.dead_after_tokens}"

@@ -89,7 +89,7 @@ class TestOne:
         [
             (["nothing"], "stub/line"),
             (["stub/line", "slope=3"], "slopes"),
-            (["stub/line", "n=many"], "n:"),
+            (["stub/line", "n=many"], "n must be"),
             (["stub/line", "data.kind=odd"], "hierarchical"),
             (["stub/line", "data.noise=-1"], "source.noise"),
             (["stub/line", "slopes=[1"], "saejax experiment"),

@@ -38,9 +38,9 @@ def test_verdict(measured, low, high, verdict):
     ("change", "named"),
     [
         (dict(n_tokens=0), "n_tokens = 0"),
-        (dict(seed=-1), "seed = -1"),
+        (dict(seed=-1), "seed must be at least 0, got -1"),
         (dict(thresholds=[]), "thresholds = "),
-        (dict(thresholds=[0.1, math.nan]), "thresholds = nan"),
+        (dict(thresholds=[0.1, math.nan]), "thresholds must be a finite number, got nan"),
         (dict(thresholds=[2.0]), "thresholds = "),
         (dict(firing_rate=1.5), "firing_rate = 1.5"),
         (dict(trained=["Exp(2) 0.1"]), "trained = 'Exp"),

@@ -164,7 +164,7 @@ def test_what_cannot_be_shown_is_refused(sae, texts):
         report.collect(sae, texts, decode, unembedding=np.zeros((7, 40)))
     with pytest.raises(UserError, match="firing_rate has shape"):
         report.collect(sae, firing_rate=np.ones(3))
-    with pytest.raises(UserError, match="report.n_top must be at least 1, got 0"):
+    with pytest.raises(UserError, match="latents.n_top must be at least 1, got 0"):
         report.LatentPage(n_top=0)
 
 

@@ -25,8 +25,9 @@ IN_USE = (
 )
 NEEDLESS = (
     r"is finished already|is complete: nothing to do|done: |of another run|holds checkpoints already|harvest done"
+    r"|was finished already|is not a run directory"
 )
-"""The second came when the first had ended, and says what it found."""
+"""The second came when the first had ended, or not begun, and says what it found."""
 
 
 LENGTHS = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.faults)], ids=["quick", "full"])
@@ -105,16 +106,19 @@ def undisturbed(pair, tmp_path_factory):
 
 @pytest.mark.timeout(6000)
 @LENGTHS
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", [*DOORS, "resume"])
 def test_two_at_once(pair, undisturbed, tmp_path, count, door, full):
     if not full and door not in ("train", "harvest"):
         pytest.skip("two doors are enough for a quick look")
     n = TRIALS if full else 2
     rng, met = random.Random(door), 0
     for number in range(n):
-        seeds = (0, number % 2)  # the same command, or another run
-        alone = [undisturbed(door, seed) for seed in seeds]
-        works = [DOORS[door](tmp_path, f"{door}{number}", seed) for seed in seeds]
+        seeds = (0, number % 2 if door != "resume" else 0)  # the same command, or another run
+        first = DOORS.get(door, DOORS["train"])
+        alone = [undisturbed(door if door in DOORS else "train", seed) for seed in seeds]
+        works = [first(tmp_path, f"{door}{number}", seed) for seed in seeds]
+        if door == "resume":
+            works[1] = "command", {"argv": ["train", f"resume={door}{number}"], "folder": str(tmp_path)}
         pair[0].start(works[0][0], **works[0][1])
         # Most of a run is spent in it; many come together, too.
         time.sleep(rng.choice((rng.uniform(0, 0.2), rng.uniform(0, alone[0][1]))))

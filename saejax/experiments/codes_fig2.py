@@ -23,6 +23,11 @@ SHOWN = ("basis_pursuit_nonneg", "integer_pursuit", "top_k_half", "top_k_ninety"
 AT_SCALE = {"top_k_half": 14982, "top_k_ninety": 17656, "threshold_ninety": 27672, "basis_pursuit_nonneg": 2705}
 """Dimensions at n_atoms = 2^20, k = 2^8, by an independent evaluation of the closed forms."""
 
+TOLERANCE = {"half": 0.05, "ninety": 0.075}
+"""Share of a measured dimension that it may be off the reference. 400 trials on four dictionaries have a standard
+deviation of 1.3 % at P = 0.5 and of 2.6 % at P = 0.9 (14 seeds), the reference run has its own: two of the difference
+are 2 sqrt(2) times that."""
+
 
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,14 +105,14 @@ class Fig2(Experiment):
             reference = ONE_STEP[self.measured_log2, k]
             for name in ("top_k", "threshold"):
                 published = reference["top_k" if name == "top_k" else "threshold_half"]
-                for place, label in enumerate(("half", "ninety")):
+                for place, (label, share) in enumerate(TOLERANCE.items()):
                     quantity = f"dims at N = 2^{self.measured_log2}, k = {k}: {name}_{label}, measured"
                     target = published[place]
-                    checks.append(near(quantity, found[f"{name}_{label}"], target, 0.05 * target, RUN))
-            if k >= 16:  # the formulas hold to 3 % there; measuring adds its own 2 %
+                    checks.append(near(quantity, found[f"{name}_{label}"], target, share * target, RUN))
+            if k >= 16:  # the formulas hold to 3 % there; measuring adds twice its own 2.6 %
                 ratio = found["top_k_ninety"] / found["top_k_ninety_theory"]
                 quantity = f"top-k d90, measured over Gaussian theory, k = {k}"
-                checks.append(near(quantity, ratio, 1, 0.05, f"{PAPER}: scores are nearly Gaussian"))
+                checks.append(near(quantity, ratio, 1, 0.08, f"{PAPER}: scores are nearly Gaussian"))
         return checks
 
     def _at_scale(self) -> dict[int, tuple[float, float]]:

@@ -70,9 +70,27 @@ def test_every_cell_of_the_reference_is_checked():
         layer: {column: {"mean": target, "sd": 0.0} for column, target in zip(additivity.COLUMNS, row, strict=True)}
         for layer, row in additivity.REFERENCE.items()
     }
-    checks = additivity._checks(values)
+    checks = additivity._checks(values, 8)
     assert len(checks) == 42 and all(check.passed for check in checks)
     values["pixels"]["R2"]["mean"] = 0.96
     values["trained 128"]["raw cos"]["mean"] = 0.93
-    failed = [check.quantity for check in additivity._checks(values) if not check.passed]
+    failed = [check.quantity for check in additivity._checks(values, 8) if not check.passed]
     assert failed == ["R2, pixels", "raw cos, trained 128"]
+
+
+def test_a_right_installation_passes_and_a_wrong_network_does_not():
+    """The means that seed 0 measured (docs/theory.md before): all within two standard deviations of what draws differ
+    by, whose difference from one draw has the variance s^2 (1 + 1/n); three times as far is outside."""
+    measured = {"untrained 128": 0.6447, "trained 128": 0.3714, "trained 256-128": -0.2783}
+    measured |= {"trained 256-128, logits": -0.0809}
+    r2 = list(additivity.COLUMNS).index("R2")
+    for layer, mean in measured.items():
+        for n in (4, 8):
+            within = additivity.tolerance(layer, "R2", n)
+            assert 0.03 < abs(mean - additivity.REFERENCE[layer][r2]) < within < 0.35
+    rng = np.random.default_rng(0)
+    for n in (1, 4, 8):
+        draws = rng.normal(0, 0.03, (2, 200_000))  # of the digits: one for the reference, one for all n networks
+        ours = draws[0] + rng.normal(0, 0.069 / n**0.5, 200_000)
+        difference = ours - draws[1] - rng.normal(0, 0.069, 200_000)
+        assert additivity.tolerance("trained 256-128, logits", "R2", n) == pytest.approx(2 * difference.std(), rel=0.01)

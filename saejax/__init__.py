@@ -52,7 +52,8 @@ def evaluate(sae: SAE, activations: Any, **settings: Any) -> dict[str, float]:
 
     Args:
       sae: as from `load`.
-      activations: array [..., d_in], an `ActivationSource`, or blocks of rows.
+      activations: array [..., d_in], an `ActivationSource`, blocks of rows, or the path of a .npy or .safetensors file
+        or of a directory of .npy files.
       **settings: of `saejax.evals.evaluate.evaluate`: batch_rows, max_rows, metrics, mesh.
 
     Returns:
@@ -60,6 +61,10 @@ def evaluate(sae: SAE, activations: Any, **settings: Any) -> dict[str, float]:
     """
     from saejax.evals import evaluate as evaluation
 
+    if isinstance(activations, (str, os.PathLike)):
+        from saejax import run_data
+
+        activations = run_data.rows(activations, sae)
     return evaluation.evaluate(sae, activations, **settings)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from saejax import agreement, config, interop, numeric, processes, run, sharding
-from saejax.activations import harvest, language_model, sinks, store, store_source
+from saejax import agreement, config, interop, numeric, processes, run, run_data, sharding
+from saejax.activations import harvest, language_model, sinks, store
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
 from saejax.evals import language_model as splice
 from saejax.evals import result as results
 from saejax.interop import hub, neuronpedia
 from saejax.report import corpus, dashboards, latents, page, records, sweep
-from saejax.sae import Family, model
+from saejax.sae import model
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +34,8 @@ class EvaluateConfig:
     run: str
     """Run directory; with `activations`, also an SAE in any format that is read."""
     activations: str | None = None
-    """File of rows [n, d_in] (.npy), or a store (its held-out part), to measure on instead of the run's own held-out
-    rows; nothing is written then. Null takes those of the run."""
+    """File of rows [n, d_in] (.npy, .safetensors), directory of .npy files, or store (its held-out part), to measure on
+    instead of the run's own held-out rows; nothing is written then. Null takes those of the run."""
     step: int | None = None
     """Checkpoint; null takes the newest."""
     rows: int | None = None
@@ -52,6 +51,9 @@ class EvaluateConfig:
     """Sequences per compiled call of the splice, at least 1; no effect on the figures."""
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     """Devices that rows and latents are split over, and whose processes they belong to; no effect on the figures."""
+    any_data: bool = False
+    """Whether to go on, with a warning, where the data at the run's path are others than it was trained on; false
+    refuses them."""
 
     def __post_init__(self) -> None:
         numeric.check(self)
@@ -76,8 +78,10 @@ class ExportConfig:
     step: int | None = None
     """Checkpoint of a run; null takes the newest."""
     activations: str | None = None
-    """File of rows [n, d_in] (.npy), or a store, that the SAE is for: its L0 and fvu on them are printed; null measures
-    nothing."""
+    """File of rows [n, d_in] (.npy, .safetensors), directory of .npy files, or store, that the SAE is for: its L0 and
+    fvu on them are printed; null measures nothing."""
+    any_data: bool = False
+    """Whether dashboards are made, with a warning, of other data than the run was trained on; false refuses them."""
     hub: str | None = None
     """Hub repository, owner/name, that what was written is uploaded to, dashboards excepted; null sends nothing."""
     hub_private: bool = False
@@ -104,6 +108,8 @@ class ReportConfig:
     """File to write; null takes report.html in the run directory, sweep.html in that of a sweep."""
     latents: latents.LatentPage = dataclasses.field(default_factory=latents.LatentPage)
     """How many latents are shown, and how much of each."""
+    any_data: bool = False
+    """Whether latents are shown, with a warning, on other data than the run was trained on; false refuses them."""
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.sweep is None):
@@ -131,13 +137,16 @@ def evaluate(cfg: EvaluateConfig) -> str:
         raise UserError(f"run={run_dir}: no run directory; what other tools wrote is measured with activations=ROWS")
     sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
     agreement.same_work(trained.source, step=sae.provenance["step"])
+    other = run_data.compare(run_dir, trained.source, sae.provenance["step"], any_data=cfg.any_data)
     # The language model runs on the devices of one process.
-    heldout = _heldout_store(trained) if cfg.language_model and processes.first() else None
+    heldout = run_data.heldout_store(trained) if cfg.language_model and processes.first() else None
     backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once
     shape = cfg.mesh.shape(jax.device_count())
     mesh = sharding.make_mesh(*shape) if max(shape) > 1 else None
     result = evaluation.evaluate(sae, trained.source, batch_rows=cfg.batch, max_rows=cfg.rows, mesh=mesh)
     result.data.update({"source": trained.source.fingerprint(), "step": sae.provenance["step"]})
+    if other is not None:
+        result.data["other_data"] = other
     if heldout is not None and backend is not None:
         result = result.joined(_spliced(sae, backend, heldout, cfg))
     if processes.first():
@@ -163,13 +172,14 @@ def export(cfg: ExportConfig) -> str:
     if path.resolve() in (Path(cfg.run).resolve(), Path(cfg.run).resolve().parent) and path.exists():
         raise UserError(f"path={path}: is where the SAE is read from, and stays as it is; give another directory")
     sae = _sae(cfg.run, cfg.step)
+    rows = None if cfg.activations is None else run_data.rows(cfg.activations, sae, check=interop.CHECKED_ROWS)
     if cfg.format == neuronpedia.name:
         lines = _handed_over(cfg, sae, path)
     else:
         lines = [f"written: {interop.export(sae, path, cfg.format)}"]
-    if cfg.activations is not None:
+    if rows is not None:
         # What was written is what is measured.
-        found = interop.self_check(interop.load(path, cfg.format), _rows(cfg.activations))
+        found = interop.self_check(interop.load(path, cfg.format), rows)
         lines.append(f"on {cfg.activations}: l0 {found['l0']:.4g}, fvu {found['fvu']:.4g}")
     elif not _of_run(Path(cfg.run)):
         lines.append("not measured: activations=ROWS, of the hook that it is for, prints its l0 and fvu")
@@ -184,7 +194,7 @@ def _handed_over(cfg: ExportConfig, sae: model.SAE, path: Path) -> list[str]:
     of_run = _of_run(Path(cfg.run))
     figures, origin = _figures(Path(cfg.run), sae.provenance["step"]) if of_run else ({}, "")
     lines = [f"written: {neuronpedia.export(sae, path, settings, figures, origin)}"]
-    heldout = _heldout_store(config.from_run(Path(cfg.run))) if of_run else None
+    heldout = run_data.text_of(Path(cfg.run), sae.provenance["step"], any_data=cfg.any_data) if of_run else None
     if heldout is None:
         return [*lines, "no dashboards: only a run that was trained on a store has text for them"]
     if sae.sparsifier.sites:
@@ -221,7 +231,8 @@ _CARD = ("fvu", "l0", "dead_share", "delta_ce", "recovered_zero", "recovered_mea
 def _figures(run_dir: Path, step: int) -> tuple[dict[str, float], str]:
     """Held-out metrics of one checkpoint, and how they were measured; nothing where they are of another one."""
     found = records.read(run_dir)
-    if found.evaluation.get("data", {}).get("step") == step:
+    data = found.evaluation.get("data", {})
+    if data.get("step") == step and "other_data" not in data:
         measured, how = found.evaluation.get("metrics", {}), "by `saejax evaluate`"
     else:
         rows = [row for row in found.rows if row.get("step") == step]
@@ -243,22 +254,10 @@ def _sae(path: str, step: int | None) -> model.SAE:
 
 def _measured(cfg: EvaluateConfig, activations: str) -> str:
     """The metrics of any SAE on activations that somebody names."""
-    rows = _rows(activations)
-    found = evaluation.evaluate(_sae(cfg.run, cfg.step), rows, batch_rows=cfg.batch, max_rows=cfg.rows)
+    sae = _sae(cfg.run, cfg.step)
+    found = evaluation.evaluate(sae, run_data.rows(activations, sae), batch_rows=cfg.batch, max_rows=cfg.rows)
     lines = [f"  {name:<32} {value:.6g}" for name, value in found.items()]
     return "\n".join([f"metrics of {cfg.run} on {activations}:", *lines])
-
-
-def _rows(path: str) -> np.ndarray | store_source.Store:
-    if Path(path).is_dir():
-        return store_source.Store(path=path)
-    try:
-        rows = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, TypeError, SyntaxError, tokenize.TokenError) as error:
-        raise UserError(f"activations={path}: must be a .npy file of rows ({error})") from None
-    if rows.ndim < 2 or rows.dtype.kind not in "fiu":
-        raise UserError(f"activations={path}: must be a .npy file of rows [n, d_in], got {rows.dtype} {rows.shape}")
-    return rows
 
 
 def report(cfg: ReportConfig) -> str:
@@ -274,30 +273,12 @@ def report(cfg: ReportConfig) -> str:
         compared = sweep.read_sweep(cfg.sweep)
         return f"{sweep.text(compared)}\nreport: {sweep.build_sweep(compared, out=cfg.out)}"
     run_dir = Path(str(cfg.run))
-    sae, trained = run.load(run_dir), config.from_run(run_dir)
-    examples = None
-    if (heldout := _heldout_store(trained)) is not None:
+    sae, examples = run.load(run_dir), None
+    if (heldout := run_data.text_of(run_dir, sae.provenance["step"], any_data=cfg.any_data)) is not None:
         decode, unembedding = _reading(heldout)
         text = corpus.StoreCorpus(heldout.path)
         examples = latents.collect(sae, text, decode, settings=cfg.latents, unembedding=unembedding)
     return f"report: {page.build(run_dir, sae=sae, examples=examples, out=cfg.out)}"
-
-
-def _heldout_store(trained: config.Config) -> store.Reader | None:
-    """The held-out activations of an SAE that was trained on a store of one hook; a line where it is of several."""
-    source = trained.source
-    heldout = source.reader("heldout") if isinstance(source, store_source.Store) else None
-    if heldout is not None and len(heldout.hooks) > 1:
-        hooks = " and ".join(heldout.hooks)
-        logger.warning(
-            "without text and language model, which need a store of one hook: %s has %s", heldout.path, hooks
-        )
-        return None
-    if heldout is not None and trained.sae.family is not Family.sae:
-        name = trained.sae.family.name
-        logger.warning("without text and language model, which need family=sae: this run is of family=%s", name)
-        return None
-    return heldout
 
 
 def _spliced(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax import checkpoint, checkpoint_record, config, lock, paths, plain, processes, resume_policy, whole
+from saejax.activations.source import ActivationSource
 from saejax.errors import UserError
 from saejax.resume_policy import Policy
 
@@ -132,12 +133,14 @@ def take(cfg: config.Config, run_dir: Path, resume: bool, stack: contextlib.Exit
         run_id=run_id,
         config=definition(cfg),
         fixed=fixed(cfg),
-        data={"fingerprint": cfg.source.fingerprint()},
+        data={"fingerprint": cfg.source.fingerprint(), "identity": cfg.source.identity()},
         older_up_to_step=older,
     )
     if resume:
         with processes.alike():
             checkpoint.check_newest(run_dir, owner)
+            if differs := data_differ(run_dir, cfg.source):
+                raise UserError(f"{differs}; going on needs the same data, wherever they lie")
     return owner
 
 
@@ -183,6 +186,26 @@ def data_of(run_dir: Path, step: int | None = None) -> dict[str, Any]:
         return saved["run"]["data"]
     said = record(run_dir).get("source")
     return {"fingerprint": said} if isinstance(said, dict) else {}
+
+
+def data_differ(run_dir: Path, source: ActivationSource, step: int | None = None) -> str | None:
+    """Compares data with those that a run was trained on.
+
+    Args:
+      run_dir: its directory.
+      source: what is there now.
+      step: of the checkpoint; None takes the newest.
+
+    Returns:
+      The beginning of a line that says what differs; None where they are the same, or the run has no record of them.
+    """
+    saved = data_of(run_dir, step)
+    known = saved.get("identity") or saved.get("fingerprint")
+    if not isinstance(known, dict):
+        logger.warning("%s has no record of its data: whether these are the same cannot be told", run_dir)
+        return None
+    differs = source.differs_from(known)
+    return differs and f"{source.place()} holds other data than {run_dir} was trained on: {differs}"
 
 
 def check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:

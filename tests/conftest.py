@@ -71,6 +71,18 @@ def small_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sealed():
+    """From a manifest to the text of one whose checksums say what is in it now: a store that was written so."""
+    from saejax.activations import store_format
+
+    def seal(manifest: dict) -> str:
+        manifest = manifest | {"fingerprint": store_format.fingerprint(manifest)}
+        return json.dumps(manifest | {"sha256": store_format.checksum(manifest)})
+
+    return seal
+
+
+@pytest.fixture(scope="session")
 def small_store(small_model, tmp_path_factory) -> Path:
     """What `saejax harvest` makes of the small model and the Python documentation: 8,192 tokens and some held out."""
     from saejax import cli

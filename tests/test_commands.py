@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from saejax import commands, sharding
+from saejax import commands, run_data, sharding
 from saejax.activations import language_model, store, store_source
 from saejax.errors import UserError
 from saejax.sae import Family, l1, model
@@ -26,15 +26,14 @@ def heldout(small_store) -> store.Reader:
 
 
 @pytest.fixture
-def moved(small_model, heldout, tmp_path) -> store.Reader:
+def moved(small_model, heldout, tmp_path, sealed) -> store.Reader:
     """A held-out store whose model may be changed without harm."""
     shutil.copytree(small_model, tmp_path / "model")
     shutil.copytree(heldout.path, tmp_path / "heldout")
     file = tmp_path / "heldout" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["harvest"]["model"] = str(tmp_path / "model")
-    manifest.pop("sha256", None)  # of what it was
-    file.write_text(json.dumps(manifest))
+    file.write_text(sealed(manifest))
     return store.Reader(tmp_path / "heldout")
 
 
@@ -63,11 +62,11 @@ def test_at_most_the_sequences_asked_for(sae, heldout, small_model):
     assert commands._spliced(sae, backend, heldout, cfg).data["lm_tokens"] == (segments > 0).sum()
 
 
-def test_the_model_is_loaded_on_all_devices_in_the_format_of_the_harvest(moved):
+def test_the_model_is_loaded_on_all_devices_in_the_format_of_the_harvest(moved, sealed):
     file = moved.path / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["harvest"]["model_dtype"] = "bfloat16"
-    file.write_text(json.dumps(manifest))
+    file.write_text(sealed(manifest))
     backend = commands._backend(store.Reader(moved.path))
     assert backend is not None and backend.dtype == "bfloat16"
     assert backend.mesh.shape == {"data": jax.local_device_count(), "latent": 1}
@@ -85,12 +84,12 @@ def test_another_model_under_the_same_name_is_refused(moved, tmp_path):
         commands._backend(moved)
 
 
-def test_a_store_of_several_hooks_has_no_splice_and_a_line_says_so(sae, moved, tmp_path, caplog):
+def test_a_store_of_several_hooks_has_no_splice_and_a_line_says_so(sae, moved, tmp_path, sealed, caplog):
     trained = types.SimpleNamespace(source=store_source.Store(path=str(tmp_path)), sae=sae.config)
-    assert commands._heldout_store(trained) is not None and not caplog.records
+    assert run_data.heldout_store(trained) is not None and not caplog.records
     manifest = moved.manifest | {"sites": [{"hook": "a", "d_in": 12}, {"hook": "b", "d_in": 12}]}
-    (moved.path / "manifest.json").write_text(json.dumps(manifest))
-    assert commands._heldout_store(trained) is None
+    (moved.path / "manifest.json").write_text(sealed(manifest))
+    assert run_data.heldout_store(trained) is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith(f"need a store of one hook: {moved.path} has a and b")
 
@@ -98,7 +97,7 @@ def test_a_store_of_several_hooks_has_no_splice_and_a_line_says_so(sae, moved, t
 def test_a_family_that_cannot_be_spliced_has_no_splice_and_a_line_says_so(moved, tmp_path, caplog):
     halves = l1.L1(d_in=12, d_sae=64, family=Family.transcoder, sites=(12, 12))
     trained = types.SimpleNamespace(source=store_source.Store(path=str(tmp_path)), sae=halves)
-    assert commands._heldout_store(trained) is None
+    assert run_data.heldout_store(trained) is None
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.endswith("need family=sae: this run is of family=transcoder")
 

@@ -34,7 +34,7 @@ BELOW_CONFIG = {
 }
 BELOW_CONFIG |= {"codes", "key_value", "sparse_coding", "tracking", "training", "whole"}
 BELOW_TOP = BELOW_CONFIG | {"agreement", "config", "run", "standing"}
-TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report"}
+TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report", "run_data"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "pages": set(),
@@ -63,7 +63,7 @@ LAYERS: dict[str, set[str]] = {
     "evals": {"kernels", "sae", "sharding", "whole"},
     "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},
     "config": BELOW_CONFIG,
-    "standing": {"checkpoint", "checkpoint_record", "config", "plain", "processes", "whole"},
+    "standing": {"activations", "checkpoint", "checkpoint_record", "config", "plain", "processes", "whole"},
     "agreement": {"config", "plain", "processes"},
     "run": BELOW_CONFIG | {"agreement", "config", "standing"},
     "ensembles": BELOW_TOP,
@@ -73,9 +73,10 @@ LAYERS: dict[str, set[str]] = {
     "manual": BELOW_TOP,
     "plan": BELOW_TOP,
     "preflight": BELOW_TOP,
+    "run_data": BELOW_TOP,
     "commands": BELOW_TOP | TOP,
     "cli": BELOW_TOP | TOP | {"pages"},
-    "__init__": BELOW_TOP | {"interop"},
+    "__init__": BELOW_TOP | {"interop", "run_data"},
     "__main__": {"cli"},
 }
 

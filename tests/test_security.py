@@ -194,10 +194,10 @@ def test_a_page_escapes_whatever_a_run_says(tmp_path):
     assert "\x1b" not in sweep.text(sweep.read_sweep(tmp_path))
 
 
-def test_the_terminal_is_told_plain_text(a_store):
+def test_the_terminal_is_told_plain_text(a_store, sealed):
     file = a_store / "manifest.json"
     manifest = json.loads(file.read_text())
-    file.write_text(json.dumps(manifest | {"hook": "\x1b[2J\nblocks"}))
+    file.write_text(sealed(manifest | {"hook": "\x1b[2J\nblocks"}))
     assert "\x1b" not in store.describe(a_store) and "\nblocks" not in store.describe(a_store)
 
 

@@ -6,17 +6,17 @@ index must agree.
 """
 
 import dataclasses
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from saejax.activations import store, store_format
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
-from saejax.activations.source import ActivationSource, register
+from saejax.activations.source import ActivationSource, differences, recorded, register
 from saejax.activations.store_source import Store, Verify
 from saejax.errors import UserError
+from saejax.paths import local
 from saejax.resume_policy import Place
 
 
@@ -34,7 +34,7 @@ class Joined(ActivationSource):
 
     def __post_init__(self):
         # Absolute, so that a run finds its data again from any working directory.
-        paths = tuple(str(pathlib.Path(path).expanduser().absolute()) for path in self.paths)
+        paths = tuple(str(local(path, "source.paths")) for path in self.paths)
         object.__setattr__(self, "paths", paths)
         if len(paths) < 2:
             raise UserError(f"source.paths = {list(paths)}: at least 2 stores are needed; source=store reads one")
@@ -68,9 +68,28 @@ class Joined(ActivationSource):
                 )
         return readers
 
+    def identity(self) -> dict[str, Any]:
+        """The identities of the stores, in order."""
+        return {"type": self.name, "stores": [one.identity() for one in self._stores()]}
+
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprints of the stores, in order."""
-        return {"type": self.name, "stores": [Store(path=path).fingerprint() for path in self.paths]}
+        stores = [one.fingerprint() for one in self._stores()]
+        return {"type": self.name, "identity": self.identity(), "stores": stores}
+
+    def differs_from(self, saved: Mapping[str, Any]) -> str | None:
+        """As of every source, for each store by itself."""
+        then, stores = recorded(saved), self._stores()
+        parts = then.get("stores")
+        if then.get("type") != self.name or not isinstance(parts, list) or len(parts) != len(stores):
+            return differences(then, {"type": self.name, "stores": [one.identity() for one in stores]})
+        for number, (part, one) in enumerate(zip(parts, stores, strict=True), start=1):
+            if found := one.differs_from(part if isinstance(part, dict) else {}):
+                return f"store {number}: {found}"
+        return None
+
+    def _stores(self) -> list[Store]:
+        return [Store(path=path, verify=self.verify) for path in self.paths]
 
     def open(
         self, *, n_lanes: int, block_rows: int, lanes: range, seed: int, prefetch: int = PREFETCH_RECORDS

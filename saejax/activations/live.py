@@ -16,7 +16,8 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -28,7 +29,7 @@ from saejax.activations import harvest, language_model, packing, special_tokens,
 from saejax.activations.harvest_config import HarvestConfig
 from saejax.activations.language_model import hooks as hooks_
 from saejax.activations.loader import digest, same_stream, shuffled_blocks
-from saejax.activations.source import ActivationSource, check_lanes, register
+from saejax.activations.source import ActivationSource, check_lanes, differences, recorded, register
 from saejax.errors import UserError
 from saejax.resume_policy import Fixed, Place
 
@@ -108,10 +109,21 @@ class Live(ActivationSource):
         config = _config(self.model)
         return tuple(hooks_.width(hooks_.parse(hook, config), config) for hook in hooks)
 
+    def identity(self) -> dict[str, Any]:
+        """The weights, the tokens of both splits, and what decides which of them have a row; loads the model."""
+        return {"type": self.name, **_model(self).identity}
+
     def fingerprint(self) -> dict[str, Any]:
-        """The settings and what the text is."""
+        """The settings and what the text is; no identity, for which the model would have to be loaded."""
         config = self.harvest()
         return {"type": self.name, **config.settings(), "text": config.text.identity()}
+
+    def differs_from(self, saved: Mapping[str, Any]) -> str | None:
+        """As of every source; of a fingerprint the settings are compared, names of files apart."""
+        if "train" in recorded(saved):
+            return super().differs_from(saved)
+        then, now = _settings(saved), _settings(self.fingerprint())
+        return differences(then, {key: value for key, value in now.items() if key in then})
 
     def open(self, *, n_lanes: int, block_rows: int, lanes: range, seed: int) -> "LiveStream":
         """Rows of the training text, its batches of sequences shuffled anew each epoch."""
@@ -283,6 +295,24 @@ class _Model:
         weights = {key: value for key, value in self.run.common["model"].items() if key != "name"}
         self.data = digest([facts, weights, surveys["train"].sha256, self.run.sink.to_json(), config.batch_sequences])
         self._rows: list[np.ndarray] = []
+        self.identity = self._identity(tokens)
+
+    def _identity(self, tokens: str) -> dict[str, Any]:
+        config, model, sink = self.run.config, self.run.common["model"], self.run.sink
+        assert sink is not None
+        known = next((key for key in ("sha256", "bytes") if isinstance(model.get(key), dict)), None)
+        weights = {known: sorted(model[known].values())} if known else {"name": pathlib.PurePath(model["name"]).name}
+        heldout = packing.survey(self._sequences).sha256
+        return {
+            "hook": config.hook,
+            "d_in": self.run.d_in,
+            "dtype": config.dtype.value,
+            "context_length": config.context_length,
+            "sink": {key: value for key, value in sink.to_json().items() if key != "median_norm"},
+            "model": {"family": model["family"], "dtype": model["dtype"], **weights},
+            "train": {"sequences": len(self.train), "sha256": tokens},
+            "heldout": {"sequences": len(self._sequences), "sha256": heldout},
+        }
 
     def goes_on_as(self, data: Any) -> bool:
         """Reads text and begins segments as earlier versions did, if `data` were made so; returns whether they were."""
@@ -321,6 +351,17 @@ class _Model:
             if len(waiting[:wanted]):
                 yield waiting[:wanted]
             given, waiting = given + len(waiting[:wanted]), waiting[wanted:]
+
+
+def _settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fingerprint says, but for where model and text lie."""
+    facts = {key: value for key, value in fingerprint.items() if key not in ("identity", "model")}
+    if isinstance(text_ := facts.get("text"), dict):
+        facts["text"] = {key: value for key, value in text_.items() if key != "path"}
+        files = (text_.get("origin") or {}).get("files") if isinstance(text_.get("origin"), dict) else None
+        if isinstance(files, list):
+            facts["text"]["origin"] = [file[-1] for file in files if isinstance(file, (list, tuple)) and file]
+    return facts
 
 
 @functools.lru_cache(maxsize=1)

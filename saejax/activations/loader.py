@@ -49,6 +49,7 @@ class Stream:
         n_rows: int | None,
         prefetch: int,
         first_rows: "Callable[[int], Stream] | None" = None,
+        older: Callable[[], str] | None = None,
         starts: Callable[[int], np.ndarray] | None = None,
     ):
         """Opens the stream.
@@ -60,12 +61,13 @@ class Stream:
             n_rows: rows of an epoch; None where the stream never repeats.
             prefetch: records to read ahead.
             first_rows: opens the same stream over that many rows only, for sources that grow.
+            older: the "data" that older versions saved for the same rows; called where a position holds another one.
             starts: record number -> place of each lane's first row among the rows of the source.
         """
         import grain  # 0.6 s to import: not before a stream is opened
 
         self.n_rows = n_rows
-        self._identity, self._first_rows = identity, first_rows
+        self._identity, self._first_rows, self._older = identity, first_rows, older
         self._make, self._starts = make, starts
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         self._iterator = iter(_record_numbers().map(make).to_iter_dataset(options))
@@ -96,12 +98,19 @@ class Stream:
         """
         saved = state["stream"] if isinstance(state["stream"], dict) else {}
         stream = self._of_rows(saved.get("rows")) if saved.get("block_rows") == self._identity["block_rows"] else self
-        same_stream(state, stream._identity)
+        same_stream(state, stream._as_saved(saved))
         if stream is not self:
             log.info("continuing on the first %d of now %d rows", stream.n_rows, self.n_rows)
         self.n_rows, self._identity, self._iterator = stream.n_rows, stream._identity, stream._iterator
-        self._make, self._starts = stream._make, stream._starts
+        self._make, self._starts, self._older = stream._make, stream._starts, stream._older
         self._iterator.set_state({"next_index": int(state["position"])})
+
+    def _as_saved(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The identity; as an older version formed it, where the position is of that form and the rows are the same."""
+        if self._older is None or saved.get("data") in (None, self._identity["data"]):
+            return self._identity
+        older = self._identity | {"data": self._older()}
+        return older if saved["data"] == older["data"] else self._identity
 
     def _of_rows(self, n_rows: int | None) -> "Stream":
         """This stream, or the one over its first `n_rows` rows where those are fewer."""
@@ -149,22 +158,26 @@ def open_rows(
     rows: Rows,
     *,
     identity: Callable[[int], str],
+    older: Callable[[int], str] | None = None,
     n_lanes: int,
     block_rows: int,
     lanes: range,
     seed: int,
     prefetch: int = PREFETCH_RECORDS,
+    hint: str = "",
 ) -> Stream:
     """Stream over rows on disk: blocks of `block_rows` contiguous rows, shuffled anew each epoch.
 
     Args:
         rows: [n, d_in], sliced only while records are made. A tail shorter than a block is never read.
         identity: n -> hash of what the first n rows are, wherever they lie; a resumed run checks it.
+        older: the same as older versions made it, which their positions hold.
         n_lanes: lanes of the whole run.
         block_rows: rows per lane and step.
         lanes: the lanes to read.
         seed: order of the blocks.
         prefetch: records to read ahead; `get_state` is that of the last record handed out in any case.
+        hint: what else to say where the rows are too few.
 
     Raises:
         UserError: fewer rows than one step takes.
@@ -175,7 +188,7 @@ def open_rows(
     if n_blocks < n_lanes:
         raise UserError(
             f"{n} training rows: a step takes {n_lanes * block_rows} ({n_lanes} lanes x {block_rows} rows); "
-            "give more data or lower the batch"
+            f"give more data or lower the batch{hint}"
         )
     if tail:
         log.info("the last %d of %d rows are shorter than a block of %d and stay unread", tail, n, block_rows)
@@ -193,7 +206,9 @@ def open_rows(
 
         facts = {"rows": n_rows, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": identity(n_rows)}
         starts = functools.partial(_starts, order, block_rows)
-        return Stream(make, identity=facts, n_rows=n_rows, prefetch=prefetch, first_rows=open_first, starts=starts)
+        then = None if older is None else functools.partial(older, n_rows)
+        at_most: Any = {"first_rows": open_first, "older": then, "starts": starts}
+        return Stream(make, identity=facts, n_rows=n_rows, prefetch=prefetch, **at_most)
 
     return open_first(n_blocks * block_rows)
 

@@ -11,11 +11,12 @@ seed), any mesh and any number of processes see the same batches.
 
 import abc
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from saejax import plain
 from saejax.errors import UserError
 
 
@@ -60,8 +61,31 @@ class ActivationSource(abc.ABC):
         return (self.d_in,)
 
     @abc.abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Which data these are, for training and held out, JSON-able: equal if and only if the data are.
+
+        Holds no path, costs seconds at most, and begins with `type`; `differences` names its keys as they stand. A
+        source whose data may grow tells by `differs_from` whether what is there now begins with what was there then.
+        """
+
+    @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Identity of the data for the run's record, JSON-able; other data, other fingerprint."""
+        """What people want to know of the data beside the results, JSON-able; holds the `identity` under that key."""
+
+    def differs_from(self, saved: Mapping[str, Any]) -> str | None:
+        """Says in one phrase what the data differ in from those that a run had; None where they are the same.
+
+        Args:
+            saved: an `identity`, or a `fingerprint`, as it was recorded; by older versions too.
+        """
+        return differences(recorded(saved), self.identity())
+
+    def place(self) -> str:
+        """Where the data lie, for messages: the key and its value, or the type of data that lie nowhere."""
+        keys = [key for key in ("path", "paths", "model") if hasattr(self, key)]
+        values = {key: getattr(self, key) for key in keys}
+        said = [v if isinstance(v, str) else ", ".join(v) for v in values.values()]
+        return f"source.{keys[0]} = {said[0]}" if keys else f"source = {self.name}"
 
     def skipped(self) -> dict[str, list[str]]:
         """Parts of the data that are damaged and left out, for the run's record; nothing for most sources."""
@@ -84,6 +108,73 @@ class ActivationSource(abc.ABC):
     @abc.abstractmethod
     def heldout(self, batch: int, max_rows: int | None = None) -> Iterator[np.ndarray]:
         """Yield rows [<= batch, d_in] that training never sees: finite, and the same on every call."""
+
+
+def recorded(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The identity in a fingerprint; what holds none is one."""
+    inner = saved.get("identity")
+    return inner if isinstance(inner, dict) else saved
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Says in one phrase what two identities differ in: all that has a name, or else that checksums do.
+
+    Args:
+        saved: of the data that a run had.
+        now: of the data that are there.
+
+    Returns:
+        None where they are equal.
+
+    Example:
+        >>> differences({"type": "store", "hook": "a", "sha256": "12"}, {"type": "store", "hook": "b", "sha256": "34"})
+        'hook was a and is b'
+        >>> differences({"train": {"rows": 8, "sha256": "12"}}, {"train": {"rows": 8, "sha256": "34"}})
+        'the checksums of train differ'
+    """
+    before, after = _flat(saved), _flat(now)
+    if before.get("type") != after.get("type"):
+        return f"type was {_said(before.get('type'))} and is {_said(after.get('type'))}"
+    wrong = [key for key in {**after, **before} if before.get(key) != after.get(key)]
+    named = [key for key in wrong if not _is_checksum(key)]
+    if named:
+        more = f" (and {len(named) - _NAMED} more)" if len(named) > _NAMED else ""
+        return (
+            ", ".join(f"{_of(k)} was {_said(before.get(k))} and is {_said(after.get(k))}" for k in named[:_NAMED])
+            + more
+        )
+    parts = dict.fromkeys(_of(key.partition("sha256")[0].rstrip(".")) for key in wrong)
+    return f"the checksums{' of ' if any(parts) else ''}{', '.join(filter(None, parts))} differ" if wrong else None
+
+
+_NAMED = 4
+"""Keys that `differences` names at most."""
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping, keys joined by dots."""
+    if isinstance(tree, Mapping):
+        items: Any = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    flat = {} if items or not prefix else {prefix: tree}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _is_checksum(key: str) -> bool:
+    return "sha256" in key
+
+
+def _of(key: str) -> str:
+    return key.replace(".", " ")
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else plain.one_line(value)[:80]
 
 
 _Source = TypeVar("_Source", bound=type[ActivationSource])

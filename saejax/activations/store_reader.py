@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Shaped
@@ -125,6 +125,18 @@ class Reader:
         facts = {"rows": n_rows, "dtype": self.manifest["dtype"], "d_in": self.d_in, "shards": shards}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def identity(self, n_rows: int | None = None) -> dict[str, Any]:
+        """Which data these are: rows, and a hash of the checksums of all files of their shards; nothing is read.
+
+        Args:
+          n_rows: of the first shards only, those that held so many rows when it was asked before; None for all.
+        """
+        last = len(self._shards) if n_rows is None else bisect.bisect_left(self._ends, n_rows) + 1
+        shards = [[shard["rows"], sorted(shard["sha256"].items())] for shard in self._shards[:last]]
+        facts = {"dtype": self.manifest["dtype"], "d_in": self.d_in, "shards": shards}
+        rows = sum(shard["rows"] for shard in self._shards[:last])
+        return {"rows": rows, "sha256": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
+
     def shards(self) -> list[tuple[str, int, int]]:
         """Name, first row and end of the rows of every shard, in order."""
         return [
@@ -210,7 +222,7 @@ class Reader:
             dtype, shape = store_format.shard_shapes(self._shards[number], self.manifest)[suffix]
             mapped = _open_map(file, dtype, shape)
             if self._verify:
-                _check(file, mapped, self._shards[number].get("sha256", {}).get(file.name))
+                _check(file, mapped, self._shards[number]["sha256"][file.name])
             self._maps[file.name] = mapped
             if len(self._maps) > _OPEN_MAPS:
                 self._maps.popitem(last=False)
@@ -251,14 +263,12 @@ def _open_map(file: pathlib.Path, dtype: np.dtype, shape: tuple[int, ...]) -> np
     return np.memmap(file, mode="r", dtype=np.uint8).view(np.ndarray).view(dtype).reshape(shape)
 
 
-def _check(file: pathlib.Path, mapped: np.ndarray, sha256: str | None) -> None:
+def _check(file: pathlib.Path, mapped: np.ndarray, sha256: str) -> None:
     """Refuses a file that is not what its record says; one that was compared already is not read again."""
     stat = file.stat()
-    key = (str(file.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, str(sha256))
+    key = (str(file.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns, sha256)
     if key in _SOUND:
         return
-    if sha256 is None:
-        raise UserError(f"{file}: the manifest holds no checksum of it, so it cannot be told whether it is sound")
     if hashlib.sha256(mapped.reshape(-1).view(np.uint8).data).hexdigest() != sha256:
         raise UserError(f"{file}: the checksum is not that of the harvest: {_REMEDY}")
     _SOUND.add(key)

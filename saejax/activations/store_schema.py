@@ -40,6 +40,10 @@ def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_text, value.values()))
 
 
+def _checksum(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
 def _documents(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, list) and all(map(_count, row)) for row in value)
 
@@ -86,6 +90,8 @@ _MANIFEST_MAY: dict[str, Check] = {
     "tokenizer": _mapping,
     "n_sequences": _count,
     "n_tokens": _count,
+    "sealed": lambda value: value is True,
+    "sha256": _checksum,
 }
 _RECORD: dict[str, Check] = {
     "name": _text,
@@ -95,14 +101,21 @@ _RECORD: dict[str, Check] = {
     "masked": _counts,
     "sha256": _texts,
 }
+_RECORD_MAY: dict[str, Check] = {"segment_documents": _documents, "json_sha256": _checksum}
 
 
 def check_manifest(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses a manifest that lacks a field, or in which one cannot be what it is.
+    """Refuses a manifest that lacks a field, in which one cannot be what it is, or that is not as it was written.
+
+    The `fingerprint` holds for all that the store is made of, from the first moment on; the `sha256` of a complete
+    manifest for the table of shards too. Complete manifests of the first stores have none, and no checksum of the
+    shards' records either: those are then read and compared.
 
     Raises:
       UserError: naming the file and the field.
     """
+    if manifest.get("sha256", store_format.checksum(dict(manifest))) != store_format.checksum(dict(manifest)):
+        raise UserError(f"{file} is damaged: its checksum is not that of the harvest")
     _check(file, manifest, _MANIFEST, _MANIFEST_MAY)
     widths = [site["d_in"] for site in store_format.sites(dict(manifest))]
     if sum(widths) != manifest["d_in"]:
@@ -112,6 +125,23 @@ def check_manifest(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
             check_record(file, record, number)
         if len(manifest["shards"]) != manifest["n_shards"]:
             raise UserError(f"{file}: n_shards must be {len(manifest['shards'])}, got {manifest['n_shards']}")
+    if manifest["fingerprint"] != store_format.fingerprint(dict(manifest)):
+        raise UserError(f"{file} is damaged: its fingerprint is not that of what it says, such as hook, dtype and d_in")
+    if manifest["complete"] and "sha256" not in manifest:
+        _check_unsealed(file, manifest)
+
+
+def _check_unsealed(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses a complete manifest without a checksum of its own where the format says that it has one."""
+    later = any("json_sha256" in record for record in manifest["shards"])
+    if manifest.get("sealed") or later:
+        raise UserError(f"{file} is damaged: it lacks sha256, so that nothing tells whether it is as it was written")
+    for number, listed in enumerate(manifest["shards"]):
+        record = read_record(file.parent, number)
+        differing = [key for key in listed if listed[key] != record.get(key)]
+        if differing:
+            key = differing[0]
+            raise UserError(f"{file} is damaged: {key} of {listed['name']} is not that of its own record")
 
 
 def check_record(file: pathlib.Path, record: Mapping[str, Any], number: int) -> None:
@@ -121,9 +151,12 @@ def check_record(file: pathlib.Path, record: Mapping[str, Any], number: int) -> 
       UserError: naming the file and the field.
     """
     name = store_format.shard_name(number)
-    _check(file, record, _RECORD, {"segment_documents": _documents}, f"{name} ")
+    _check(file, record, _RECORD, _RECORD_MAY, f"{name} ")
     if record["name"] != name:
         raise UserError(f"{file}: name must be {name}, got {plain.one_line(record['name'])}")
+    for suffix in store_format.DATA_SUFFIXES:
+        if not _checksum(record["sha256"].get(name + suffix)):
+            raise UserError(f"{file} is damaged: it lacks the sha256 of {name}{suffix}")
 
 
 def read_record(path: pathlib.Path, number: int) -> dict[str, Any]:

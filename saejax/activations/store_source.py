@@ -10,14 +10,15 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
+from saejax import paths
 from saejax.activations import store
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
-from saejax.activations.source import ActivationSource, register
+from saejax.activations.source import ActivationSource, differences, recorded, register
 from saejax.errors import UserError
 from saejax.resume_policy import Place
 
@@ -50,7 +51,7 @@ class Store(ActivationSource):
 
     def __post_init__(self):
         # Absolute, so that a run finds its data again from any working directory.
-        object.__setattr__(self, "path", str(pathlib.Path(self.path).expanduser().absolute()))
+        object.__setattr__(self, "path", str(paths.local(self.path, "source.path")))
         if self.skip_damaged and self.verify is Verify.never:
             raise UserError("source.skip_damaged=true needs source.verify=first_use or start, got never")
 
@@ -93,13 +94,50 @@ class Store(ActivationSource):
             log.warning("left out, with its rows: %s of %s (%s)", name, reader.path, why)
         return StoreRows(reader, list(damaged))
 
+    def identity(self) -> dict[str, Any]:
+        """Where the rows were read, and of each split a hash of the checksums of its shards."""
+        readers = {split: self.reader(split) for split in ("train", "heldout")}
+        train = readers["train"]
+        facts = {"type": self.name, "hook": ",".join(train.hooks), "d_in": train.d_in, "dtype": train.dtype.name}
+        return facts | {split: reader.identity() for split, reader in readers.items()}
+
+    def differs_from(self, saved: Mapping[str, Any]) -> str | None:
+        """As of every source; a store that has grown is the same as far as it was there then."""
+        then, now = recorded(saved), self.identity()
+        if "sha256_of_manifests" in then:
+            return self._differs_from_older(then)
+        for split in ("train", "heldout"):
+            before, after = then.get(split), now[split]
+            rows = before.get("rows") if isinstance(before, dict) else None
+            if isinstance(rows, int) and 0 <= rows < after["rows"]:
+                now[split] = self.reader(split).identity(rows)
+                if now[split] == before:
+                    log.info("%s/%s has grown from %d to %d rows", self.path, split, rows, after["rows"])
+                elif now[split]["rows"] != rows:
+                    now[split] = after  # it was cut elsewhere: other data
+        return differences(then, now)
+
+    def _differs_from_older(self, then: Mapping[str, Any]) -> str | None:
+        """Older versions recorded a hash of the manifests, and those change while a store grows."""
+        now = self.fingerprint()
+        keys = ["type", "hook", "model", "dtype", "d_in", "sites"]
+        keys += ["complete", "rows", "sha256_of_manifests"] if then.get("complete") else []
+        before, after = ({key: facts[key] for key in keys if key in facts} for facts in (then, now))
+        for facts in (before, after):  # weights are what they are under any name
+            model = facts.get("model")
+            facts["model"] = (
+                {k: model[k] for k in model if k not in ("name", "file")} if isinstance(model, dict) else {}
+            )
+        return differences(before, after)
+
     def fingerprint(self) -> dict[str, Any]:
-        """What was harvested, and a hash over the manifests, which hold a checksum of every shard."""
+        """What was harvested and where it lies, the identity, and a hash over the manifests."""
         manifests = {split: self.reader(split).manifest for split in ("train", "heldout")}
         digest = hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
         keys = ("hook", "model", "dtype", "d_in", "sites", "complete", "rows")
         described = {key: manifests["train"][key] for key in keys if key in manifests["train"]}
-        return {"type": self.name, "path": self.path, "sha256_of_manifests": digest, **described}
+        named = {"type": self.name, "path": self.path, "identity": self.identity()}
+        return named | {"sha256_of_manifests": digest, **described}
 
     def open(
         self, *, n_lanes: int, block_rows: int, lanes: range, seed: int, prefetch: int = PREFETCH_RECORDS

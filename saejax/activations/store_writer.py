@@ -68,7 +68,8 @@ class Writer:
                 raise
 
     def _open_manifest(self, facts: dict, alone: bool) -> dict:
-        wanted = {"format": store_format.FORMAT, "format_version": store_format.FORMAT_VERSION, **facts}
+        # `sealed` is part of what the fingerprint is of: a manifest that says so has a checksum once it is complete.
+        wanted = {"format": store_format.FORMAT, "format_version": store_format.FORMAT_VERSION, "sealed": True, **facts}
         wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they will read back
         wanted["fingerprint"] = store_format.fingerprint(wanted)
         begun = {**wanted, "complete": False, "rows": 0, "shards": []}
@@ -76,7 +77,7 @@ class Writer:
         store_format.write_json(file, begun, keep_existing=True)
         manifest = store_format.read_manifest(self.path)
         try:
-            check_same(wanted, manifest, self.path)
+            check_same({key: value for key, value in wanted.items() if key != "sealed"}, manifest, self.path)
         except UserError:
             # Nothing is lost by changing one's mind before the first shard.
             if store_format.published(self.path) or not alone:

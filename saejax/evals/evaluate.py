@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from saejax import sharding
 from saejax.errors import UserError
-from saejax.evals import metric, reconstruction, recovery, shrinkage, site_error, sparsity
+from saejax.evals import finite, metric, reconstruction, recovery, shrinkage, site_error, sparsity
 from saejax.evals.result import EvalResult, write_json
 from saejax.sae import base
 
@@ -106,11 +106,10 @@ class Evaluator:
         """Cuts blocks of any size into float32 batches [batch_rows, d_row] with their weights; order is kept."""
         n_data = 1 if self.mesh is None else self.mesh.shape[sharding.DATA]
         width, filled, x = self.sparsifier.d_row, 0, np.zeros((0, self.sparsifier.d_row), np.float32)
-        name = "d_in" if width == self.sparsifier.d_in else "d_row"
         for block in blocks:
             block = np.asarray(block)
             if block.ndim < 1 or block.shape[-1] != width:
-                raise UserError(f"activations must be [rows, {name}={width}] for this SAE, got {list(block.shape)}")
+                raise UserError(_of_another_width(self.sparsifier, block))
             block = block.reshape(-1, width)
             if not len(x):
                 size = -(-(batch_rows or len(block)) // n_data) * n_data
@@ -284,19 +283,35 @@ def evaluate(
       A dict of numbers by flat key; `.arrays`, `.definitions` and `.data` hold the rest.
 
     Raises:
-      UserError: no rows, or rows of another width.
+      UserError: no rows, rows of another width, or an array or block that is not of finite numbers.
     """
     if hasattr(activations, "heldout"):
         blocks = activations.heldout(batch_rows, max_rows)
     elif hasattr(activations, "ndim"):
-        rows = activations.reshape(-1, activations.shape[-1])
-        blocks = (np.asarray(rows[i : i + batch_rows]) for i in range(0, len(rows), batch_rows))
+        blocks = finite.blocks(_in_batches(activations, sae.config, batch_rows))
+    elif isinstance(activations, (str, bytes, dict)) or not hasattr(activations, "__iter__"):
+        raise UserError(f"activations must be an array, a source or blocks of rows, got {type(activations).__name__}")
     else:
-        blocks = iter(activations)
+        blocks = finite.blocks(activations)
     result = evaluate_rows(sae, _first_rows(blocks, max_rows), metrics, mesh=mesh, batch_rows=batch_rows)
     if hasattr(activations, "features"):
         result = result.joined(recovered(sae, activations.features()))
     return result
+
+
+def _of_another_width(sparsifier: base.Sparsifier, rows: Any) -> str:
+    width, shape = sparsifier.d_row, list(rows.shape)
+    name = "d_in" if width == sparsifier.d_in else "d_row"
+    hint = "; is the array transposed?" if shape == [width, *shape[1:2]] else ""
+    return f"activations must be [rows, {name}={width}] for this SAE, got {shape}{hint}"
+
+
+def _in_batches(rows: Any, sparsifier: base.Sparsifier, batch_rows: int) -> Iterator[Any]:
+    """The rows of an array [..., d_row]."""
+    if rows.ndim < 1 or rows.shape[-1] != sparsifier.d_row:
+        raise UserError(_of_another_width(sparsifier, rows))
+    rows = rows.reshape(-1, sparsifier.d_row)
+    return (rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows))
 
 
 def recovered(sae: Any, features: Float[np.ndarray, "n_features d_row"]) -> EvalResult:

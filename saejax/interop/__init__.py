@@ -136,7 +136,11 @@ def load(path: str | os.PathLike, format: str | None = None) -> SAE:
     return SAE(config, sae.params, sae.provenance | {"format": format})
 
 
-def self_check(sae: SAE, activations: Any, max_rows: int | None = 65_536) -> dict[str, float]:
+CHECKED_ROWS = 65_536
+"""Rows that `self_check` looks at, unless it is told otherwise."""
+
+
+def self_check(sae: SAE, activations: Any, max_rows: int | None = CHECKED_ROWS) -> dict[str, float]:
     """Measures an imported SAE on activations that it was made for.
 
     An fvu near 0 and an L0 near what its source says mean that hook, scale and biases are right; an fvu near or

@@ -68,6 +68,8 @@ def read(path: str | Path) -> Run:
     for part in [key for key, value in evaluation.items() if not isinstance(value, dict)]:
         problems.append(f"eval.json: {plain.one_line(part)} is no mapping")
         del evaluation[part]
+    if other := evaluation.get("data", {}).get("other_data"):
+        problems.append(f"eval.json: measured on other data than the run was trained on ({plain.one_line(other)})")
     return Run(
         path=path,
         config=_read_mapping(path / "config.yaml", plain.read_yaml, problems),

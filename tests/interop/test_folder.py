@@ -85,7 +85,7 @@ def test_rows_that_are_no_array_are_one_line(data, trained, tmp_path, capsys):
     source = interop.export(trained("topk"), tmp_path / "sae")
     (tmp_path / "rows.npy").write_bytes(data)
     assert cli.main(["evaluate", f"run={source}", f"activations={tmp_path / 'rows.npy'}"]) == 2
-    assert "must be a .npy file of rows" in capsys.readouterr().err
+    assert "rows.npy: not a readable .npy file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows", [np.ones(6, np.float32), np.array([["a"]]), np.ones((4, 5), np.float32)])
@@ -93,7 +93,7 @@ def test_rows_of_another_kind_are_one_line(rows, trained, tmp_path, capsys):
     source = interop.export(trained("topk"), tmp_path / "sae")
     np.save(tmp_path / "rows.npy", rows)
     assert cli.main(["evaluate", f"run={source}", f"activations={tmp_path / 'rows.npy'}"]) == 2
-    assert re.search(r"saejax evaluate: activations.* must be .*, got .*\n$", capsys.readouterr().err)
+    assert re.search(r"saejax evaluate: activations = .*rows.npy: .* needed.*\n$", capsys.readouterr().err)
 
 
 def test_a_folder_on_the_way_makes_no_transcoder(tmp_path):

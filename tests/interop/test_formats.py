@@ -80,5 +80,5 @@ def test_one_format_into_another_from_the_command_line(trained, rows, tmp_path):
     )
     assert "rows.npy: l0 4, fvu" in commands.export(to)
     assert interop.recognise(tmp_path / "b") == "dictionary_learning"
-    with pytest.raises(UserError, match="must be a .npy file of rows"):
+    with pytest.raises(UserError, match="activations = .*cfg.json: .npy or .safetensors is needed"):
         commands.export(dataclasses.replace(to, activations=str(tmp_path / "a" / "cfg.json")))

@@ -38,7 +38,6 @@ def spoiled(tmp_path):
     bad = int(stream.starts(12)[5]) + 3
     data[bad, 2] = np.nan
     np.save(source, data)
-    config.arrays._open_table.cache_clear()  # within a process files are mapped once
     return source, bad
 
 
@@ -124,7 +123,6 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
         for start in stream.starts(record):
             data[start : start + BATCH // 8] = np.inf
     np.save(source, data)
-    config.arrays._open_table.cache_clear()
     with pytest.raises(UserError, match="is nan at step .*train.max_skipped_steps=3 were left out in a row"):
         runs.train(tmp_path / "run", cfg)
     assert not runs.checkpoint.steps(tmp_path / "run")
@@ -151,7 +149,6 @@ def test_data_that_cannot_be_read_cost_no_step(tmp_path):
     stream = cfg.source.open(n_lanes=8, block_rows=BATCH // 8, lanes=range(8), seed=0)
     data[int(stream.starts(14)[0])] = np.nan
     np.save(source, data)
-    config.arrays._open_table.cache_clear()
     with pytest.raises(UserError, match="rows.npy: row .* holds NaN"):
         runs.train(tmp_path / "run", cfg)
     (saved,) = runs.checkpoint.steps(tmp_path / "run")

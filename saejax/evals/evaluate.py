@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from saejax import sharding
+from saejax import sharding, signals
 from saejax.errors import UserError
 from saejax.evals import finite, metric, reconstruction, recovery, shrinkage, site_error, sparsity
 from saejax.evals.result import EvalResult, write_json
@@ -92,6 +92,7 @@ class Evaluator:
         scale = np.float32(1.0) if scale is None else scale
         states, pending, merged, rows, size = None, None, None, 0, 0
         for index, (x, weight) in enumerate(self._padded(batches, batch_rows)):
+            signals.check()  # where all processes of an evaluation stop alike
             rows, size = rows + int(weight.sum()), len(weight)
             if index % _CHUNK_BATCHES == 0:
                 merged, pending, states = self._take(merged, pending), states, self.init()

@@ -280,6 +280,7 @@ class _Model:
         config.text.count(whole=None in (config.n_tokens, config.heldout_tokens))
         self._source, self._backend = source, harvest.load(config)
         self._read(config, begun=None)
+        self.identity = self._identity()  # as it is read today, also where a run goes on as it began
 
     def _read(self, config: HarvestConfig, begun: dict[str, Any] | None) -> None:
         """Packs the text and measures the sinks; `begun` as `harvest.Run` takes it."""
@@ -294,15 +295,14 @@ class _Model:
         facts["special_token_policy"] = special_tokens.tokens_of(facts["special_token_policy"])
         weights = {key: value for key, value in self.run.common["model"].items() if key != "name"}
         self.data = digest([facts, weights, surveys["train"].sha256, self.run.sink.to_json(), config.batch_sequences])
+        self._surveys = surveys
         self._rows: list[np.ndarray] = []
-        self.identity = self._identity(tokens)
 
-    def _identity(self, tokens: str) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         config, model, sink = self.run.config, self.run.common["model"], self.run.sink
         assert sink is not None
         known = next((key for key in ("sha256", "bytes") if isinstance(model.get(key), dict)), None)
         weights = {known: sorted(model[known].values())} if known else {"name": pathlib.PurePath(model["name"]).name}
-        heldout = packing.survey(self._sequences).sha256
         return {
             "hook": config.hook,
             "d_in": self.run.d_in,
@@ -310,8 +310,7 @@ class _Model:
             "context_length": config.context_length,
             "sink": {key: value for key, value in sink.to_json().items() if key != "median_norm"},
             "model": {"family": model["family"], "dtype": model["dtype"], **weights},
-            "train": {"sequences": len(self.train), "sha256": tokens},
-            "heldout": {"sequences": len(self._sequences), "sha256": heldout},
+            **{split: {"sequences": s.n_sequences, "sha256": s.sha256} for split, s in self._surveys.items()},
         }
 
     def goes_on_as(self, data: Any) -> bool:

@@ -148,8 +148,9 @@ def register(name: str, root: type) -> None:
     OmegaConf.register_new_resolver("source_d_in", _source_d_in, replace=True)
     OmegaConf.register_new_resolver("source_sites", _source_sites, replace=True)
     # What presets compute: ${times:8,${sae.d_in}}, ${over:1,${sae.k}}, ${smaller:512,${sae.d_sae}}, ${steps:0.05}.
-    OmegaConf.register_new_resolver("times", lambda *factors: round(math.prod(factors)), replace=True)
-    OmegaConf.register_new_resolver("over", lambda above, below: above / below, replace=True)
+    # Of 0 and less they make something harmless: whose 0 that is, the field itself says.
+    OmegaConf.register_new_resolver("times", lambda *factors: max(round(math.prod(factors)), 1), replace=True)
+    OmegaConf.register_new_resolver("over", lambda above, below: above / below if below else 0.0, replace=True)
     OmegaConf.register_new_resolver("smaller", min, replace=True)
     OmegaConf.register_new_resolver("steps", _steps, replace=True)
 
@@ -196,7 +197,7 @@ def _source_d_in(*, _root_: DictConfig) -> int:
 
 def _steps(share: float, *, _root_: DictConfig) -> int:
     """A share of the steps of the run, so that a shorter run keeps the shape of its schedules."""
-    return round(share * (_root_.train.n_tokens // _root_.train.batch))
+    return round(share * (_root_.train.n_tokens // (_root_.train.batch or 1)))
 
 
 def load(name: str, root: type, overrides: list[str]) -> Any:

@@ -68,9 +68,13 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         numeric.check(self, "mesh.")
-        for name, value in (("data", self.data), ("latent", self.latent), ("ensemble", self.ensemble)):
+        for name in ("data", "latent", "ensemble", "num_processes"):
+            value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"mesh.{name} must be at least 1, got {value}")
+        if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or numeric.LARGEST):
+            below = "" if self.num_processes is None else f"={self.num_processes}"
+            raise UserError(f"mesh.process_id must be in [0, mesh.num_processes{below}), got {self.process_id}")
         for name, least in (("timeout_seconds", 1), ("dead_after_seconds", 10)):
             if getattr(self, name) < least:
                 raise UserError(f"mesh.{name} must be at least {least}, got {getattr(self, name)}")

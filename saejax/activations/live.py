@@ -82,7 +82,11 @@ class Live(ActivationSource):
 
     def __post_init__(self):
         numeric.check(self, "source.")
-        self.harvest()  # refuses what a harvest would; opens no file
+        try:
+            self.harvest()  # refuses what a harvest would; opens no file
+        except UserError as error:
+            key = "" if str(error).startswith("source.") else "source."
+            raise UserError(f"{key}{error}") from error
 
     def harvest(self) -> HarvestConfig:
         """The settings of the harvest that would write these rows."""

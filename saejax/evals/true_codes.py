@@ -22,6 +22,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Int
 
+from saejax import numeric
 from saejax.errors import UserError
 from saejax.evals import matching, metric
 
@@ -64,6 +65,7 @@ def split_rows(ids: Int[np.ndarray, "n"], *, match_share: float = 0.5, seed: int
     """
     if not 0 < match_share < 1:
         raise UserError(f"match_share must lie between 0 and 1, got {match_share}")
+    numeric.seed(seed)
     with np.errstate(over="ignore"):  # splitmix64
         z = np.asarray(ids).astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -126,8 +126,7 @@ def learn(
     knobs = _Knobs(l1_coef, n_iterations, decay, patience, twin_cos)
     dictionary, history = _run(method, nonneg, jnp.asarray(rows), jnp.asarray(start), order, knobs)
     if not all(bool(jnp.isfinite(found).all()) for found in (dictionary, *history.values())):
-        size = float(np.abs(rows).max())
-        raise UserError(f"y must be of a size that can be squared in float32, got entries up to {size:.3g}: scale it")
+        raise _too_large(rows)
     return Learned(dictionary=dictionary, history={name: np.asarray(value) for name, value in history.items()})
 
 
@@ -150,7 +149,14 @@ def _signals(y: Float[Array, "rows d"]) -> np.ndarray:
         raise UserError(f"y must be a non-empty matrix [rows, d], got shape {rows.shape}")
     if not np.isfinite(rows).all():
         raise UserError(f"y must be finite, got {int((~np.isfinite(rows)).sum())} entries that are NaN or infinite")
+    if float(np.abs(rows).max()) ** 2 * rows.shape[1] > numeric.LARGEST_FLOAT:
+        raise _too_large(rows)
     return rows
+
+
+def _too_large(rows: np.ndarray) -> UserError:
+    size = float(np.abs(rows).max())
+    return UserError(f"y must be of a size that can be squared in float32, got entries up to {size:.3g}: scale it")
 
 
 def _start(rows: np.ndarray, n_atoms: int, initial: Array | None, rng: np.random.Generator) -> np.ndarray:

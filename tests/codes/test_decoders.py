@@ -133,6 +133,18 @@ def test_top_k_breaks_ties_by_index():
         (lambda: decode(jnp.full((1, 4), jnp.nan), jnp.eye(4), 1, "top_k"), "x must be finite"),
         (lambda: decode(jnp.ones((1, 4)), 2 * jnp.eye(4), 1, "map"), "dictionary must have rows of norm 1"),
         (lambda: decode(jnp.ones((1, 4)), jnp.zeros((4, 4)), 1, "map_full"), "dictionary must have no row of zeros"),
+        (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), 1, "map_full"), "covariance with eigenvalues"),
+        (
+            lambda: decode(jnp.ones((1, 4)), jnp.eye(4)[jnp.array([0, 1, 2, 3, 0, 1])], 2, "map_full"),
+            "covariance with eigenvalues",
+        ),
+        (lambda: decode(jnp.ones((1, 4)), jnp.eye(4)[:1], 1, "map_full"), "covariance with eigenvalues"),
+        (lambda: decode(jnp.ones((1, 4)), jnp.ones((8, 4)) / 2, 2, "map_full"), "covariance with eigenvalues"),
+        (
+            lambda: decoders.matched_filter(jnp.ones((1, 2)), jnp.eye(2), jnp.zeros((2, 2))),
+            "covariance with eigenvalues",
+        ),
+        (lambda: decoders.matched_filter(jnp.ones((1, 2)), jnp.eye(2), jnp.full((2, 2), jnp.nan)), "covariance with"),
         (lambda: Decoder(method="threshold", threshold=math.nan), "threshold = nan"),
         (lambda: decode(jnp.ones((1, 4)), jnp.eye(4), 1, "magic"), "method = 'magic'"),
         (lambda: Decoder(method="threshold"), "threshold = None"),

@@ -74,6 +74,7 @@ def test_implicit_signs_are_balanced_and_independent():
         (lambda: dictionaries.minimise_interference(jax.random.key(0), 3, 2, steps=0), "steps = 0"),
         (lambda: dictionaries.Implicit(n_atoms=2**31, d=2), "n_atoms = 2147483648"),
         (lambda: dictionaries.Implicit(n_atoms=2, d=2, seed=-1), "seed must be at least 0, got -1"),
+        (lambda: dictionaries.Implicit(n_atoms=2, d=2, seed=2**32), "seed must be at most 4294967295"),
     ],
 )
 def test_bad_sizes_are_named(make, named):

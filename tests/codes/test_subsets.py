@@ -48,7 +48,10 @@ def test_indicator_has_k_ones_at_the_subset():
     np.testing.assert_array_equal([np.flatnonzero(row) for row in code], np.asarray(rows))
 
 
-@pytest.mark.parametrize("sizes, named", [((5, 6, 1), "k = 6"), ((0, 1, 1), "n_atoms = 0"), ((5, 2, 0), "b = 0")])
+@pytest.mark.parametrize(
+    "sizes, named",
+    [((5, 6, 1), "k = 6"), ((0, 1, 1), "n_atoms = 0"), ((5, 2, 0), "b = 0"), ((2**31, 2, 1), "n_atoms = 2147483648")],
+)
 def test_bad_sizes_are_named(sizes, named):
     with pytest.raises(UserError, match=named):
         subsets.sample(jax.random.key(0), *sizes)

@@ -1,5 +1,7 @@
 """Success curves: streaming equals brute force, devices and blocks change nothing, published dimensions come out."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,12 @@ def test_a_codeword_in_noise():
         (lambda: success.one_step(10, 2, [5], n_supports=0), "n_supports = 0"),
         (lambda: success.one_step(10, 2, [5], mesh=mesh_of(2, "rows")), "mesh = "),
         (lambda: success.curve("magic", 10, 2, [5]), "method = 'magic'"),
+        (lambda: success.one_step(2**31, 2, [5]), "n_atoms = 2147483648"),
+        *(
+            (lambda seed=seed: success.one_step(10, 2, [5], seed=seed), "seed must be")
+            for seed in (-1, 2**32, math.nan)
+        ),
+        *((lambda seed=seed: success.curve("map", 10, 2, [5], seed=seed), "seed must be") for seed in (-1, 2**32)),
         (lambda: awgn.success(jax.random.key(0), 4, 4, -1.0, 4), "noise = -1.0"),
     ],
 )

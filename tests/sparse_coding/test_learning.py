@@ -158,6 +158,16 @@ GOOD = {"y": np.eye(6, 4) + 1, "n_atoms": 3, "l1_coef": 0.1}
         ({"twin_cos": 0.0}, "twin_cos must lie in"),
         ({"initial": np.ones((2, 4))}, r"initial must have shape \(3, 4\), got \(2, 4\)"),
         ({"initial": np.zeros((3, 4))}, "initial must have finite rows"),
+        ({"y": np.full((6, 4), 1e25)}, "y must be of a size that can be squared in float32, got entries up to 1e[+]25"),
+        *(({"l1_coef": bad}, "l1_coef must be") for bad in (np.nan, np.inf, "x", True)),
+        *(({"decay": bad}, "decay must be") for bad in (np.nan, np.inf, "x")),
+        *(({"twin_cos": bad}, "twin_cos must") for bad in (np.nan, np.inf, "x")),
+        *(
+            ({name: bad}, f"{name} must be")
+            for name in ("n_atoms", "batch", "n_steps", "n_iterations", "patience")
+            for bad in (np.nan, 1.5, "x", True, -1, 2**31)
+        ),
+        *(({"seed": bad}, "seed must be") for bad in (-1, 2**32, np.nan)),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -107,7 +107,8 @@ def _kinds(cls: type) -> dict[str, _Kind]:
     """The number fields of a config class."""
     hints = typing.get_type_hints(cls)
     kinds = {field.name: _kind(hints[field.name]) for field in dataclasses.fields(cls)}
-    return {name: kind for name, kind in kinds.items() if kind is not None}
+    found = [(name, kind) for name, kind in kinds.items() if kind is not None]
+    return dict(sorted(found, key=lambda pair: not pair[1].many))  # lists first: presets take numbers from their sums
 
 
 def _kind(hint: Any) -> _Kind | None:

@@ -3,6 +3,7 @@
 The classes are found from the roots of the commands, so that a new field or a new experiment is tested by itself.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -10,8 +11,12 @@ import typing
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from saejax import commands, config, numeric
+from saejax import commands, config, key_value, numeric
 from saejax.activations import harvest_config, text
 from saejax.errors import UserError
 from saejax.evals import metric
@@ -207,13 +212,34 @@ def test_nan_is_refused_where_a_run_begins(key):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("value", ["nan", "1e400", "true", "x", "-1", "2147483648"])
+def test_every_number_of_a_run_at_its_command(value):
+    for key in keys(config.load("train", ROOTS["train"], [])):
+        assert refused("train", [], key, value) or value not in BAD, key
+
+
 @pytest.mark.parametrize(("root", "given"), [(root, given) for root, all_given in WITH.items() for given in all_given])
-def test_every_value_at_every_command(root, given):
-    """A valid config or one line; NaN, infinities, truth values and texts never pass."""
-    for key in keys(config.load(root, ROOTS[root], given)):
+def test_every_value_as_hydra_reads_it(root, given):
+    """A valid config or one line; NaN, infinities, truth values and texts never pass. Composed once, and then each
+    value read by Hydra's grammar and set as it sets it."""
+    config.register(root, ROOTS[root])
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
+        composed = compose(root, given)
+    for key in keys(config.to_object(copy.deepcopy(composed))):
         for value in TYPED:
-            no = refused(root, given, key, value)
-            assert no or value not in BAD, (key, value)
+            typed = f"[{value}]" if key.startswith("ensemble.") or key.endswith(("sites", "prefixes")) else value
+            if typed == "[]":  # no sites, no members
+                continue
+            node = copy.deepcopy(composed)
+            try:
+                OmegaConf.update(node, key, key_value.parsed([f"{key}={typed}"])[0].value(), merge=True)
+                config.to_object(node)
+            except (UserError, OmegaConfBaseException) as error:
+                said = str(error) if isinstance(error, UserError) else config._one_line(error)
+                assert "\n" not in said and key.rpartition(".")[2] in said, error
+            else:
+                assert value not in BAD, (key, value)
 
 
 @pytest.mark.parametrize("name", all_experiments())

@@ -87,6 +87,8 @@ class Sparsifier(abc.ABC):
     def __post_init__(self):
         numeric.check(self, "sae.")
         object.__setattr__(self, "sites", tuple(self.sites))  # a YAML list arrives as a list
+        wide = all(width >= 1 for width in self.sites)  # before d_in, which presets take from their sum
+        check(wide, "sites", "must be widths of at least 1", self.sites)
         check(self.d_in >= 1, "d_in", "must be at least 1", self.d_in)
         check(self.d_sae >= 1, "d_sae", "must be at least 1", self.d_sae)
         check_enum(self.family, Family, "family")

@@ -192,6 +192,7 @@ def _source_sites(*, _root_: DictConfig) -> list[int]:
 def _source_d_in(*, _root_: DictConfig) -> int:
     """The width that the SAE reads: of the whole source, or of its sites as the family says."""
     given, width = tuple(_root_.sae.get("sites") or ()), _source(_root_).d_in
+    given = tuple(numeric.count(site, "sae.sites") for site in given)
     return sum(sites.read(_root_.sae.family, given)) if given else width
 
 

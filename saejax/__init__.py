@@ -36,14 +36,13 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> SAE:
     Raises:
       UserError: nothing there that is understood.
     """
-    from pathlib import Path
+    from saejax import interop, paths
 
-    from saejax import interop
-
-    if (Path(path) / "config.yaml").is_file() and not interop.circuit_tracer.detect(Path(path)):
+    path = paths.local(path, "path")
+    if (path / "config.yaml").is_file() and not interop.circuit_tracer.detect(path):
         from saejax import run
 
-        return run.load(Path(path), step)
+        return run.load(path, step)
     return interop.load(path)
 
 

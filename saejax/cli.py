@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import saejax
-from saejax import pages, paths, processes, signals, whole
+from saejax import command_line, pages, paths, processes, quiet, run_log, signals, whole
 from saejax.errors import DONE, FAILED, MISTAKE, Stopped, UserError, stopped_status
 
 if TYPE_CHECKING:
@@ -75,7 +74,8 @@ def _run(arguments: list[str]) -> int:
         return DONE
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        print(f"saejax: unknown command {name}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        meant = command_line.near(name, COMMANDS)
+        print(f"saejax: unknown command {name}; there are {', '.join(COMMANDS)}{meant}", file=sys.stderr)
         return MISTAKE
     try:
         processes.introduce(lambda: importlib.import_module("saejax.agreement").command(name, rest))
@@ -122,24 +122,22 @@ def train(arguments: list[str]) -> int:
     if wants_help(arguments):
         print(manual.of_command("train", config.Config))
         return DONE
+    typed = preflight.typed(arguments)
     if "--dry-run" in arguments:
         from saejax import plan
 
         print(plan.of_arguments(arguments))
         return DONE
-    resumed = [a for a in arguments if a.startswith("resume=")]
-    if resumed:
-        run_dir = paths.local(resumed[-1].removeprefix("resume="), "resume")
-        overrides = [a for a in arguments if not a.startswith("resume=")]
-        flags = [a for a in overrides if "=" not in a]
-        if flags:
-            raise UserError(f"resume=RUN_DIR takes key=value overrides only, got {flags[0]}")
+    if resumed := preflight.resumed(arguments):
+        run_dir, overrides = resumed
         _log_to_stderr()
-        return _finish_training(config.from_run(run_dir, overrides), run_dir, resume=True)
-    if preflight.folds(arguments):
-        with preflight.alone(arguments, preflight.check(arguments)) as arguments:
+        cfg = config.from_run(run_dir, overrides)
+        with _logged(cfg, run_dir):
+            return _finish_training(cfg, run_dir, resume=True)
+    if preflight.folds(typed):
+        with preflight.alone(typed, preflight.check(typed)) as arguments:
             return _run_folded(arguments)
-    arguments = [a for a in arguments if not a.startswith(preflight.FOLD)]
+    arguments = [a for a in typed if not a.startswith(preflight.FOLD)]
     configs = preflight.check(arguments)
     arguments = preflight.join(arguments, configs)
     preflight.make_directories(arguments)
@@ -166,7 +164,9 @@ def _run_under_hydra(arguments: list[str]) -> None:
         try:
             with signals.watch():  # in a process of a launcher this is the first line
                 signals.check()
-                status = _come_to(run_dir, config.to_object(composed), multirun)
+                cfg = config.to_object(composed)
+                with _logged(cfg, run_dir):
+                    status = _come_to(run_dir, cfg, multirun)
         except (UserError, OSError) as error:
             if multirun:  # the launcher marks this job as failed and goes on with the others
                 raise CompactHydraException(f"saejax train: {error}") from None
@@ -206,8 +206,8 @@ def _run_folded(arguments: list[str]) -> int:
         names, status = ", ".join(path.name for path in group), FAILED
         how = f"folded into one step: {names}" if len(group) > 1 else f"{names} runs separately: {ensembles.FOLDS}"
         for path in group:
-            path.mkdir(parents=True, exist_ok=True)
-        with _logged_to([path / "train.log" for path in group]):
+            whole.try_write(path)
+        with run_log.kept(group):
             logging.getLogger(__name__).info(how)
             try:
                 if len(group) > 1:
@@ -215,25 +215,26 @@ def _run_folded(arguments: list[str]) -> int:
                 else:
                     status = _come_to(*next(iter(group.items())))
             except (UserError, OSError) as error:
-                print(f"saejax train: {names}: {error}", file=sys.stderr)
+                _tell(f"saejax train: {names}: {error}", problem=True)
         statuses.append(status)
         if status > 128:  # a signal
             break
     return max(statuses)
 
 
-@contextlib.contextmanager
-def _logged_to(paths: list[Path]) -> Iterator[None]:
-    """What is logged goes to some files as well."""
-    handlers = [whole.LogFile(path) for path in paths]
-    for handler in handlers:
-        logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
+def _logged(cfg: object, run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """What is said of a run goes to its train.log; a directory that cannot be written to is refused before."""
+    cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
+    with processes.alike():
+        if processes.first():
+            whole.try_write(paths.local(run_dir, "hydra.run.dir"))
+    return run_log.kept([run_dir] if processes.first() else [])
+
+
+def _tell(line: str, *, problem: bool = False) -> None:
+    """Print a line of a run, and keep it in the run's log."""
+    print(line, file=sys.stderr if problem else sys.stdout, flush=True)
+    run_log.note(line)
 
 
 def _say(result: ensembles.Result, where: Path) -> int:
@@ -241,18 +242,16 @@ def _say(result: ensembles.Result, where: Path) -> int:
     if not processes.first():
         return FAILED if result.failed else DONE if result.signum is None else stopped_status(result.signum)
     if result.signum is not None:
-        print(f"stopped, all members saved; the same command goes on ({where})", file=sys.stderr)
+        _tell(f"stopped, all members saved; the same command goes on ({where})", problem=True)
         return stopped_status(result.signum)
     for path, evaluation in result.evaluations.items():
-        figures = "  ".join(
-            f"{name} {evaluation[name]:.4g}" for name in ("fvu", "l0", "dead_share") if name in evaluation
-        )
-        print(f"done: {path}; held-out {figures}")
+        shown = (f"{name} {evaluation[name]:.4g}" for name in ("fvu", "l0", "dead_share") if name in evaluation)
+        _tell(f"done: {path}; held-out {'  '.join(shown)}")
     if result.tokens_per_second:
-        print(f"{result.tokens_per_second:.0f} tokens/s, each seen by every member")
-    print(f"next: saejax report sweep={where}")
+        _tell(f"{result.tokens_per_second:.0f} tokens/s, each seen by every member")
+    _tell(f"next: saejax report {paths.typed('sweep', where)}")
     for path in result.failed:
-        print(f"saejax train: {path} is not finite any more; its last good checkpoint stays", file=sys.stderr)
+        _tell(f"saejax train: {path} is not finite any more; its last good checkpoint stays", problem=True)
     return FAILED if result.failed else DONE
 
 
@@ -285,14 +284,16 @@ def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
     if not processes.first():
         return DONE if outcome.signum is None else stopped_status(outcome.signum)
     if outcome.signum is not None:
-        print(f"stopped at step {outcome.step}, saved; go on with: saejax train resume={run_dir}", file=sys.stderr)
+        again = paths.typed("resume", run_dir)
+        _tell(f"stopped at step {outcome.step}, saved; go on with: saejax train {again}", problem=True)
         return stopped_status(outcome.signum)
     if not outcome.speed["steps"]:
-        print(f"{run_dir} was finished already, at step {outcome.step}; train.n_tokens=N with a larger N goes on")
+        _tell(f"{run_dir} was finished already, at step {outcome.step}; train.n_tokens=N with a larger N goes on")
         return DONE
     figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.evaluation.items())
-    print(f"done: {outcome.step} steps, {outcome.speed['tokens_per_second']:.0f} tokens/s; held-out {figures}")
-    print(f"next: saejax evaluate run={run_dir}   saejax report run={run_dir}")
+    _tell(f"done: {outcome.step} steps, {outcome.speed['tokens_per_second']:.0f} tokens/s; held-out {figures}")
+    named = paths.typed("run", run_dir)
+    _tell(f"next: saejax evaluate {named}   saejax report {named}")
     return DONE
 
 
@@ -304,6 +305,7 @@ def harvest(arguments: list[str]) -> int:
     if wants_help(arguments):
         print(manual.of_command("harvest", harvesting.HarvestConfig))
         return DONE
+    command_line.check_words(arguments)
     cfg = config.load("harvest", harvesting.HarvestConfig, arguments)
     _log_to_stderr()
     harvesting.harvest(cfg)
@@ -320,6 +322,7 @@ def command_of(name: str) -> Callable[[list[str]], int]:
         if wants_help(arguments):
             print(manual.of_command(name, root))
             return DONE
+        command_line.check_words(arguments)
         cfg = config.load(name, root, arguments)
         _log_to_stderr()
         if hasattr(cfg, "mesh"):
@@ -342,11 +345,12 @@ def store(arguments: list[str]) -> int:
         print("examples:\n  saejax store info data/smollm2\n  saejax store verify data/smollm2")
         print("  saejax store verify data/smollm2/train && echo sound")
         return DONE if wants_help(arguments) else MISTAKE
+    path = paths.local(arguments[1], "PATH")
     if arguments[0] == "info":
-        print(stores.describe(arguments[1]))
+        print(stores.describe(path))
         return DONE
-    problems = stores.verify(arguments[1])
-    print("\n".join(problems) if problems else f"{arguments[1]}: every checksum, size and count is right")
+    problems = stores.verify(path)
+    print("\n".join(problems) if problems else f"{path}: every checksum, size and count is right")
     return FAILED if problems else DONE
 
 
@@ -372,15 +376,12 @@ def wants_help(arguments: list[str]) -> bool:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=os.environ.get("SAEJAX_LOG", "INFO"), format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=quiet.level(), format="%(message)s", stream=sys.stderr, force=True)
     _quiet_libraries()
 
 
 def _quiet_libraries() -> None:
-    """Orbax and JAX log a page per checkpoint at INFO, HTTP clients every call."""
-    for name in ("absl", "jax", "orbax", "httpx", "httpx2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax guesses aloud over a broken file; a line of ours names it
+    quiet.libraries()
     if not processes.first():
         logging.getLogger().setLevel(logging.ERROR)
 

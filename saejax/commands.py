@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from saejax import agreement, config, interop, numeric, processes, run, run_data, sharding
+from saejax import agreement, config, interop, numeric, paths, processes, run, run_data, sharding, whole
 from saejax.activations import harvest, language_model, sinks, store
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 class EvaluateConfig:
     """Judge the SAE of a run on rows that training never saw; writes eval.json into the run directory."""
 
-    run: str
+    run: paths.Local
     """Run directory; with `activations`, also an SAE in any format that is read."""
-    activations: str | None = None
+    activations: paths.Local | None = None
     """File of rows [n, d_in] (.npy, .safetensors), directory of .npy files, or store (its held-out part), to measure on
     instead of the run's own held-out rows; nothing is written then. Null takes those of the run."""
     step: int | None = None
@@ -57,6 +57,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         numeric.check(self)
+        paths.settle(self)
         for name in ("rows", "batch", "splice_sequences", "splice_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -68,16 +69,16 @@ class EvaluateConfig:
 class ExportConfig:
     """Write the SAE of a run in another tool's format; scales are folded in, so it works on plain activations."""
 
-    run: str
+    run: paths.Local
     """Run directory, or an SAE in any format that is read."""
-    path: str | None = None
+    path: paths.Local | None = None
     """Directory to write; null takes export_<format> inside the run directory."""
     format: str = "saelens"
     """Format: saelens, dictionary_learning, sparsify, or another that `saejax.interop` writes; neuronpedia adds to
     saelens a model card, names, and the dashboards of a run that has text."""
     step: int | None = None
     """Checkpoint of a run; null takes the newest."""
-    activations: str | None = None
+    activations: paths.Local | None = None
     """File of rows [n, d_in] (.npy, .safetensors), directory of .npy files, or store, that the SAE is for: its L0 and
     fvu on them are printed; null measures nothing."""
     any_data: bool = False
@@ -94,17 +95,18 @@ class ExportConfig:
     def __post_init__(self) -> None:
         numeric.check(self)
         _check_step(self.step)
+        paths.settle(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """One self-contained HTML page: of a run, or of a sweep with a table and a Pareto plot."""
 
-    run: str | None = None
+    run: paths.Local | None = None
     """Run directory; give this or sweep."""
-    sweep: str | None = None
+    sweep: paths.Local | None = None
     """Directory of a sweep; give this or run."""
-    out: str | None = None
+    out: paths.Local | None = None
     """File to write; null takes report.html in the run directory, sweep.html in that of a sweep."""
     latents: latents.LatentPage = dataclasses.field(default_factory=latents.LatentPage)
     """How many latents are shown, and how much of each."""
@@ -112,6 +114,7 @@ class ReportConfig:
     """Whether latents are shown, with a warning, on other data than the run was trained on; false refuses them."""
 
     def __post_init__(self) -> None:
+        paths.settle(self)
         if (self.run is None) == (self.sweep is None):
             raise UserError("report needs exactly one of run=RUN_DIR and sweep=SWEEP_DIR")
 
@@ -135,6 +138,8 @@ def evaluate(cfg: EvaluateConfig) -> str:
         return _measured(cfg, cfg.activations)
     if not _of_run(run_dir):
         raise UserError(f"run={run_dir}: no run directory; what other tools wrote is measured with activations=ROWS")
+    if processes.first() and run_dir.is_dir():
+        whole.check_writable(run_dir)
     sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
     agreement.same_work(trained.source, step=sae.provenance["step"])
     other = run_data.compare(run_dir, trained.source, sae.provenance["step"], any_data=cfg.any_data)
@@ -171,6 +176,7 @@ def export(cfg: ExportConfig) -> str:
         raise UserError(f"run={cfg.run}: is a file, and nothing is written into it; say path=DIRECTORY")
     if path.resolve() in (Path(cfg.run).resolve(), Path(cfg.run).resolve().parent) and path.exists():
         raise UserError(f"path={path}: is where the SAE is read from, and stays as it is; give another directory")
+    whole.check_place(path)
     sae = _sae(cfg.run, cfg.step)
     rows = None if cfg.activations is None else run_data.rows(cfg.activations, sae, check=interop.CHECKED_ROWS)
     if cfg.format == neuronpedia.name:
@@ -269,6 +275,7 @@ def report(cfg: ReportConfig) -> str:
     Returns:
       A line that says where.
     """
+    whole.check_place(Path(str(cfg.out or cfg.run or cfg.sweep)), file=cfg.out is not None)
     if cfg.sweep is not None:
         compared = sweep.read_sweep(cfg.sweep)
         return f"{sweep.text(compared)}\nreport: {sweep.build_sweep(compared, out=cfg.out)}"

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import checkpoint, key_value, numeric, plain, sharding, tracking
+from saejax import checkpoint, command_line, key_value, numeric, plain, sharding, tracking
 from saejax.activations import arrays, buffer, joined_source, live, normalize, source, store_source, synthetic, text
 from saejax.errors import UserError
 from saejax.resume_policy import Fixed, Place
@@ -48,8 +48,6 @@ _MEMBERS = (
 
 # Groups of which a config picks one member; each registry fills itself where its members are defined.
 GROUPS: dict[str, dict[str, type]] = {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}
-
-_ROOTS: set[type] = set()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,6 @@ def register(name: str, root: type) -> None:
       name: of the root's file in conf/, without .yaml.
       root: its dataclass.
     """
-    _ROOTS.add(root)
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=root)
     _thaw(store.repo[f"{name}_schema.yaml"].node)
@@ -216,13 +213,14 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
       UserError: one line saying which key or value is wrong and what is allowed.
     """
     register(name, root)
-    key_value.check_choices(key_value.parsed(overrides), conf_dir())
+    typed = command_line.for_hydra(overrides, command_line.path_keys(root, GROUPS))
+    key_value.check_choices(key_value.parsed(typed), conf_dir())
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         try:
-            composed = compose(config_name=name, overrides=overrides)
+            composed = compose(config_name=name, overrides=typed)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_one_line(error)) from error
+            raise UserError(_one_line(error, root)) from error
     made = to_object(composed)
     if isinstance(made, Config):
         check_data(made)
@@ -242,13 +240,14 @@ def override(default: Any, overrides: list[str]) -> Any:
     Raises:
       UserError: an unknown key or a wrong value, in one line.
     """
-    _ROOTS.add(type(default))
+    root = type(default)
     node = OmegaConf.structured(default)
     _unlock(node)
     try:
-        merged: Any = OmegaConf.merge(node, key_value.dotlist(overrides))
+        typed = command_line.for_dotlist(overrides, command_line.path_keys(root, {}))
+        merged: Any = OmegaConf.merge(node, key_value.dotlist(typed))
     except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(_one_line(error, root)) from error
     return to_object(merged)
 
 
@@ -280,7 +279,7 @@ def to_object(composed: DictConfig) -> Any:
         raise UserError(_one_line(error)) from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, root: type = Config) -> str:
     """The message of Hydra or OmegaConf as one line: the key or choice as typed, what is wrong, what is allowed."""
     text = "\n".join(str(part) for part in (error, error.__cause__) if part)
     raised_by_us = re.search(r"UserError raised while resolving interpolation: (.*)", text)
@@ -289,11 +288,12 @@ def _one_line(error: Exception) -> str:
     choice = re.search(r"Could not find '(\w+)/(.*?)'\s+Available options in '\w+':\s+(.*?)\n(?:Config|$)", text, re.S)
     if choice:
         allowed = [name for name in choice[3].split() if not name.endswith("_schema")]
-        return f"{choice[1]}={choice[2]}: no such choice; there are {', '.join(allowed)}"
-    unknown = re.search(r"Key '(\w+)' not in '(\w+)'", text)
+        there = f"no such choice; there are {', '.join(allowed)}"
+        return f"{choice[1]}={choice[2]}: {there}{command_line.near(choice[2], allowed)}"
+    unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
     key = re.search(r"full_key: (\S+)", text)
-    if unknown and key:
-        return f"unknown key {key[1]}; {unknown[2]} has {', '.join(_fields(unknown[2]))}"
+    if unknown:
+        return command_line.unknown(key[1] if key else unknown[1], unknown[2], root, GROUPS)
     if key and (wrong := key_value.wrong_value(text)):
         return f"{key[1]} {wrong}"
     lines = [line.strip() for line in text.splitlines()]
@@ -303,16 +303,6 @@ def _one_line(error: Exception) -> str:
 
 # How OmegaConf begins the lines that say nothing to a user.
 _LAYOUT = ("object_type", "reference_type", "full_key", "Error merging")
-
-
-def _fields(class_name: str) -> list[str]:
-    """Names of the fields of a config class that may stand at a key."""
-    known = [cls for registry in GROUPS.values() for cls in registry.values()]
-    known += [f.default_factory for f in dataclasses.fields(Config)] + [Config, *_ROOTS]
-    for cls in known:
-        if getattr(cls, "__name__", None) == class_name:
-            return [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-    return []
 
 
 def to_yaml(config: Any, stamp: plain.Stamp | None = None) -> str:
@@ -368,7 +358,8 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
             raise UserError(f"{where} must be one of {', '.join(registry)}, got {plain.one_line(chosen)}")
         node[group] = schema(registry[chosen])
     try:
-        merged = OmegaConf.merge(node, saved, key_value.dotlist(overrides or []))
+        typed = command_line.for_dotlist(overrides or [], command_line.path_keys(Config, GROUPS))
+        merged = OmegaConf.merge(node, saved, key_value.dotlist(typed))
     except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(_one_line(error)) from error
     return to_object(merged)  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import agreement, config, key_value, lock, paths, processes
+from saejax import agreement, command_line, config, key_value, lock, paths, processes
 from saejax.errors import UserError
 
 # A sweep of thousands is checked in part: composing one job takes a fifth of a second.
@@ -21,6 +21,13 @@ MAX_JOBS = 64
 
 # Another search path, or a question to Hydra instead of a job: only Hydra itself knows the answer.
 HYDRA_ALONE = ("--config-", "-cd", "-cn", "-cp", "--cfg", "-c", "--info", "-i", "--package", "-p", "--hydra-help")
+
+MULTIRUN = ("-m", "--multirun")
+
+# Flags of `saejax train` after which a word of their own may come; the others.
+VALUED = ("--config-path", "--config-name", "--config-dir", "-cp", "-cn", "-cd", "--cfg", "-c", "--info", "-i")
+VALUED += ("--package", "-p", "--experimental-rerun")
+FLAGS = (*MULTIRUN, "--dry-run", "--device-memory-gib", "--hydra-help", "--resolve", "--shell-completion", "-sc")
 
 # Not a key of a run: whether the jobs of a sweep that can be are trained in one step.
 FOLD = "sweep.fold"
@@ -30,6 +37,45 @@ PLUGINS = {
     "submitit": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     "optuna": ("hydra_plugins.hydra_optuna_sweeper", "optuna"),
 }
+
+
+def typed(arguments: list[str]) -> list[str]:
+    """`saejax train ARGUMENTS` as Hydra is to read it: paths in quotes.
+
+    Args:
+      arguments: as typed.
+
+    Raises:
+      UserError: a word that the command does not know.
+    """
+    command_line.check_words(arguments, FLAGS, VALUED)
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key in command_line.OF_HYDRA:
+            paths.checked(command_line.unquoted(value), key)
+    keys = command_line.path_keys(config.Config, config.GROUPS)
+    return command_line.for_hydra(arguments, keys, sweep=_multirun(arguments))
+
+
+def resumed(arguments: list[str]) -> tuple[Path, list[str]] | None:
+    """The run directory of `resume=RUN_DIR`, which Hydra never sees, and the overrides that go with it.
+
+    Args:
+      arguments: as typed.
+
+    Returns:
+      None where nothing is resumed.
+
+    Raises:
+      UserError: a flag, or no path.
+    """
+    named = [a for a in arguments if a.startswith("resume=")]
+    if not named:
+        return None
+    overrides = [a for a in arguments if not a.startswith("resume=")]
+    if flags := [a for a in overrides if "=" not in a or a.startswith("-")]:
+        raise UserError(f"resume=RUN_DIR takes key=value overrides only, got {flags[0]}")
+    return paths.local(named[-1].removeprefix("resume="), "resume"), overrides
 
 
 def check(arguments: list[str]) -> list[config.Config]:
@@ -69,14 +115,15 @@ def join(arguments: list[str], configs: list[config.Config]) -> list[str]:
     Returns:
       The arguments; with the directory of process 0 where each would have made one by its own clock.
     """
-    if len(configs) != 1 or any(a in ("-m", "--multirun") for a in arguments):
+    if len(configs) != 1 or any(a in MULTIRUN for a in arguments):
         return arguments  # each job of a sweep joins its own
     agreement.join(configs[0])
     if not processes.several() or any(a.startswith("hydra.run.dir=") for a in arguments):
         return arguments
     with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
         composed = compose("train", [a for a in arguments if not a.startswith("-")], return_hydra_config=True)
-    return [*arguments, f"hydra.run.dir={processes.gather(str(composed.hydra.run.dir))[0]}"]
+    agreed = processes.gather(str(composed.hydra.run.dir))[0]
+    return [*arguments, f"hydra.run.dir={paths.for_hydra(agreed)}"]
 
 
 @contextlib.contextmanager
@@ -109,7 +156,7 @@ def _sweep_dir(arguments: list[str]) -> Path | None:
     overrides = [a for a in _overrides(arguments) if not a.startswith(FOLD + "=")]
     if any(a.startswith(HYDRA_ALONE) for a in arguments):
         said = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith("hydra.sweep.dir=")]
-        return Path(said[-1]).absolute() if said and "${" not in said[-1] else None
+        return Path(command_line.unquoted(said[-1])).absolute() if said and "${" not in said[-1] else None
     try:
         parsed = key_value.parsed(overrides)
         once = [text for text, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
@@ -189,7 +236,7 @@ def _check_plugins(arguments: list[str]) -> None:
 
 
 def _multirun(arguments: list[str]) -> bool:
-    return any(a in ("-m", "--multirun") for a in arguments)
+    return any(a in MULTIRUN for a in arguments)
 
 
 def make_directories(arguments: list[str]) -> None:
@@ -203,8 +250,10 @@ def make_directories(arguments: list[str]) -> None:
     """
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in ("hydra.run.dir", "hydra.sweep.dir") and "${" not in value:
-            Path(value).mkdir(parents=True, exist_ok=True)
+        if key.lstrip("+") in ("hydra.run.dir", "hydra.sweep.dir"):
+            place = command_line.unquoted(value)
+            if "${" not in place:
+                paths.local(place, key).mkdir(parents=True, exist_ok=True)
 
 
 def _overrides(arguments: list[str]) -> list[str]:

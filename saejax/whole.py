@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from saejax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 """Ends the name of a file that is being written, `.NAME.RANDOM.partial`."""
@@ -173,7 +176,80 @@ def check_writable(folder: Path) -> None:
     Raises:
       OSError: it is not writable, or not there.
     """
-    tempfile.TemporaryFile(dir=folder).close()
+    with _named(folder):
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def check_place(path: Path, *, file: bool = False) -> None:
+    """Raises what the file system says to a new folder or file, before the work whose result goes there.
+
+    Args:
+      path: need not be there, nor the folders above it; nothing is made.
+      file: whether it will be a file.
+
+    Raises:
+      OSError: it cannot be made, or be written to.
+    """
+    if file and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = path.parent if file else path
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    check_writable(folder)
+
+
+def try_write(folder: Path, n_bytes: int = 2**20) -> None:
+    """Writes and syncs a file as large as what is to come, or a first part of it, and removes it.
+
+    Args:
+      folder: made where missing.
+      n_bytes: of the largest file to come; its first MiB is written, its length is tried as well.
+
+    Raises:
+      OSError: what the file system says to that: read-only, full, a quota, a limit on the size of files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _named(folder), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(min(n_bytes, 2**20)))
+        file.flush()
+        os.fsync(file.fileno())
+        file.truncate(n_bytes)
+
+
+def check_room(folder: Path, n_bytes: int) -> None:
+    """Refuses a folder on a disk that has no room for one checkpoint; warns where a second one would find none.
+
+    Args:
+      folder: of the run.
+      n_bytes: of a checkpoint.
+
+    Raises:
+      UserError: says what is needed and what there is.
+      OSError: see `try_write`.
+    """
+    try_write(folder, min(n_bytes, _LARGEST_FILE))
+    free = shutil.disk_usage(folder).free
+    said = f"a checkpoint takes {n_bytes / 2**30:.3g} GiB, and {folder} has room for {free / 2**30:.3g} GiB"
+    if free < n_bytes:
+        raise UserError(f"{said}: make room, or take another run directory")
+    if free < 2 * n_bytes:
+        logger.warning("%s: the one before stays until the next is written, which takes both", said)
+
+
+_LARGEST_FILE = 2**30
+"""Bytes of a file of a checkpoint at most, about; larger arrays are cut."""
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """An error of the file system names the folder, not a temporary file in it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def check_readable(path: Path) -> None:

@@ -71,10 +71,10 @@ def test_objects_are_the_architectures_themselves():
 
 
 MISTAKES = [
-    (["sae.kk=3"], "unknown key sae.kk; TopK has d_in, d_sae"),
+    (["sae.kk=3"], r"unknown key sae.kk; did you mean sae.k\?"),
     (["foo=3"], "unknown key foo; Config has sae, source"),
-    (["optim.lrr=3"], "unknown key optim.lrr; OptimConfig has name, lr"),
-    (["sae=l1", "sae.k=8"], "unknown key sae.k; L1 has d_in"),
+    (["optim.lrr=3"], r"unknown key optim.lrr; did you mean optim.lr\?"),
+    (["sae=l1", "sae.k=8"], "unknown key sae.k: it is of sae=abs_topk, .* sae=topk$"),
     (["+sae.kk=3"], "unknown key kk"),
     (["++sae.kk=3"], "unknown key kk"),
     (["sae=topkk"], "sae=topkk: no such choice; there are abs_topk, batch_topk, gated, "),

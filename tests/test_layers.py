@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # What every part may import: they know nothing but the standard library and one another.
-GROUND = {"errors", "paths", "resume_policy", "lock", "signals", "whole", "numeric"}
+GROUND = {"errors", "paths", "resume_policy", "lock", "signals", "whole", "numeric", "command_line", "run_log", "quiet"}
 
 # What else a part of saejax may import of saejax, besides itself.
 BELOW_CONFIG = {
@@ -43,6 +43,9 @@ LAYERS: dict[str, set[str]] = {
     "lock": set(),
     "numeric": set(),
     "signals": set(),
+    "command_line": set(),
+    "run_log": set(),
+    "quiet": set(),
     "kernels": set(),
     "sae": {"kernels"},
     "sparse_coding": {"kernels", "sae"},

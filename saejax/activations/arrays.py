@@ -29,7 +29,7 @@ class Arrays(ActivationSource):
 
     name: ClassVar[str] = "arrays"
 
-    path: Place[str]
+    path: Place[paths.Local]
     """A .npy file, a .safetensors file, or a directory of .npy files; arrays [n, d_in]."""
     tensor: Fixed[str] = ""
     """Name of the tensor in a .safetensors file; empty where the file holds only one."""
@@ -44,8 +44,7 @@ class Arrays(ActivationSource):
 
     def __post_init__(self):
         numeric.check(self, "source.")
-        # Absolute, so that a run finds its data again from any working directory.
-        object.__setattr__(self, "path", str(paths.local(self.path, "source.path")))
+        paths.settle(self, "source.")
         object.__setattr__(self, "sites", tuple(self.sites) if len(self.sites) > 1 else ())
         if not 0 <= self.heldout_share < 1:
             raise UserError(f"source.heldout_share = {self.heldout_share}: a share in [0, 1) is needed")

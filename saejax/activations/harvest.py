@@ -34,16 +34,13 @@ from saejax.activations import (
     text,
     torch_source,
 )
-from saejax.activations.harvest_config import HarvestConfig, OnNonfinite
+from saejax.activations.harvest_config import TORCH_PREFIX, HarvestConfig, OnNonfinite
 from saejax.activations.sinks import Sink, calibrate, keep_mask
 from saejax.errors import UserError
 
 __all__ = ["HarvestConfig", "Sink", "harvest", "keep_mask"]
 
 logger = logging.getLogger(__name__)
-
-TORCH_PREFIX = "torch:"
-"""Marks a model that PyTorch runs; its hooks are module paths."""
 
 
 def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = None) -> dict[str, pathlib.Path]:
@@ -63,7 +60,7 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
       KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on `signals.SIGNALS`. What is published
         stays, the same call continues.
     """
-    paths = {split: pathlib.Path(config.path).expanduser() / split for split in text.SPLITS}
+    paths = {split: pathlib.Path(config.path) / split for split in text.SPLITS}
     begun = {path: manifest for path in paths.values() if (manifest := _begun(path))}
     records = [manifest.get("text") or {} for manifest in begun.values()]
     config = dataclasses.replace(config, text=config.text.as_begun(records))

@@ -3,12 +3,32 @@
 import dataclasses
 import enum
 
-from saejax import numeric, sharding
+from saejax import numeric, paths, sharding
 from saejax.activations import packing
+from saejax.activations.language_model import smollm2
 from saejax.activations.sinks import Sink
 from saejax.activations.store_format import StoreDtype
 from saejax.activations.text import TextCorpus, Wikipedia
 from saejax.errors import UserError
+
+TORCH_PREFIX = "torch:"
+"""Marks a model that PyTorch runs; its hooks are module paths."""
+
+
+def located(model: str, field: str) -> str:
+    """The name of a language model, absolute where it is a path: what is stored holds in any working directory.
+
+    Args:
+      model: `smollm2`; a path; `torch:` and a path, or a name that transformers knows.
+      field: key that it was given by.
+
+    Raises:
+      UserError: an address.
+    """
+    if not model.startswith(TORCH_PREFIX):
+        return model if model == smollm2.NAME else str(paths.local(model, field))
+    path = paths.local(model.removeprefix(TORCH_PREFIX), field)
+    return f"{TORCH_PREFIX}{path}" if path.exists() else model
 
 
 class OnNonfinite(enum.Enum):
@@ -22,7 +42,7 @@ class OnNonfinite(enum.Enum):
 class HarvestConfig:
     """What `saejax harvest` reads, runs and writes."""
 
-    model: str = "smollm2"
+    model: paths.Named = "smollm2"
     """The language model: a Hugging Face directory, a `.gguf` file, or "smollm2" for the default model;
     "torch:" and a directory for any model that transformers loads, hooks being its module paths."""
 
@@ -36,7 +56,7 @@ class HarvestConfig:
     """Where activations are read, by its TransformerLens name; only the layers below it are run. Several, joined by
     commas and quoted ('hook="A,B"'), are read in one pass and stored side by side in every row."""
 
-    path: str = "activations"
+    path: paths.Local = "activations"
     """Directory of the two stores, `train` and `heldout`."""
 
     n_tokens: int | None = None
@@ -86,6 +106,8 @@ class HarvestConfig:
 
     def __post_init__(self):
         numeric.check(self)
+        paths.settle(self)
+        object.__setattr__(self, "model", located(self.model, "model"))
         object.__setattr__(self, "hook", ",".join(part.strip() for part in self.hook.split(",")))
         if "" in self.hooks or len(set(self.hooks)) < len(self.hooks):
             raise UserError(f"hook must name one place, or several different ones joined by commas, got {self.hook!r}")

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from saejax import paths
 from saejax.activations import store, store_format
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, differences, recorded, register
 from saejax.activations.store_source import Store, Verify
 from saejax.errors import UserError
-from saejax.paths import local
+from saejax.paths import Local
 from saejax.resume_policy import Place
 
 
@@ -27,17 +28,15 @@ class Joined(ActivationSource):
 
     name: ClassVar[str] = "joined"
 
-    paths: Place[tuple[str, ...]]
+    paths: Place[tuple[Local, ...]]
     """Directories that `saejax harvest` wrote, at least 2, in the order in which their rows are joined."""
     verify: Place[Verify] = Verify.first_use
     """When checksums are compared, as for source=store; a damaged shard is refused."""
 
     def __post_init__(self):
-        # Absolute, so that a run finds its data again from any working directory.
-        paths = tuple(str(local(path, "source.paths")) for path in self.paths)
-        object.__setattr__(self, "paths", paths)
-        if len(paths) < 2:
-            raise UserError(f"source.paths = {list(paths)}: at least 2 stores are needed; source=store reads one")
+        paths.settle(self, "source.")
+        if len(self.paths) < 2:
+            raise UserError(f"source.paths = {list(self.paths)}: at least 2 stores are needed; source=store reads one")
 
     @property
     def d_in(self) -> int:

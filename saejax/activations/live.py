@@ -24,9 +24,9 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from saejax import numeric
+from saejax import numeric, paths
 from saejax.activations import harvest, language_model, packing, special_tokens, store_format, text
-from saejax.activations.harvest_config import HarvestConfig
+from saejax.activations.harvest_config import HarvestConfig, located
 from saejax.activations.language_model import hooks as hooks_
 from saejax.activations.loader import digest, same_stream, shuffled_blocks
 from saejax.activations.source import ActivationSource, check_lanes, differences, recorded, register
@@ -49,11 +49,11 @@ class Live(ActivationSource):
 
     name: ClassVar[str] = "language_model"
 
-    model: Place[str] = "smollm2"
+    model: Place[paths.Named] = "smollm2"
     """The language model: a Hugging Face directory, a `.gguf` file, "smollm2", or "torch:" and a directory."""
     model_dtype: Fixed[str | None] = None
     """Number format of the model's weights; null is float32 on CPU and bfloat16 on accelerators."""
-    corpus: Place[str] = "wikipedia"
+    corpus: Place[paths.Named] = "wikipedia"
     """What the model reads: wikipedia, pydoc, or the path of .txt and .jsonl files."""
     text_field: Fixed[str] = "text"
     """The field of each `.jsonl` object that holds the text."""
@@ -82,6 +82,9 @@ class Live(ActivationSource):
 
     def __post_init__(self):
         numeric.check(self, "source.")
+        object.__setattr__(self, "model", located(self.model, "source.model"))
+        if self.corpus not in ("wikipedia", "pydoc"):
+            object.__setattr__(self, "corpus", str(paths.local(self.corpus, "source.corpus")))
         try:
             self.harvest()  # refuses what a harvest would; opens no file
         except UserError as error:

@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections import Counter
 
-from saejax import plain
+from saejax import paths, plain
 from saejax.activations import store_format, store_schema
 from saejax.errors import UserError
 
@@ -17,7 +17,7 @@ def stores_under(path: str | os.PathLike) -> list[pathlib.Path]:
     Raises:
       UserError: there is none.
     """
-    root = pathlib.Path(path)
+    root = paths.local(path, "path")
     if (root / store_format.MANIFEST).is_file():
         return [root]
     found = sorted(manifest.parent for manifest in root.glob(f"*/{store_format.MANIFEST}"))
@@ -28,7 +28,7 @@ def stores_under(path: str | os.PathLike) -> list[pathlib.Path]:
 
 def info(path: str | os.PathLike) -> dict:
     """Facts of one store: the manifest's, and counts over what is published so far."""
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     manifest = store_format.read_manifest(path)
     records = manifest["shards"]
     if not manifest["complete"]:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from saejax import plain, whole
+from saejax import paths, plain, whole
 from saejax.errors import UserError
 
 FORMAT = "saejax-activations"
@@ -134,7 +134,7 @@ def read_manifest(path: str | os.PathLike) -> dict:
     """
     from saejax.activations import store_schema  # which knows the names here
 
-    file = plain.inside(pathlib.Path(path), MANIFEST)
+    file = plain.inside(paths.local(path, "path"), MANIFEST)
     if not file.is_file():
         raise UserError(f"{path} is not an activation store: it has no {MANIFEST}")
     manifest = read_json(file)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Shaped
 
-from saejax import plain
+from saejax import paths, plain
 from saejax.activations import packing, store_format, store_schema
 from saejax.errors import UserError
 
@@ -58,7 +58,7 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike, *, verify: bool = True):
-        self.path = pathlib.Path(path)
+        self.path = paths.local(path, "path")
         self._verify = verify
         self._maps: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()

@@ -40,7 +40,7 @@ class Store(ActivationSource):
 
     name: ClassVar[str] = "store"
 
-    path: Place[str]
+    path: Place[paths.Local]
     """Directory that `saejax harvest` wrote, with the stores train/ and heldout/ in it."""
     verify: Place[Verify] = Verify.first_use
     """When the checksum of a shard is compared: first_use, when its first row is read; start, of all of them before
@@ -50,8 +50,7 @@ class Store(ActivationSource):
     shards are then looked at before the first step."""
 
     def __post_init__(self):
-        # Absolute, so that a run finds its data again from any working directory.
-        object.__setattr__(self, "path", str(paths.local(self.path, "source.path")))
+        paths.settle(self, "source.")
         if self.skip_damaged and self.verify is Verify.never:
             raise UserError("source.skip_damaged=true needs source.verify=first_use or start, got never")
 
@@ -71,7 +70,7 @@ class Store(ActivationSource):
         Raises:
             UserError: there is none.
         """
-        path = pathlib.Path(self.path).expanduser() / split
+        path = pathlib.Path(self.path) / split
         if not path.is_dir():
             raise UserError(f"source.path = {self.path}: no {split}/ store in it; saejax harvest writes one")
         return store.Reader(path, verify=self.verify is not Verify.never)

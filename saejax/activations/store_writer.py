@@ -16,12 +16,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Int32
 
-from saejax import lock, whole
+from saejax import lock, paths, whole
 from saejax.activations import store_check, store_format
 from saejax.errors import UserError
 
@@ -56,7 +56,7 @@ class Writer:
         """
         if not 0 <= process < n_processes:
             raise UserError(f"process must be in [0, n_processes={n_processes}), got {process}")
-        self.path = pathlib.Path(path)
+        self.path = paths.local(path, "path")
         self.process, self.n_processes = process, n_processes
         with _turn(self.path):
             self._lock, alone = _admitted(self.path, process, n_processes)
@@ -249,7 +249,7 @@ def admitted(path: str | os.PathLike, *, process: int = 0, n_processes: int = 1)
     Raises:
       UserError: another writes it; names it.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     with _turn(path):
         return _admitted(path, process, n_processes)[0]
 
@@ -294,12 +294,29 @@ def check_same(wanted: dict, manifest: dict, path: pathlib.Path) -> None:
     for field, value in _flat(wanted):
         if field in ("fingerprint", "sink.median_norm"):
             continue
-        if there.get(field) != value:
+        if not _same(field, there.get(field), value):
             name = field.removeprefix("harvest.")  # the settings, by the names that the user types
             raise UserError(
                 f"{name} is {value!r}, but the store at {path} was begun with {there.get(field)!r}; "
                 "choose another path or put the setting back"
             )
+
+
+_PLACES = ("harvest.model", "text.path", "text.origin.files")
+"""Facts that are paths, which stores of older versions hold as they were typed."""
+
+
+def _same(field: str, before: object, now: object) -> bool:
+    return before == now or field in _PLACES and _absolute(before) == _absolute(now)
+
+
+def _absolute(place: Any) -> Any:
+    if isinstance(place, list):
+        return [_absolute(part) for part in place]
+    if not isinstance(place, str):
+        return place
+    marker, path = ("torch:", place[6:]) if place.startswith("torch:") else ("", place)
+    return marker + os.path.abspath(os.path.expanduser(path))
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

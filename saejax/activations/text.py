@@ -177,7 +177,7 @@ class TextFiles(TextCorpus):
 
     name: ClassVar[str] = "files"
 
-    path: str
+    path: paths.Local
     """A file, a directory (searched at all depths, also through links) or a glob pattern; read in the order of the
     file names. A corpus of one document is split by stretches of it."""
 
@@ -186,7 +186,7 @@ class TextFiles(TextCorpus):
 
     def __post_init__(self):
         super().__post_init__()
-        paths.local(self.path, self.keys["path"])
+        object.__setattr__(self, "path", str(paths.local(self.path, self.keys["path"])))
 
     def read(self) -> Iterator[tuple[str, str]]:
         for file in self.files():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from saejax import lock, plain, whole
+from saejax import lock, paths, plain, whole
 from saejax.activations.language_model import FileTokenizer, bos, hf
 from saejax.errors import UserError
 
@@ -163,6 +163,7 @@ def load(path_or_name: str | pathlib.Path, *, device: str = "cpu", dtype: str = 
     Raises:
       UserError: the extra is not installed, or transformers cannot load the model.
     """
+    name = paths.checked(path_or_name, "model")
     try:
         import torch
         import transformers
@@ -209,7 +210,7 @@ def write_images(
       >>> write_images(model, batches, "layers.9", "vit_rows")  # doctest: +SKIP
       605184
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = paths.local(path, "path")
     with lock.hold(folder, "write_images"):
         return _write_images(model, batches, hook, folder)
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from saejax import config, key_value, whole
+from saejax import command_line, config, key_value, paths, whole
 from saejax.errors import UserError
 from saejax.experiments import all_experiments, harness
 
@@ -57,11 +57,12 @@ def execute(arguments: list[str]) -> int:
         return _all_quick(overrides)
     found = all_experiments()
     if name not in found:
-        raise UserError(f"no experiment {name}; there are {', '.join([*found, ALL_QUICK])}")
+        near = command_line.near(name, [*found, ALL_QUICK])
+        raise UserError(f"no experiment {name}; there are {', '.join([*found, ALL_QUICK])}{near}")
     quick, overrides = _take(overrides, "quick", "false")
     if quick.lower() not in ("true", "false"):
         raise UserError(f"quick must be true or false, got {quick}")
-    out, overrides = _take(overrides, "out", f"{_stamped()}/{_folder(name)}")
+    out, overrides = _out(overrides, f"{_stamped()}/{_folder(name)}")
     start = found[name]().quick() if quick.lower() == "true" else found[name]()
     outcome = harness.run_experiment(config.override(start, overrides), out)
     print(f"{'every check passed' if outcome.passed else 'A CHECK FAILED'}; figure and numbers: {out}")
@@ -92,7 +93,7 @@ def describe(name: str, field_docs: Any) -> str:
 
 def _all_quick(overrides: list[str]) -> int:
     """Every quick form, one table; an experiment that breaks counts as failed and does not stop the others."""
-    out, overrides = _take(overrides, "out", _stamped())
+    out, overrides = _out(overrides, _stamped())
     only, overrides = _take(overrides, "only", "")
     if overrides:
         raise UserError(f"{ALL_QUICK} takes out=DIR and only=PREFIX, got {overrides[0]}")
@@ -104,7 +105,7 @@ def _all_quick(overrides: list[str]) -> int:
     for name, cls in chosen.items():
         start = time.perf_counter()
         try:
-            outcome = harness.run_experiment(cls().quick(), Path(out) / _folder(name), echo=False)
+            outcome = harness.run_experiment(cls().quick(), out / _folder(name), echo=False)
             rows += [(name, check) for check in outcome.checks]
         except Exception as error:
             logger.exception("%s broke", name)
@@ -112,8 +113,8 @@ def _all_quick(overrides: list[str]) -> int:
             rows.append((name, harness.Check(quantity=broken, measured=float("nan"), low=0.0, source="it broke")))
         logger.info("%s: %.0f s", name, time.perf_counter() - start)
     text = harness.table(rows, sources=False)
-    (Path(out) / "table.txt").parent.mkdir(parents=True, exist_ok=True)
-    whole.write(Path(out) / "table.txt", harness.table(rows) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    whole.write(out / "table.txt", harness.table(rows) + "\n")
     n_failed = sum(not check.passed for _, check in rows)
     n_judged = sum(check.verdict in ("pass", "FAIL") for _, check in rows)
     print(text)
@@ -128,6 +129,14 @@ def _take(overrides: list[str], key: str, default: str) -> tuple[str, list[str]]
     """The last value of `key=` and the overrides without it."""
     values = [a.removeprefix(f"{key}=") for a in overrides if a.startswith(f"{key}=")]
     return (values[-1] if values else default), [a for a in overrides if not a.startswith(f"{key}=")]
+
+
+def _out(overrides: list[str], default: str) -> tuple[Path, list[str]]:
+    """The folder of `out=`, which can be written, and the overrides without it."""
+    said, others = _take(overrides, "out", default)
+    out = paths.local(said, "out")
+    whole.check_place(out)
+    return out, others
 
 
 def _folder(name: str) -> str:

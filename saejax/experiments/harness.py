@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import jax
 import numpy as np
 
-from saejax import config, lock, numeric, whole
+from saejax import config, lock, numeric, paths, whole
 from saejax.errors import UserError
 from saejax.experiments import figures
 
@@ -184,8 +184,9 @@ def run_experiment(experiment: Experiment, out_dir: str | Path, *, echo: bool = 
     Raises:
       UserError: the directory holds another experiment, or one is at work there.
     """
+    out_dir = paths.local(out_dir, "out")
     with lock.hold(out_dir, f"saejax experiment {experiment.name}"):
-        return _run_in(experiment, Path(out_dir), echo)
+        return _run_in(experiment, out_dir, echo)
 
 
 def _run_in(experiment: Experiment, out_dir: Path, echo: bool) -> Outcome:

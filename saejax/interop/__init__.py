@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
 from saejax.interop import (
@@ -81,6 +82,7 @@ def export(sae: SAE, path: str | os.PathLike, format: str = "saelens") -> pathli
     Raises:
       UserError: the format is unknown, is only read, or cannot hold this architecture.
     """
+    path = paths.local(path, "path")
     writers = {name: module.export for name, module in FORMATS.items() if module.export is not None}
     if format not in writers:
         only_read = " (it is only read)" if format in FORMATS else ""
@@ -99,7 +101,7 @@ def recognise(path: str | os.PathLike) -> str:
     Raises:
       UserError: there is nothing, no format fits, or several do.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     if not path.exists():
         raise UserError(f"{path}: no such file or directory, so none of the known formats ({', '.join(FORMATS)})")
     fitting = [name for name, module in FORMATS.items() if module.detect(path)]

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.sae import base
@@ -44,7 +45,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: a key is missing or unknown; a wrong shape; a NaN; a threshold below 0.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     config = _config((path.parent if path.is_file() else path) / "config.yaml")
     sparsifier, params = _single(path, config) if path.is_file() else _layers(path, config)
     named = {"hook_name": "feature_input_hook", "hook_name_out": "feature_output_hook", "model_name": "model_name"}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import folder, saelens_fold, strict, torch_file
 from saejax.sae import base
@@ -69,7 +70,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN; no config.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     file = path / WEIGHTS if path.is_dir() else path
     found = torch_file.read(file)
     if isinstance(found, dict) and {"ae", "optimizer"} <= set(found):
@@ -114,13 +115,13 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
         "activation_dim": sparsifier.d_in,
         "dict_size": sparsifier.d_sae,
         "layer": sae.provenance.get("layer"),
-        "lm_name": sae.provenance.get("model_name"),
+        "lm_name": paths.unplaced(sae.provenance.get("model_name")),
         "submodule_name": sae.provenance.get("hook_name"),
         "wandb_name": kind,
     }
     if "k" in state:
         trainer["k"] = int(state["k"])
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     config = {"trainer": trainer, "buffer": {}, "training_library": "saejax"}
     with folder.filled(path, (CONFIG, WEIGHTS)) as part:
         torch_file.write_state_dict(part / WEIGHTS, state)

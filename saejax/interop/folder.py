@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 
+from saejax import paths
 from saejax.errors import UserError
 
 
@@ -24,7 +25,7 @@ def filled(path: str | os.PathLike, own: Collection[str]) -> Iterator[pathlib.Pa
     Raises:
       UserError: `path` is a file, holds anything else, or another export fills it now.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: must be a directory to write, and is a file")
     _refuse_strangers(path, own)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.sae import base
@@ -51,7 +52,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: a key is missing or unknown, a wrong shape, a NaN, or a skip of a cross-layer transcoder.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     folder = path.parent if path.is_file() else path
     config = _config(folder / CONFIG)
     if path.is_dir() and (path / LAYER.format(0)).is_file():

@@ -7,6 +7,7 @@ Sources:
 import os
 import pathlib
 
+from saejax import paths
 from saejax.interop import strict, torch_file
 from saejax.sae.model import SAE
 
@@ -27,7 +28,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     state = torch_file.read_state_dict(path)
     d, n = strict.sizes(path, state, "encoder_linear.weight", transposed=True)
     shapes = {

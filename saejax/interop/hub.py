@@ -6,10 +6,10 @@ holds; HF_ENDPOINT names another hub.
 
 import importlib
 import os
-import pathlib
 import re
 from typing import Any
 
+from saejax import paths
 from saejax.errors import UserError
 
 IGNORED = ["dashboards/*"]
@@ -42,8 +42,9 @@ def upload(folder: str | os.PathLike, repository: str, *, private: bool = False)
     Raises:
       UserError: as `check`, or the hub refuses or cannot be reached; the folder is as it was.
     """
+    folder = paths.local(folder, "folder")
     check(repository)
-    library, errors, folder = _library(), importlib.import_module("huggingface_hub.errors"), pathlib.Path(folder)
+    library, errors = _library(), importlib.import_module("huggingface_hub.errors")
     api = library.HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import saelens_fold, strict
 from saejax.kernels.row_norm import RowNorm
@@ -64,7 +65,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: a key is missing or unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     where, file = path / CONFIG, path / WEIGHTS
     config = strict.read_json(where)
     kind = strict.choice(where, config, "sae_type", tuple(_OWN), None)

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from saejax import plain
+from saejax import paths, plain
 from saejax.errors import UserError
 from saejax.interop import folder, saelens, saelens_config, strict
 from saejax.sae.model import SAE
@@ -111,7 +111,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: the folder lists no SAE or several, or the SAE is wrong.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     releases = strict.read_yaml(path / STANZA)
     try:
         folders = [pathlib.PurePosixPath(entry["path"]) for release in releases.values() for entry in release["saes"]]
@@ -146,7 +146,7 @@ def export(
     Raises:
       UserError: the format cannot hold the architecture, or a name is missing.
     """
-    path, called, figures = pathlib.Path(path), names(sae, settings), dict(figures or {})
+    path, called, figures = paths.local(path, "path"), names(sae, settings), dict(figures or {})
     entry: dict[str, Any] = {"id": called.hook, "path": called.hook, "neuronpedia": called.neuronpedia_id}
     entry |= {"l0": round(figures["l0"], 4)} if "l0" in figures else {}
     entry |= {"variance_explained": round(1 - figures["fvu"], 4)} if "fvu" in figures else {}

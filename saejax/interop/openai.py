@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import strict, torch_file
 from saejax.kernels.row_norm import RowNorm
@@ -41,7 +42,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     found = torch_file.read(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors, got {type(found).__name__}")

@@ -12,6 +12,7 @@ import pathlib
 import re
 from typing import Any
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import strict, torch_file
 from saejax.sae.model import SAE
@@ -37,7 +38,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN; nothing says k.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     state = torch_file.read_state_dict(path)
     d, n = strict.sizes(path, state, "W_enc", transposed=True)
     w = strict.arrays(path, state, {"W_enc": (n, d), "b_enc": (n,), "W_dec": (d, n), "b_dec": (d,)})

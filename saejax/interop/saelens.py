@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import folder, saelens_config, saelens_fold, strict
 from saejax.interop.saelens_config import Parsed
@@ -60,7 +61,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: a file or key is missing, unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     config = saelens_config.read(path / CONFIG)
     weights = _read_weights(path / WEIGHTS, config)
     params = saelens_fold.data_scale(path, config, _params(weights))
@@ -94,7 +95,7 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
         sae = dataclasses.replace(sae, sparsifier=sae.sparsifier.inner)
     config, weights = converted(sae)
     config["normalize_activations"] = normalize
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     with folder.filled(path, (CONFIG, WEIGHTS)) as part:
         safetensors.numpy.save_file(weights, part / WEIGHTS)
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import pathlib
 import re
 from typing import Any
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.sae.model import SAE
@@ -180,8 +181,8 @@ def _metadata(sae: SAE) -> dict[str, Any]:
     plain = json.loads(json.dumps({k: v for k, v in provenance.items() if k != "saejax_provenance"}, default=str))
     return {
         "sae_lens_version": VERSION,
-        **found,
+        **paths.unplaced(found),
         "training_library": "saejax",
         "training_architecture": sae.sparsifier.name,
-        "saejax_provenance": plain,
+        "saejax_provenance": paths.unplaced(plain),
     }

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from saejax import paths
 from saejax.errors import UserError
 from saejax.interop import folder, strict
 from saejax.sae.model import SAE
@@ -42,7 +43,7 @@ def load(path: str | os.PathLike) -> SAE:
     Raises:
       UserError: it has groups, or a key, shape or number is wrong.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     where = path / CONFIG
     config = strict.read_json(where)
     strict.same_keys(where, set(config), {"d_in", "k"}, optional=_KEYS | _OLDER)
@@ -96,7 +97,7 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     }
     if sparsifier.skip:
         weights["W_skip"] = params.extra["W_skip"].T
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     arrays = {key: np.array(value, np.float32, order="C") for key, value in weights.items()}
     config: dict[str, Any] = {
         "activation": "topk",

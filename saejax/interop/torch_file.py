@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from saejax import paths
 from saejax.errors import UserError
 
 STORAGES: dict[str, np.dtype] = {
@@ -67,7 +68,7 @@ def read(path: str | os.PathLike) -> Any:
     Raises:
       UserError: the file is missing, damaged, in the legacy format, or names anything but ALLOWED.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
@@ -85,7 +86,7 @@ def read(path: str | os.PathLike) -> Any:
 
 def keys(path: str | os.PathLike) -> frozenset[str]:
     """Returns the names in a file that holds a dictionary, without reading its tensors; none of any other file."""
-    path = pathlib.Path(path)
+    path = paths.local(path, "path")
     try:
         if not path.is_file() or not zipfile.is_zipfile(path):
             return frozenset()

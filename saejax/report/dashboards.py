@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from saejax import numeric, whole
+from saejax import numeric, paths, whole
 from saejax.errors import UserError
 from saejax.report import search, snippets
 from saejax.report.corpus import Corpus, Window
@@ -107,7 +107,7 @@ def write(
     Returns:
       (latents written, latents skipped).
     """
-    settings, folder = settings or DashboardConfig(), pathlib.Path(folder)
+    settings, folder = settings or DashboardConfig(), paths.local(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("batch-*.json"):
         old.unlink()

@@ -7,7 +7,6 @@ their texts.
 
 import datetime
 import math
-import shlex
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from saejax import whole
+from saejax import paths, whole
 from saejax.report import curves, decoder, latents, plot, records
 from saejax.sae.model import SAE
 
@@ -79,12 +78,13 @@ def build(
         cosine=_cosine(sae),
         examples=examples,
         not_shown=None if sae is None or shown else sae.sparsifier.family.name,
-        config=records.flatten(found.config) if found.config else {},
-        record=records.flatten(found.record) if found.record else {},
-        evaluated_on=records.flatten(found.evaluation.get("data", {})),
+        config=records.shown(found.config) if found.config else {},
+        record=records.shown(found.record) if found.record else {},
+        evaluated_on=records.shown(found.evaluation.get("data", {})),
         commands=_commands(found.path),
     )  # fmt: skip
-    target = Path(out) if out is not None else found.path / "report.html"
+    target = paths.local(out, "out") if out is not None else found.path / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
     whole.write(target, html)
     return target
 
@@ -104,14 +104,14 @@ def environment() -> jinja2.Environment:
 
 def _headline(found: records.Run, sae: SAE | None) -> str:
     """One line on what was trained: architecture, width, sparsity, hook, tokens."""
-    flat = records.flatten(found.config)
+    flat = records.shown(found.config)
     kind = flat.get("sae.type") or (sae.sparsifier.name if sae is not None else None)
     parts = [{"topk": "TopK", "l1": "L1"}.get(str(kind), str(kind))] if kind else []
     for key, text in (("d_sae", "{} latents"), ("k", "k = {}"), ("l1_coef", "λ = {}")):
         value = flat.get(f"sae.{key}", getattr(sae.sparsifier, key, None) if sae is not None else None)
         if value is not None:
             parts.append(text.format(f"{value:,}" if isinstance(value, int) else value))
-    known = records.flatten(found.record) | (records.flatten(dict(sae.provenance)) if sae is not None else {})
+    known = records.shown(found.record) | (records.shown(dict(sae.provenance)) if sae is not None else {})
     for key in ("source.model.name", "hook", "source.hook"):
         if known.get(key) and str(known[key]) not in parts:
             parts.append(str(known[key]))
@@ -212,12 +212,11 @@ def _cosine(sae: SAE | None) -> dict[str, Any] | None:
 
 
 def _commands(path: Path) -> Mapping[str, str]:
-    """What fills each section that may be empty."""
-    where = shlex.quote(str(path))
+    """What fills each section that may be empty, typed in the folder that holds the run."""
     return {
-        "train": f"saejax train resume={where}",
-        "evaluate": f"saejax evaluate run={where}",
-        "report": f"saejax report run={where}",
+        "train": f"saejax train {paths.typed('resume', path.name)}",
+        "evaluate": f"saejax evaluate {paths.typed('run', path.name)}",
+        "report": f"saejax report {paths.typed('run', path.name)}",
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saejax import plain
+from saejax import paths, plain
 from saejax.errors import UserError
 
 _MARKS = ("config.yaml", "metrics.jsonl", "run.json", "eval.json", "train.log", ".hydra")
@@ -58,7 +58,7 @@ def read(path: str | Path) -> Run:
     Raises:
       UserError: `path` is no directory, or holds none of the files of a run.
     """
-    path = Path(path)
+    path = paths.local(path, "run")
     if not path.is_dir():
         raise UserError(f"run={path}: no such directory")
     if not is_run(path):
@@ -93,6 +93,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def shown(tree: Any) -> dict[str, Any]:
+    """As `flatten`, for a page that others may read: without the folders of this machine."""
+    return flatten(paths.unplaced(tree))
 
 
 def is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
-from saejax import whole
+from saejax import paths, whole
 from saejax.errors import UserError
 from saejax.evals import knee
 from saejax.report import page, plot, records
@@ -79,7 +79,7 @@ def read_sweep(sweep_dir: str | Path) -> Sweep:
     Raises:
       UserError: no such directory, or no run in it.
     """
-    root = Path(sweep_dir)
+    root = paths.local(sweep_dir, "sweep")
     runs = [records.read(path) for path in find(root)]
     keys = differing([records.flatten(r.config) for r in runs])
     groups = _groups(runs, keys)
@@ -101,7 +101,7 @@ def build_sweep(sweep_dir: str | Path | Sweep, *, out: str | Path | None = None)
       UserError: no such directory, or no run in it.
     """
     found = sweep_dir if isinstance(sweep_dir, Sweep) else read_sweep(sweep_dir)
-    target = Path(out) if out is not None else found.root / "sweep.html"
+    target = paths.local(out, "out") if out is not None else found.root / "sweep.html"
     rows = _rows(found, target.parent)
     shown = [m for i, m in enumerate(_METRICS) if any(row.metrics[i] is not None for row in rows)]
     html = page.environment().get_template("sweep.html").render(
@@ -115,6 +115,7 @@ def build_sweep(sweep_dir: str | Path | Sweep, *, out: str | Path | None = None)
         chart=_chart(rows, found.points),
         sources=sorted({row.source for row in rows if row.source}),
     )  # fmt: skip
+    target.parent.mkdir(parents=True, exist_ok=True)
     whole.write(target, html)
     return target
 
@@ -238,9 +239,10 @@ def _groups(runs: Sequence[records.Run], keys: Sequence[str]) -> _Groups:
     """Runs that differ only in their sparsity and seed share a colour."""
     kept = [k for k in keys if k not in _SPARSITY and k.split(".")[-1] != "seed"]
     flat = [records.flatten(r.config) for r in runs]
-    labels = [", ".join(f"{k}={_setting(c.get(k))}" for k in kept if k in c) or "all runs" for c in flat]
-    order = list(dict.fromkeys(labels))
-    return _Groups(order, [order.index(label) for label in labels])
+    groups = [tuple((k, _setting(c.get(k))) for k in kept if k in c) for c in flat]
+    order = list(dict.fromkeys(groups))
+    labels = [", ".join(f"{k}={paths.unplaced(value)}" for k, value in group) or "all runs" for group in order]
+    return _Groups(labels, [order.index(group) for group in groups])
 
 
 def _rows(found: Sweep, base: Path) -> list[Row]:
@@ -252,7 +254,7 @@ def _rows(found: Sweep, base: Path) -> list[Row]:
 
 
 def _row(found: records.Run, keys: Sequence[str], base: Path, group: int, front: bool, knee: bool) -> Row:
-    flat = records.flatten(found.config)
+    flat = records.shown(found.config)
     state = status(found)
     failed = state == "failed"
     link = found.path / "report.html"

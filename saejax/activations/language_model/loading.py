@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax import sharding
+from saejax import paths, sharding
 from saejax.activations.language_model import bos, families, gguf_file, gguf_tokenizer, hf, smollm2, weights
 from saejax.activations.language_model.backend import LanguageModel
 from saejax.activations.language_model.config import ModelConfig
@@ -70,7 +70,7 @@ def _config(
 
 def _find(name: str) -> tuple[pathlib.Path, hf.SafetensorsDirectory | gguf_file.GGUFFile, dict[str, Any]]:
     """Where a model lies, its weights, and the contents of its config.json."""
-    path = smollm2.find() if name == smollm2.NAME else pathlib.Path(name).expanduser()
+    path = smollm2.find() if name == smollm2.NAME else paths.local(name, "model")
     if path.is_dir():
         raw = hf.read_config(path)
         return path, hf.SafetensorsDirectory(path), raw

@@ -74,8 +74,8 @@ def _run(arguments: list[str]) -> int:
         return DONE
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        meant = command_line.near(name, COMMANDS)
-        print(f"saejax: unknown command {name}; there are {', '.join(COMMANDS)}{meant}", file=sys.stderr)
+        there = ", ".join(COMMANDS) + command_line.near(name, COMMANDS)
+        print(f"saejax: unknown command {name}; there are {there}", file=sys.stderr)
         return MISTAKE
     try:
         processes.introduce(lambda: importlib.import_module("saejax.agreement").command(name, rest))
@@ -292,8 +292,7 @@ def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
         return DONE
     figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.evaluation.items())
     _tell(f"done: {outcome.step} steps, {outcome.speed['tokens_per_second']:.0f} tokens/s; held-out {figures}")
-    named = paths.typed("run", run_dir)
-    _tell(f"next: saejax evaluate {named}   saejax report {named}")
+    _tell("next: saejax evaluate {0}   saejax report {0}".format(paths.typed("run", run_dir)))
     return DONE
 
 

@@ -42,7 +42,7 @@ def test_the_figures_do_not_depend_on_the_batch(sae, heldout, small_model, n_dat
     backend = language_model.load(small_model, mesh=sharding.make_mesh(n_data))
     found = []
     for size in (3, 4, 12):
-        cfg = commands.EvaluateConfig(run="", splice_batch=size, splice_sequences=None)
+        cfg = commands.EvaluateConfig(run="x", splice_batch=size, splice_sequences=None)
         found.append(commands._spliced(sae, backend, heldout, cfg))
     assert heldout.n_sequences % 3 and not heldout.n_sequences % 4
     _, segments = heldout.sequences(0, heldout.n_sequences)
@@ -57,7 +57,7 @@ def test_the_figures_do_not_depend_on_the_batch(sae, heldout, small_model, n_dat
 
 def test_at_most_the_sequences_asked_for(sae, heldout, small_model):
     backend = language_model.load(small_model)
-    cfg = commands.EvaluateConfig(run="", splice_batch=4, splice_sequences=6)
+    cfg = commands.EvaluateConfig(run="x", splice_batch=4, splice_sequences=6)
     _, segments = heldout.sequences(0, 6)
     assert commands._spliced(sae, backend, heldout, cfg).data["lm_tokens"] == (segments > 0).sum()
 

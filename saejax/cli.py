@@ -306,6 +306,7 @@ def harvest(arguments: list[str]) -> int:
         return DONE
     command_line.check_words(arguments)
     cfg = config.load("harvest", harvesting.HarvestConfig, arguments)
+    whole.check_place(Path(cfg.path))
     _log_to_stderr()
     harvesting.harvest(cfg)
     return DONE
@@ -338,6 +339,7 @@ def store(arguments: list[str]) -> int:
     """`saejax store info|verify PATH`."""
     from saejax.activations import store as stores
 
+    command_line.check_flags(arguments)
     if wants_help(arguments) or len(arguments) != 2 or arguments[0] not in ("info", "verify"):
         print("usage: saejax store info PATH    what the store holds and where it is from")
         print("       saejax store verify PATH  every checksum, size and count; status 1 if any is wrong")
@@ -358,6 +360,7 @@ def experiment(arguments: list[str]) -> int:
     from saejax import manual
     from saejax.experiments import command as experiments
 
+    command_line.check_flags(arguments)
     names = [a for a in arguments if a not in ("-h", "--help")]
     if not names or names == [experiments.ALL_QUICK] != arguments:
         print(experiments.listing())

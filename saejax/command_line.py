@@ -179,8 +179,17 @@ def check_words(arguments: Iterable[str], flags: Iterable[str] = (), valued: Ite
     Raises:
       UserError: an unknown flag, with the one that was meant; a word without `=`; bytes that are no UTF-8.
     """
-    known = ["--help", "-h", *flags, *valued]
-    before = ""
+    arguments, before = list(arguments), ""
+    check_flags(arguments, (*flags, *valued))
+    for argument in arguments:
+        if not argument.startswith(("-", "~")) and "=" not in argument and before not in valued:
+            raise UserError(f"{argument}: expected key=value")
+        before = argument
+
+
+def check_flags(arguments: Iterable[str], flags: Iterable[str] = ()) -> None:
+    """As `check_words`, where words may stand alone."""
+    known = ["--help", "-h", *flags]
     for argument in arguments:
         try:
             argument.encode()
@@ -190,9 +199,6 @@ def check_words(arguments: Iterable[str], flags: Iterable[str] = (), valued: Ite
         word = argument.partition("=")[0]
         if argument.startswith("-") and word not in known:
             raise UserError(f"unknown flag {word}{near(word, known)}")
-        if not argument.startswith(("-", "~")) and "=" not in argument and before not in valued:
-            raise UserError(f"{argument}: expected key=value")
-        before = argument
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -107,11 +107,14 @@ class Config:
 
 
 def check_data(config: Config) -> None:
-    """Refuse an SAE that does not fit the rows of its source; opens the source, which a config alone never does.
+    """Refuse what only a look at the machine can tell: an SAE that does not fit its rows, a tracker that is not there.
+
+    Opens the source, which a config alone never does.
 
     Raises:
-      UserError: the source cannot be read, or its widths are others.
+      UserError: the source cannot be read, or its widths are others; the tracker is not installed.
     """
+    tracking.check(config.tracker)
     sae, source = config.sae, config.source
     if sae.d_row != source.d_in:
         name = "sae.d_in" if sae.mirrors else "the sum of sae.sites"

@@ -9,11 +9,13 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import importlib.util
 import json
 import logging
 import math
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,19 @@ class TrackerConfig:
     """W&B group, say the name of a sweep."""
     mode: Place[WandbMode] = WandbMode.online
     """online or offline."""
+
+
+def check(config: TrackerConfig) -> None:
+    """Refuse a tracker that is not installed, before anything is compiled for it.
+
+    Raises:
+      UserError: says what to install.
+    """
+    if not config.wandb or sys.modules.get("wandb") is not None:
+        return
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a folder wandb/, which wandb leaves wherever it runs, is no package
+        raise UserError("tracker.wandb=true needs wandb: pip install 'saejax[wandb]'")
 
 
 class Tracker:
@@ -174,10 +189,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def _start_wandb(config: TrackerConfig, run_config: dict[str, Any], run_dir: Path) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("tracker.wandb=true needs wandb: pip install 'saejax[wandb]'") from None
+    check(config)
+    import wandb
+
     id_file = run_dir / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else None
     try:

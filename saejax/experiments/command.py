@@ -10,7 +10,7 @@ from typing import Any
 
 from saejax import command_line, config, key_value, paths, whole
 from saejax.errors import UserError
-from saejax.experiments import all_experiments, harness
+from saejax.experiments import all_experiments, figures, harness
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ def _out(overrides: list[str], default: str) -> tuple[Path, list[str]]:
     said, others = _take(overrides, "out", default)
     out = paths.local(said, "out")
     whole.check_place(out)
+    figures.check()
     return out, others
 
 

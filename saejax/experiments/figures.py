@@ -7,6 +7,7 @@ together with the experiments themselves.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,16 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0,
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
 
 
+def check() -> None:
+    """Refuse to begin what ends in a figure that cannot be drawn.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("figures need matplotlib: pip install 'saejax[experiments]'")
+
+
 def new(n_rows: int = 1, n_columns: int = 1, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     """An empty figure.
 
@@ -39,10 +50,9 @@ def new(n_rows: int = 1, n_columns: int = 1, *, width: float = 4.2, height: floa
     Raises:
       UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("figures need matplotlib: pip install 'saejax[experiments]'") from error
+    check()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * n_columns, height * n_rows), layout="constrained")
     grid = np.ravel(figure.subplots(n_rows, n_columns, squeeze=False)).tolist()
     for ax in grid:

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from saejax import run_log
 from saejax.training import flops, memory, trace
+
+NOTE_SECONDS = 60.0
+"""Between two lines of progress in train.log."""
 
 
 class Progress:
@@ -43,6 +47,8 @@ class Progress:
             dynamic_ncols=True,
             mininterval=0.5 if terminal else 30.0,
         )
+        self._shown: dict[str, str] = {}
+        self._noted = -NOTE_SECONDS  # the first step is a line as well: it says that compilation is over
         self._start = self._mark = time.perf_counter()
         self._steps = self._steps_marked = 0
         self._waited = self._waited_marked = 0.0
@@ -53,6 +59,8 @@ class Progress:
         self._steps += 1
         self._waited += waited_seconds
         self._bar.update(1)
+        if time.perf_counter() - self._noted > NOTE_SECONDS:
+            self._note()
         started = time.perf_counter()
         self._trace.step(self._steps)
         self.pause(time.perf_counter() - started)
@@ -100,9 +108,19 @@ class Progress:
             shown["mfu"] = f"{values['train/mfu']:.1%}"
         if "train/peak_memory_bytes" in values:
             shown["mem"] = f"{values['train/peak_memory_bytes'] / 2**30:.2f}GiB"
+        self._shown = shown
         self._bar.set_postfix(shown, refresh=False)
 
+    def _note(self) -> None:
+        """The bar as a line of the run's log."""
+        self._noted = time.perf_counter()
+        if not self._bar.disable:
+            figures = ", ".join(f"{name} {value}" for name, value in self._shown.items())
+            share = self._bar.n / max(self._bar.total, 1)
+            run_log.note(f"step {self._bar.n} of {self._bar.total} ({share:.0%})" + f": {figures}" * bool(figures))
+
     def close(self) -> None:
-        """Leave the terminal clean, and no profile half written."""
+        """Leave the terminal clean, the last step in the log, and no profile half written."""
+        self._note()
         self._bar.close()
         self._trace.close()

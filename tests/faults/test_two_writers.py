@@ -25,7 +25,7 @@ IN_USE = (
 )
 NEEDLESS = (
     r"is finished already|is complete: nothing to do|done: |of another run|holds checkpoints already|harvest done"
-    r"|was finished already|is not a run directory"
+    r"|was finished already|is not a run directory|holds another ensemble"
 )
 """The second came when the first had ended, or not begun, and says what it found."""
 

@@ -71,9 +71,9 @@ def test_a_second_sweep_is_refused_before_anything_is_written(fold, name, tmp_pa
     (tmp_path / "a").mkdir()
     with lock.hold(place, "first"):
         assert cli.main(sweep(Path(name), "sae.k=2,4", *fold)) == 2
+        assert [file.name for file in place.iterdir()] == [".lock"]
     line = rf"saejax train: {tmp_path}/\S+ is in use by first of process {os.getpid()} on .*\n"
     assert re.fullmatch(line, capsys.readouterr().err)
-    assert [file.name for file in place.iterdir()] == [".lock"]
 
 
 def test_a_sweep_writes_through_no_link(tmp_path, capsys):

@@ -161,6 +161,8 @@ INNER = {
     "saejax.lock": "takes what a door made",
     "saejax.whole": "writes where it was told, after the door",
     "saejax.activations.store_format": "parts of a store that is open",
+    "saejax.activations.array_files": "of a source, whose path is settled",
+    "saejax.run_data": "of a command, whose paths are settled",
     "saejax.interop.torch_file": "called by the formats",
     "saejax.interop.folder": "called by the formats",
 }

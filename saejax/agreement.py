@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -143,17 +144,21 @@ def _place(arguments: list[str]) -> processes.Place | None:
         try:
             how = plain.read_run_config(Path(given["resume"]))["mesh"]["distributed"]
         except (UserError, OSError, KeyError, TypeError):
-            return None
+            how = "auto"  # whoever else goes on with this run has the environment for it
     numbers = {}
     for name in ("num_processes", "process_id"):
         value = given.get(f"mesh.{name}", "null")
         numbers[name] = int(value) if value.isdecimal() else None
     try:
-        return processes.place(
-            processes.Distributed[how or "none"], coordinator=given.get("mesh.coordinator"), **numbers
-        )
-    except (UserError, KeyError):
+        known = processes.Distributed[how or "none"]
+        return processes.place(known, coordinator=given.get("mesh.coordinator"), **numbers)
+    except KeyError:
         return None
+    except UserError:  # perhaps it is its number that is wrong; then it can still say so
+        where, number = given.get("mesh.coordinator", os.environ.get("JAX_COORDINATOR_ADDRESS")), numbers["process_id"]
+        if where is None or number is None or not re.fullmatch(r"\S+:\d{1,5}", where):
+            return None
+        return processes.Place(known, number, max(2, number + 1), where)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

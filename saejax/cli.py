@@ -84,9 +84,8 @@ def _run(arguments: list[str]) -> int:
         status = _ended(name, error)
         joins = any("mesh.distributed=" in a or a.startswith("resume=") for a in rest)
         if joins and name in ("train", "evaluate"):
-            from saejax import agreement
-
-            agreement.tell_others(rest, error)
+            with contextlib.suppress(Exception):  # it may have been stopped while modules were imported
+                importlib.import_module("saejax.agreement").tell_others(rest, error)
         if status is None:
             raise
         return status

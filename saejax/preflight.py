@@ -115,10 +115,11 @@ def join(arguments: list[str], configs: list[config.Config]) -> list[str]:
     Returns:
       The arguments; with the directory of process 0 where each would have made one by its own clock.
     """
-    if len(configs) != 1 or any(a in MULTIRUN for a in arguments):
+    launched = any(a.lstrip("+").startswith(("launcher=", "hydra/launcher=")) for a in arguments)
+    if not configs or _multirun(arguments) and launched:
         return arguments  # each job of a sweep joins its own
     agreement.join(configs[0])
-    if not processes.several() or any(a.startswith("hydra.run.dir=") for a in arguments):
+    if not processes.several() or _multirun(arguments) or any(a.startswith("hydra.run.dir=") for a in arguments):
         return arguments
     with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
         composed = compose("train", [a for a in arguments if not a.startswith("-")], return_hydra_config=True)

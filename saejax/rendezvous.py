@@ -133,7 +133,9 @@ def _kind(error: BaseException) -> list[str]:
 
 
 def _raise(kind: str, text: str) -> None:
-    raise Stopped(int(text)) if kind == "stopped" else UserError(text)
+    if kind == "stopped":
+        raise Stopped(int(text))
+    raise UserError("".join(letter if letter.isprintable() else " " for letter in text))  # it comes from elsewhere
 
 
 class _Gathering:

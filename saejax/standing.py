@@ -155,10 +155,12 @@ def begin(cfg: config.Config, run_dir: Path, owner: checkpoint_record.Owner, ste
       owner: from `take`.
       step: at which it goes on, 0 for a new one.
     """
-    if step >= cfg.train.n_steps or not processes.first():
+    if step >= cfg.train.n_steps:
+        return
+    saved = checkpoint.read_record(run_dir, step) if step else None  # by all processes: Orbax counts what each one does
+    if not processes.first():
         return
     if step:
-        saved = checkpoint.read_record(run_dir, step)
         older = saved is None or not saved.get("run")
         changes = changed(config.from_run(run_dir), cfg) if older else checkpoint_record.changes(saved, owner)
         for key, (old, new) in changes.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,21 @@ class Group:
         deadline = time.monotonic() + seconds
         return [member.wait(max(0.1, deadline - time.monotonic())) for member in self.members]
 
+    def wait_until_said(self, number: int, text: str, seconds: float = 240) -> None:
+        """Until one of them has printed something."""
+        deadline = time.monotonic() + seconds
+        while text not in self.said(number):
+            assert time.monotonic() < deadline, f"{text} was not said: {self.said(number)[-2000:]}"
+            assert all(member.poll() is None for member in self.members), f"ended early: {self.said(number)[-2000:]}"
+            time.sleep(0.01)
+
+    def wait_until_watched(self, number: int, seconds: float = 60) -> None:
+        """Until one of them has handlers for signals, as Linux says."""
+        deadline = time.monotonic() + seconds
+        while not watches(self.members[number].pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
     def wait_for_first_end(self, seconds: float = 240) -> None:
         """Until one of them has ended."""
         deadline = time.monotonic() + seconds
@@ -50,6 +66,12 @@ class Group:
             assert time.monotonic() < deadline, f"{path} did not come: {self.said(0)[-2000:]}"
             assert all(member.poll() is None for member in self.members), f"ended early: {self.said(0)[-2000:]}"
             time.sleep(0.02)
+
+
+def watches(pid: int) -> bool:
+    """Whether a process has a handler for SIGUSR2, as the kernel says."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.findall(r"SigCgt:\s*([0-9a-f]+)", status)[0], 16) & 1 << signal.SIGUSR2 - 1)
 
 
 def free_port() -> int:

@@ -1,16 +1,20 @@
 """Processes of one run that were started differently end, all of them, with one line that names the difference."""
 
+import concurrent.futures
 import dataclasses
+import itertools
 import os
 import socket
+import threading
+import types
 from pathlib import Path
 
 import numpy as np
 import process_groups
 import pytest
 
-from saejax import agreement, config
-from saejax.errors import MISTAKE
+from saejax import agreement, config, processes
+from saejax.errors import MISTAKE, UserError
 
 MANY = "mesh.distributed=manual"
 COMMON = [
@@ -50,6 +54,61 @@ def test_the_facts_of_one_command_are_the_same_every_time_and_those_of_another_a
     assert {"version of saejax", "version of jax", "version of numpy", "version of Python"} < versions.keys()
 
 
+class Store(dict):
+    """A key-value store as the coordinator keeps it, between threads."""
+
+    def __init__(self):
+        super().__init__()
+        self._changed = threading.Condition()
+
+    def key_value_set(self, key: str, value: str) -> None:
+        with self._changed:
+            assert key not in self
+            self[key] = value
+            self._changed.notify_all()
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        with self._changed:
+            assert self._changed.wait_for(lambda: key in self, timeout=10), key
+            return self[key]
+
+
+def agreed(monkeypatch, all_facts: list[dict[str, str]]) -> list[str]:
+    """What each of several processes, a thread here, hears from `processes.agree`."""
+    store, here, n = Store(), threading.local(), len(all_facts)
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(
+        processes, "_joined", lambda: types.SimpleNamespace(client=store, process_id=here.number, num_processes=n)
+    )
+    monkeypatch.setattr(processes, "_agreements", itertools.repeat(0))
+
+    def run(number: int) -> str:
+        here.number = number
+        try:
+            processes.agree(all_facts[number])
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with concurrent.futures.ThreadPoolExecutor(n) as pool:
+        return list(pool.map(run, range(n)))
+
+
+def test_whichever_key_differs_is_named_by_all(monkeypatch):
+    facts = agreement.versions() | agreement.of_config(compose()) | agreement.numerics()
+    assert len(facts) > 60 and agreed(monkeypatch, [facts, facts, facts]) == ["", "", ""]
+    for number, key in enumerate(facts):
+        odd = number % 3
+        said = agreed(monkeypatch, [facts | {key: "another"} if i == odd else facts for i in range(3)])
+        assert len(set(said)) == 1 and f"the processes of this run differ in {key}: " in said[0]
+        assert f"process {odd} has another" in said[0] and "(and in" not in said[0]
+        missing = {name: value for name, value in facts.items() if name != key}
+        said = agreed(monkeypatch, [missing if i == odd else facts for i in range(3)])
+        assert len(set(said)) == 1 and f"differ in {key}: " in said[0] and f"process {odd} has nothing" in said[0]
+    many = agreed(monkeypatch, [facts, dict.fromkeys(facts, "?"), dict.fromkeys(facts, "!")])
+    assert len(set(many)) == 1 and "process 0 has" in many[0] and "process 1 has ?, process 2 has !" in many[0]
+
+
 @pytest.fixture(scope="module")
 def others(tmp_path_factory) -> Path:
     """What a second process may have instead: other rows, a library of another version."""
@@ -60,6 +119,8 @@ def others(tmp_path_factory) -> Path:
     info = folder / "site" / "optax-9.9.9.dist-info"  # its metadata alone say so
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: optax\nVersion: 9.9.9\n")
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(config.to_yaml(compose()))
     return folder
 
 
@@ -111,7 +172,10 @@ CASES = {
     "the data": Case(all=ROWS, second=("source.path={}/other.npy",), said="differ in the data ("),
     "no data": Case(all=ROWS, second=("source.path={}/none.npy",), said="process 1: source.path"),
     "-m": Case(second=("-m",), said="differ in command: process 0 has train, process 1 has train -m"),
-    "resume": Case(second=("resume={}/run",), said="process 1: "),
+    "resume": Case(
+        second=("resume={}/run",), said="differ in command: process 0 has train, process 1 has train resume="
+    ),
+    "nothing to resume": Case(second=("resume={}/none",), said="process 1: "),
     "a mistake": Case(second=("sae.k=0",), said="process 1: sae.k must be"),
     "a key that is none": Case(second=("sae.kk=1",), said="process 1: "),
     "a wrong number": Case(second=("mesh.process_id=5",), said="process 5: mesh.process_id must be in [0, "),
@@ -127,7 +191,8 @@ QUICK = ("optim.lr", "a mistake", "the data")
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_two_processes_that_differ_end_in_one_line(others, tmp_path, name):
     case = CASES[name]
-    where = () if "-m" in case.second else (f"hydra.run.dir={tmp_path}/run",)
+    named = any(argument.startswith(("-m", "resume=")) for argument in case.second)
+    where = () if named else (f"hydra.run.dir={tmp_path}/run",)
     arguments = [argument.format(others) for argument in (*COMMON, *case.all, *where)]
     second = [argument.format(others) for argument in case.second]
     variables = {key: value.format(others) for key, value in case.variables}

@@ -79,7 +79,7 @@ def test_a_field_that_one_of_them_does_not_have(at):
             UserError("sae.k must be at least 1, got 0\nand more"),
             "UserError: process {}: sae.k must be at least 1, got 0",
         ),
-        (OSError("disk"), "UserError: process {}: disk"),
+        (OSError("disk\x1b[2J"), "UserError: process {}: disk [2J"),
         (RuntimeError("a defect"), "UserError: process {}: RuntimeError: a defect"),
         (Stopped(signal.SIGUSR1), "Stopped: 10"),
     ],

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import process_groups
 import pytest
 
 from saejax import checkpoint, cli, config, run, signals, standing
@@ -212,9 +213,7 @@ class Process:
             time.sleep(0.005)
 
     def watches(self) -> bool:
-        """Whether handlers of Python are in place, as the kernel says."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return bool(int(re.findall(r"SigCgt:\s*([0-9a-f]+)", status)[0], 16) & 1 << signal.SIGUSR2 - 1)
+        return process_groups.watches(self.process.pid)
 
     def ends(self, *statuses: int, seconds: float = 60) -> None:
         try:

@@ -182,6 +182,46 @@ def test_a_signal_to_one_process_stops_all_at_one_step(straight, tmp_path, signu
     goes_on_to_the_end(straight, run_dir)
 
 
+ANEW = {"JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_signal_to_one_process_that_has_not_joined_the_others_ends_all(tmp_path, stopped):
+    with running(2, tmp_path, "train", *long(tmp_path / "run")) as group:
+        group.wait_until_watched(stopped)
+        group.members[stopped].send_signal(signal.SIGUSR1)
+        assert group.statuses(60) == [128 + signal.SIGUSR1] * 2, group.said(0) + group.said(1)
+        assert "stopped by SIGUSR1" in group.said(0).splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_that_compiles_stops_all_before_the_first_step(straight, tmp_path, signum):
+    run_dir = tmp_path / "run"
+    with running(2, tmp_path, "train", *long(run_dir), **ANEW) as group:
+        group.wait_until_said(1, "Compiling jit(step)")
+        group.members[1].send_signal(signum)
+        assert group.statuses(120) == [128 + signum] * 2, group.said(0)[-2000:] + group.said(1)[-2000:]
+        stopped_at = runs.checkpoint.steps(run_dir)[-1]
+        assert stopped_at < 20 and f"stopped at step {stopped_at}, saved" in group.said(0)
+    goes_on_to_the_end(straight, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_an_evaluation_by_two(straight, tmp_path, signum):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    arguments = [f"run={run_dir}", "rows=4000000", "batch=16", MANY]
+    with running(2, tmp_path, "evaluate", *arguments, **ANEW) as group:
+        group.wait_until_said(1, "Compiling jit(update)")
+        group.members[1].send_signal(signum)
+        assert group.statuses(120) == [128 + signum] * 2, group.said(0)[-2000:] + group.said(1)[-2000:]
+        name = signal.Signals(signum).name
+        assert f"saejax evaluate: stopped by {name}" in group.said(0) and "stopped" not in group.said(1)
+
+
 @pytest.mark.slow
 def test_damage_that_one_process_meets_is_damage_for_all(straight, tmp_path):
     run_dir = tmp_path / "run"

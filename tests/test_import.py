@@ -25,6 +25,11 @@ def test_import_is_light():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_command_line_handles_signals_before_anything_heavy_is_imported():
+    done = run("import sys, saejax.cli\nassert not {'jax', 'numpy', 'hydra'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_check_can_fail():
     assert "loads ['hydra'" in run("import hydra" + PROGRAM).stderr
     assert "starts a device" in run("import jax; jax.devices()" + PROGRAM).stderr

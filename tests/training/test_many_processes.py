@@ -129,9 +129,13 @@ def test_a_process_without_a_device_in_the_mesh_is_refused(tmp_path):
         assert "leaves process 2 without a device" in group.said(0)
 
 
+LONG = 120
+"""Steps; the news that one process was signalled takes a second or two to reach the other."""
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Sixty steps of two processes that nothing disturbs, with a checkpoint at 20."""
+    """A run of two processes that nothing disturbs, with a checkpoint at 20."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     with running(2, run_dir.parent, "train", *long(run_dir)) as group:
         assert group.statuses() == [0, 0], group.said(0)[-2000:]
@@ -140,14 +144,14 @@ def straight(tmp_path_factory):
 
 def long(run_dir) -> list[str]:
     saves = ["checkpoint.save_every_steps=20", "train.eval_every_steps=null"]
-    return command(60, *saves, MANY, "mesh.data=2", QUICK_DEATH, f"hydra.run.dir={run_dir}")
+    return command(LONG, *saves, MANY, "mesh.data=2", QUICK_DEATH, f"hydra.run.dir={run_dir}")
 
 
 def goes_on_to_the_end(straight, run_dir) -> None:
     """The same command line once more, and the end is that of the run that nothing disturbed."""
     with running(2, run_dir.parent, "train", *long(run_dir)) as group:
         assert group.statuses() == [0, 0], group.said(0)[-2000:]
-    assert_equal_bits(straight, run_dir, 60)
+    assert_equal_bits(straight, run_dir, LONG)
     assert runs.logged(run_dir, "step") == runs.logged(straight, "step")
     assert runs.logged(run_dir, "train/loss") == runs.logged(straight, "train/loss")
 
@@ -164,7 +168,7 @@ def test_one_killed_process_ends_the_other_and_both_go_on(straight, tmp_path, ki
         assert time.monotonic() - started < 45  # 10 s of silence, and what a busy machine adds
     assert statuses[killed] == -signal.SIGKILL
     assert statuses[1 - killed] in (LOST, -signal.SIGABRT)
-    assert not (run_dir / "checkpoints" / "60").exists()
+    assert not (run_dir / "checkpoints" / f"{LONG}").exists()
     goes_on_to_the_end(straight, run_dir)
 
 
@@ -178,7 +182,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(straight, tmp_path, signu
         assert group.statuses(120) == [128 + signum] * 2
         stopped_at = runs.checkpoint.steps(run_dir)[-1]
         assert f"stopped at step {stopped_at}, saved" in group.said(0)
-    assert 20 < stopped_at < 60 and runs.logged(run_dir, "step")[-1] == stopped_at
+    assert 20 < stopped_at < LONG and runs.logged(run_dir, "step")[-1] == stopped_at
     goes_on_to_the_end(straight, run_dir)
 
 
@@ -226,14 +230,14 @@ def test_a_signal_to_one_process_stops_an_evaluation_by_two(straight, tmp_path, 
 def test_damage_that_one_process_meets_is_damage_for_all(straight, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
-    newest = run_dir / "checkpoints" / "60" / "state"
+    newest = run_dir / "checkpoints" / f"{LONG}" / "state"
     part = max((file for file in newest.rglob("*/d/*") if file.is_file()), key=lambda file: file.stat().st_size)
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     with running(2, tmp_path, "train", f"resume={run_dir}", MANY) as group:
         assert group.statuses() == [0, 0], group.said(0)[-2000:]
-        assert "checkpoint 60 cannot be restored" in group.said(0)
-    assert (run_dir / "checkpoints_broken" / "60").exists()
-    assert_equal_bits(straight, run_dir, 60)
+        assert f"checkpoint {LONG} cannot be restored" in group.said(0)
+    assert (run_dir / "checkpoints_broken" / f"{LONG}").exists()
+    assert_equal_bits(straight, run_dir, LONG)
 
 
 @pytest.mark.slow

@@ -164,7 +164,8 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
         saved = [checkpoint.Checkpoints(path, c.checkpoint, owners[path], spare=1) for path, c in members.items()]
         for one in saved:
             stack.callback(one.close)
-        first = next(rows)
+        records = [next(rows)] if resume else run.first_filling(cfg, rows)
+        first = records[0]
         single = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, run.filling(cfg, first), mesh=mesh)
         layout = ensemble.Layout(single, n, form, mesh)
         made = ensemble.make([ensemble.Member(c.sae, c.optim) for c in cfgs], cfg.train, form, mesh)
@@ -174,7 +175,7 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
             states, position = _restored(saved, members, single)
             rows.set_state(position)
         else:
-            filled = run.fill(cfg, first, rows, put)
+            filled = run.fill(cfg, records, put)
             seeds = [c.seed for c in cfgs]
             states = state.create_many(
                 cfg.sae, tx, cfg.train, cfg.normalize, filled, seeds=seeds, data_seed=cfg.stream_seed, mesh=mesh

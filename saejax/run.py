@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
@@ -87,14 +86,15 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
         tx, make_step = learner(cfg)
         checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint, owner)
         stack.callback(checkpoints.close)
-        first = next(rows)
+        records = [next(rows)] if resume else first_filling(cfg, rows)
+        first = records[0]
         wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filling(cfg, first), mesh=mesh)
         compiled = memory.compile_step(make_step, wanted, NamedSharding(mesh, P(sharding.DATA)), mesh)
         if resume:
             train_state, position = checkpoints.restore(wanted)
             rows.set_state(position)
         else:
-            filled = fill(cfg, first, rows, put)
+            filled = fill(cfg, records, put)
             seeds = {"seed": cfg.seed, "data_seed": cfg.data_seed}
             train_state = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, **seeds, mesh=mesh)
         standing.begin(cfg, run_dir, owner, int(train_state.step))
@@ -190,8 +190,8 @@ def open_stream(cfg: config.Config, mesh: Mesh) -> tuple[RowIterator, Put]:
     Raises:
       UserError: the source has no held-out rows, or too few others.
     """
-    if next(iter(cfg.source.heldout(1, 1)), None) is None:
-        raise UserError("the source has no held-out row: raise its heldout share, or its number of rows")
+    with processes.alike():
+        nonfinite.check_heldout(cfg.source.heldout(cfg.train.batch, cfg.train.eval_rows), cfg.source.place())
     n_lanes, lane_sharding = cfg.train.n_lanes, NamedSharding(mesh, P(sharding.DATA))
     lanes = _own_lanes(lane_sharding, n_lanes)
     rows = cfg.source.open(n_lanes=n_lanes, block_rows=cfg.train.block_rows, lanes=lanes, seed=cfg.stream_seed)
@@ -204,13 +204,19 @@ def filling(cfg: config.Config, first: np.ndarray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((cfg.train.n_lanes, n_batches, cfg.train.block_rows, cfg.source.d_in), first.dtype)
 
 
-def fill(cfg: config.Config, first: np.ndarray, rows: RowIterator, put: Put) -> jax.Array:
-    """The first filling of the buffer, and a line about what it looks like."""
-    records = [first, *(next(rows) for _ in range(cfg.buffer.n_batches(cfg.train.batch) - 1))]
+def first_filling(cfg: config.Config, rows: RowIterator) -> list[np.ndarray]:
+    """The records of the first filling of the buffer, refused where nothing can be learned from them."""
+    with processes.alike():
+        records = [next(rows) for _ in range(cfg.buffer.n_batches(cfg.train.batch))]
+        nonfinite.check_first(records, rows, cfg.normalize.rows, cfg.source.place())
+    return records
+
+
+def fill(cfg: config.Config, records: list[np.ndarray], put: Put) -> jax.Array:
+    """The first filling of the buffer, and a line about what it looks like; `records` are taken, and then empty."""
     filled = put(np.stack(records, axis=1))
-    ratio = diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
-    if not math.isfinite(ratio):
-        nonfinite.refuse_first(records)
+    records.clear()
+    diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
     return filled
 
 

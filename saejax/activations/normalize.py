@@ -114,30 +114,85 @@ def estimate(
         sites: widths of the parts of a row; with several, mode is none, sqrt_d or unit.
 
     Raises:
-        UserError: the rows are all equal (or zero), or not finite, so that no scale exists.
+        UserError: no scale exists, and why: the rows are all equal or zero, not finite, or too small or too large.
     """
     if len(sites) > 1:
         edges = [sum(sites[:i]) for i in range(len(sites) + 1)]
-        found = [estimate(rows[:, a:b], mode, center=center) for a, b in zip(edges, edges[1:], strict=False)]
+        found = [
+            _estimated(rows[:, a:b], mode, center, f"the rows of site {number}")
+            for number, (a, b) in enumerate(zip(edges, edges[1:], strict=False), start=1)
+        ]
         scales = [jnp.broadcast_to(part.scale, part.mean.shape) for part in found]
         return Normalizer(mean=jnp.concatenate([part.mean for part in found]), scale=jnp.concatenate(scales))
     rows, per_row = jnp.asarray(rows), mode is NormMode.layer_norm
     matrices: tuple[Any, Any] = (None, None)
     if mode is NormMode.whiten:
         mean, covariance = _moments(rows)
+        variance = float(np.trace(covariance)) / len(covariance)
+        if not 0 < variance < np.inf:
+            raise UserError(_without_scale(rows, mode, "these rows"))
         matrices = _whitening(np.asarray(covariance, np.float64), whiten_eps)
         # The scalar commutes with the matrix, so it may be found last and applied first.
-        normalizer = _estimate((rows - mean[None]) @ matrices[0], mode=preferred, center=False)
-        normalizer = normalizer.replace(mean=mean)
+        normalizer = _estimated((rows - mean[None]) @ matrices[0], preferred, False, "the whitened rows")
+        normalizer = dataclasses.replace(normalizer, mean=mean)
+    elif per_row:
+        normalizer = _estimated(normalized(rows)[0], preferred, center, "these rows, each normalised by itself,")
     else:
-        normalizer = _estimate(
-            normalized(rows)[0] if per_row else rows, mode=preferred if per_row else mode, center=center
+        normalizer = _estimated(rows, mode, center, "these rows")
+    return dataclasses.replace(normalizer, matrix=matrices[0], inverse=matrices[1], per_row=per_row)
+
+
+def trouble(rows: Float[Array, "n d_in"] | np.ndarray, what: str = "the data") -> str | None:
+    """Says why nothing can be learned from rows, or no scale be found for them.
+
+    Squares and their sums must be numbers of float32: with a mean square norm below 2^108 2^20 rows of them add up,
+    and where the mean square about the mean is at least 2^-106 what float32 takes for 0, up to 2^-126, is 2^-20 of it.
+
+    Args:
+        rows: [n, d_in], any float dtype; may be sharded.
+        what: begins the sentence.
+
+    Returns:
+        A sentence; None where there is no trouble.
+    """
+    finite, equal, largest, spread, square = map(float, _extent(jnp.asarray(rows)))
+    deviation = largest * spread**0.5  # as Python's floats, which hold them all
+    if not finite:
+        return f"{what} are not finite"
+    if largest == 0:
+        return f"{what} are all zero, or nothing in float32: there is nothing to learn"
+    if equal:
+        return f"{what} are all equal: there is nothing to learn"
+    if deviation**2 < 2.0**-106:
+        return (
+            f"{what} are too small to be squared in float32 (they vary by {deviation:.2g} and reach {largest:.2g}): "
+            "scale them up"
         )
-    normalizer = normalizer.replace(matrix=matrices[0], inverse=matrices[1], per_row=per_row)
-    scale = float(normalizer.scale)
-    if not 0 < scale < float("inf"):
-        raise UserError(f"normalize.mode = {mode.name}: these rows have no finite scale; are they all equal?")
+    if largest**2 * square >= 2.0**108:
+        return f"{what} are too large to be squared and added in float32 (they reach {largest:.2g}): scale them down"
+    return None
+
+
+@jax.jit
+def _extent(rows: Float[Array, "n d_in"]) -> tuple[Array, ...]:
+    """Whether all is finite, whether all rows are equal, the largest |x|; over it, in squares: spread and norm."""
+    x = rows.astype(jnp.float32)
+    largest = jnp.abs(x).max()
+    unit = jnp.where(largest > 1, 2.0**-64, 2.0**64)  # first by an exact power of 2: 1 / largest may be nothing
+    y = x * unit / jnp.where(largest > 0, largest * unit, 1)
+    spread = jnp.square(y - y.mean(0)[None]).mean()
+    return jnp.isfinite(x).all(), (x == x[:1]).all(), largest, spread, jnp.square(y).sum(-1).mean()
+
+
+def _estimated(rows: Float[Array, "n d_in"], mode: NormMode, center: bool, what: str) -> Normalizer:
+    normalizer = _estimate(rows, mode=mode, center=center)
+    if not 0 < float(normalizer.scale) < float("inf"):
+        raise UserError(_without_scale(rows, mode, what))
     return normalizer
+
+
+def _without_scale(rows: Float[Array, "n d_in"], mode: NormMode, what: str) -> str:
+    return f"normalize.mode = {mode.name}: {trouble(rows, what) or f'{what} have no finite scale'}"
 
 
 @partial(jax.jit, static_argnames=("mode", "center"))
@@ -174,8 +229,6 @@ def _moments(rows: Float[Array, "n d_in"]) -> tuple[Float[Array, " d_in"], Float
 def _whitening(covariance: np.ndarray, eps: float) -> tuple[jax.Array, jax.Array]:
     """The symmetric root of the inverse of (1 - eps) covariance + eps (mean variance) I, and its inverse."""
     variance = np.trace(covariance) / len(covariance)
-    if not 0 < variance < np.inf:
-        raise UserError("normalize.mode = whiten: these rows have no finite spread; are they all equal?")
     variances, axes = np.linalg.eigh((1 - eps) * covariance + eps * variance * np.eye(len(covariance)))
     roots = np.sqrt(np.maximum(variances, 1e-12 * variance))
     return (

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, Key
 
 from saejax import whole
-from saejax.activations import buffer
+from saejax.activations import buffer, normalize
 from saejax.activations.loader import Stream
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
@@ -196,18 +196,67 @@ def _slots(
     return jax.vmap(lambda step: buffer.draw_slots(jax.random.fold_in(key, step), **sizes))(steps)
 
 
-def refuse_first(records: list[np.ndarray]) -> None:
-    """Refuses the rows that a run would begin with.
+def check_first(records: list[np.ndarray], rows: RowIterator, n_rows: int, place: str) -> None:
+    """Refuses the rows that a run would begin with where nothing can be learned from them; asks no device for long.
 
     Args:
-      records: [lanes, block_rows, d_row] each.
+      records: [lanes, block_rows, d_row] each, the first ones of `rows`.
+      rows: the stream.
+      n_rows: of which the scale is found; those must be finite.
+      place: where the data lie, for messages.
 
     Raises:
-      UserError: naming the first one that is not finite; or else all are too large to be squared.
+      UserError: naming the first row that is not finite; or what all of them are.
     """
-    for number, record in enumerate(records):
-        bad = np.argwhere(~np.isfinite(record.astype(np.float32)).all(axis=-1))
-        if len(bad):
-            lane, row = bad[0]
-            raise UserError(f"the data are not finite: record {number}, lane {lane}, row {row} of it; clean them first")
-    raise UserError("the data are too large to be squared in float32: scale them down")
+    lanes, block_rows, d_row = records[0].shape
+    for number, record in enumerate(records[: -(-n_rows // (lanes * block_rows))]):
+        bad = _not_finite(record)
+        if bad is not None:
+            lane, row = bad
+            starts = rows.starts(number) if isinstance(rows, Stream) else None
+            where = "" if starts is None else f"row {int(starts[lane]) + row} of the source, "
+            said = f"{where}record {number}, lane {lane}, row {row} of it"
+            raise UserError(f"{place}: the data are not finite: {said}; clean them first")
+    all_equal = all((record == records[0][0, 0]).all() for record in records)  # ends at the first that are not
+    step = -(-len(records) * lanes * block_rows // _LOOKED_AT)
+    some = np.concatenate([record.reshape(-1, d_row)[::step] for record in records])
+    looked_at = records[0].reshape(-1, d_row)[:2] if all_equal else some
+    why = normalize.trouble(looked_at)
+    if why is not None and (all_equal or not (some == some[0]).all()):
+        raise UserError(f"{place}: {why}")
+
+
+_LOOKED_AT = 8192
+"""Rows, spread over the first filling, whose extent is looked at."""
+
+
+def check_heldout(blocks: Iterable[np.ndarray], place: str) -> None:
+    """Refuses held-out rows that no figure can be made of, before anything slow.
+
+    Args:
+      blocks: [b, d_row] each; what will be evaluated.
+      place: where the data lie, for messages.
+
+    Raises:
+      UserError: there is none, or one of them is not finite.
+    """
+    n_rows, first, equal = 0, None, True
+    for block in blocks:
+        first = block[:1] if first is None else first
+        if (bad := _not_finite(block[None])) is not None:
+            raise UserError(f"{place}: held-out row {n_rows + bad[1]} is not finite; clean the data first")
+        equal = equal and bool((block == first).all())
+        n_rows += len(block)
+    if not n_rows:
+        raise UserError(f"{place}: the source has no held-out row: raise its heldout share, or its number of rows")
+    if equal and n_rows > 1:
+        logger.warning("%s: the %d held-out rows are all equal, so that their fvu says nothing", place, n_rows)
+
+
+def _not_finite(record: np.ndarray) -> tuple[int, int] | None:
+    """Lane and row of the first row [lanes, rows, d] that is not finite."""
+    for lane, block in enumerate(record):
+        finite = np.isfinite(block if block.dtype.itemsize > 2 else block.astype(np.float32)).all(axis=-1)
+        if not finite.all():
+            return lane, int(finite.argmin())
+    return None

@@ -122,5 +122,5 @@ def test_impossible_settings_are_refused(overrides, message):
 
 
 def test_rows_without_spread_are_refused():
-    with pytest.raises(UserError, match="normalize.mode = whiten: these rows have no finite spread"):
+    with pytest.raises(UserError, match="normalize.mode = whiten: these rows are all equal"):
         normalize.estimate(jnp.ones((10, 3)), NormMode.whiten)

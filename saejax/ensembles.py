@@ -167,6 +167,7 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
         records = [next(rows)] if resume else run.first_filling(cfg, rows)
         first = records[0]
         single = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, run.filling(cfg, first), mesh=mesh)
+        run.check_room(cfg, list(members), single)
         layout = ensemble.Layout(single, n, form, mesh)
         made = ensemble.make([ensemble.Member(c.sae, c.optim) for c in cfgs], cfg.train, form, mesh)
         lane_sharding = NamedSharding(mesh, P(sharding.DATA))

@@ -143,7 +143,8 @@ def unplaced(value: Any) -> Any:
         return [unplaced(item) for item in value]
     if not isinstance(value, str):
         return value
-    return re.sub(r"^(torch:)?(?:[/~]|[A-Za-z]:[/\\]).*[/\\]", lambda found: found[1] or "", value, flags=re.S)
+    found = re.fullmatch(r"(torch:)?(?:[/~]|[A-Za-z]:[/\\])(?:.*[/\\])?([^/\\]+)[/\\]*", value, flags=re.S)
+    return value if found is None else (found[1] or "") + found[2]
 
 
 def typed(key: str, path: str | os.PathLike[str]) -> str:

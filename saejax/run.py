@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
         records = [next(rows)] if resume else first_filling(cfg, rows)
         first = records[0]
         wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filling(cfg, first), mesh=mesh)
+        check_room(cfg, [run_dir], wanted)
         compiled = memory.compile_step(make_step, wanted, NamedSharding(mesh, P(sharding.DATA)), mesh)
         if resume:
             train_state, position = checkpoints.restore(wanted)
@@ -182,6 +183,20 @@ def load(run_dir: str | Path, step: int | None = None) -> model.SAE:
         "source": standing.data_of(run_dir, found_step).get("fingerprint", {}),
     }
     return model.SAE(sparsifier, params, provenance)
+
+
+def check_room(cfg: config.Config, run_dirs: Sequence[Path], wanted: Any) -> None:
+    """Refuse a run whose checkpoints would find no room, before it is compiled; one that is finished needs none.
+
+    Args:
+      cfg: of the run, or of the first of an ensemble.
+      run_dirs: of all that are trained together.
+      wanted: abstract state of one.
+    """
+    with processes.alike():
+        if processes.first() and checkpoint.steps(run_dirs[0])[-1:] != [cfg.train.n_steps]:
+            one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
+            whole.check_room(run_dirs[0], one * len(run_dirs))
 
 
 def open_stream(cfg: config.Config, mesh: Mesh) -> tuple[RowIterator, Put]:

@@ -4,7 +4,9 @@ import ctypes
 import functools
 import os
 import pathlib
+import shutil
 import sys
+import threading
 import time
 import types
 
@@ -114,4 +116,17 @@ def _dashboard(fails_at: str) -> None:
     sys.modules["wandb"] = fake
 
 
-WRONG = {"clock": _clock, "host": _host, "user": _user, "dashboard": _dashboard}
+def _ballast(where: list) -> None:
+    """A disk that fills when a run that was resumed in it begins to train: its config.yaml is new then."""
+    file, leave, config = pathlib.Path(where[0]), where[1], pathlib.Path(where[2])
+    before = config.stat().st_ino
+
+    def fill() -> None:
+        while config.stat().st_ino == before:
+            time.sleep(0.0002)
+        file.write_bytes(bytes(shutil.disk_usage(file.parent).free - leave))
+
+    threading.Thread(target=fill, daemon=True).start()
+
+
+WRONG = {"ballast": _ballast, "clock": _clock, "host": _host, "user": _user, "dashboard": _dashboard}

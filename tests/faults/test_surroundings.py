@@ -8,7 +8,7 @@ import test_harvest
 from fault_runs import RHYTHM, STEPS, arrays, losses, same
 
 from saejax import checkpoint, tracking, whole
-from saejax.activations import store
+from saejax.activations import disk_space, store
 from saejax.errors import UserError
 
 YEAR = 365 * 86400.0
@@ -83,8 +83,9 @@ def test_a_disk_that_fills_while_training(forker, straight, small_disk, count):
     for name in ("5", "10"):
         shutil.copytree(straight.run_dir / "checkpoints" / name, run_dir / "checkpoints" / name)
     (run_dir / "run.json").unlink()
-    ballast = fill(small_disk, 20_000)
-    assert forker.run("train", run_dir=str(run_dir), changes=[RHYTHM]) == 2
+    ballast = small_disk / "ballast"
+    full = [str(ballast), 20_000, str(run_dir / "config.yaml")]
+    assert forker.run("train", run_dir=str(run_dir), changes=[RHYTHM], ballast=full) == 2
     said = forker.said()
     assert "CHECKPOINT NOT WRITTEN" in said and "saejax train: checkpoint of step 60 could not be written" in said
     kept = [same(arrays(run_dir, step), straight.saved[step]) for step in (5, 10)]
@@ -95,6 +96,18 @@ def test_a_disk_that_fills_while_training(forker, straight, small_disk, count):
     assert all(kept) and equal
 
 
+def test_a_disk_that_is_full_before_training(forker, straight, small_disk, count):
+    """One line that says how much is needed, nothing compiled; with room it goes on."""
+    run_dir = small_disk / "run"
+    half_way(straight, run_dir)
+    ballast = fill(small_disk, 20_000)
+    status = forker.run("train", run_dir=str(run_dir), changes=[RHYTHM])
+    said = forker.said()
+    ballast.unlink()
+    ended_and_went_on(forker, straight, run_dir, status, said, "No space left", count, "the disk is full at the start")
+    assert len(said.strip().splitlines()) <= 3
+
+
 def test_a_disk_that_fills_during_a_harvest(small_disk, tmp_path, count, monkeypatch):
     """One line; the published shards stay; with room the same call ends in the same bytes."""
     model, config = test_harvest.TinyModel(), test_harvest._config(tmp_path, "straight")
@@ -102,7 +115,7 @@ def test_a_disk_that_fills_during_a_harvest(small_disk, tmp_path, count, monkeyp
     config = test_harvest._config(tmp_path, "disk/out")
     (small_disk / "out").mkdir()
     ballast = fill(small_disk, 40_000)
-    monkeypatch.setattr(test_harvest.harvesting.Run, "_check_space", lambda *_: None)
+    monkeypatch.setattr(disk_space, "check", lambda *_: None)
     with pytest.raises(UserError, match="No space left on device; the published shards are safe") as caught:
         test_harvest.harvest(config, model)
     assert "\n" not in str(caught.value)

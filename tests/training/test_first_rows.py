@@ -75,7 +75,8 @@ def uncompiled(monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "data"),
-    [("arrays", data) for data in DATA] + [(k, data) for k in ("store", "joined") for data in ("zero", "1e-30", "1e18")],
+    [("arrays", data) for data in DATA]
+    + [(k, data) for k in ("store", "joined") for data in ("zero", "1e-30", "1e18")],
 )
 def test_rows_without_a_scale_are_called_what_they_are(data, kind, tmp_path, uncompiled):
     rows, said = DATA[data]

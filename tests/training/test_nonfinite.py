@@ -133,7 +133,9 @@ def test_a_start_that_is_not_finite_is_refused(tmp_path):
     data[:-200] = np.where(np.arange(N_ROWS - 200)[:, None] % 50 == 7, np.nan, data[:-200])  # not those held out
     np.save(tmp_path / "rows.npy", data)
     cfg = compose(tmp_path / "rows.npy", 5, "source.refuse_nonfinite=false")
-    with pytest.raises(UserError, match=r"the data are not finite: row \d+ of the source, record 0, lane \d, row \d+ of it"):
+    with pytest.raises(
+        UserError, match=r"the data are not finite: row \d+ of the source, record 0, lane \d, row \d+ of it"
+    ):
         runs.train(tmp_path / "run", cfg)
     np.save(tmp_path / "large.npy", rows() * np.float32(1e25))
     with pytest.raises(UserError, match="too large to be squared"):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Sequence

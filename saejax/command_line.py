@@ -183,7 +183,7 @@ def check_words(arguments: Iterable[str], flags: Iterable[str] = (), valued: Ite
     check_flags(arguments, (*flags, *valued))
     for argument in arguments:
         if not argument.startswith(("-", "~")) and "=" not in argument and before not in valued:
-            raise UserError(f"{argument}: expected key=value")
+            raise UserError(f"{argument or repr(argument)}: expected key=value")
         before = argument
 
 

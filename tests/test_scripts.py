@@ -95,7 +95,7 @@ def test_a_task_of_the_array_writes_its_part(cluster):
     assert execute("harvest.sbatch", "path=acts", cluster=cluster, **variables) == 0
     (arguments,) = called(cluster, "saejax")
     cfg = config.load("harvest", harvest.HarvestConfig, arguments[1:])
-    assert (cfg.process, cfg.n_processes, cfg.path) == (3, 8, "acts")
+    assert (cfg.process, cfg.n_processes, cfg.path) == (3, 8, str(Path("acts").absolute()))
 
 
 def test_every_worker_of_a_slice_is_told_the_same(cluster, capfd):
@@ -107,7 +107,7 @@ def test_every_worker_of_a_slice_is_told_the_same(cluster, capfd):
     assert "--worker=all" in install and "--worker=all" in train and "saejax\\[wandb\\]" in install[-1]
     words = shlex.split(train[-1].removeprefix("--command="))
     assert words == ["saejax/bin/saejax", "train", "mesh.distributed=tpu", *given]
-    preflight.check(words[3:])
+    preflight.check(preflight.typed(words[3:]))
 
 
 def test_the_jobset_says_what_its_schema_allows():

@@ -128,6 +128,7 @@ def test_a_second_signal_ends_held_work_at_once():
     assert done.returncode == 128 + signal.SIGTERM and "second signal (SIGTERM)" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_forked_child_is_a_process_of_its_own():
     """A pool that ends its children by SIGTERM must not end the parent, whose pipe they have inherited."""
     with signals.watch():

@@ -308,7 +308,7 @@ def test_project_keeps_the_constraint_to_first_order(sparsifier, params, x):
         ),
         ("topk", {"encoder": "deep"}, "sae.encoder must be one of linear, tied, mlp, lista, got deep"),
         ("topk", {"sites": (8, 8)}, "sae.family must be transcoder, crosscoder or clt for rows of 2 sites, got sae"),
-        ("topk", {"sites": (8,)}, "sae.d_in must be 8, the width that is read of (8,), got 16"),
+        ("topk", {"sites": (8,)}, "sae.d_in must be 8, the width that is read of sae.sites=(8,), got 16"),
         ("topk", {"family": "moe"}, "sae.family must be one of sae, transcoder, crosscoder, clt, got moe"),
         (
             "topk",

@@ -57,7 +57,7 @@ def assert_same_runs(members, apart, *, exactly=True):
     for one in wanted.values():
         other = members / one.name
         assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
-        assert (one / "config.yaml").read_text() == (other / "config.yaml").read_text()
+        assert config.from_run(one) == config.from_run(other)
         assert checkpoint.steps(one) == checkpoint.steps(other)
         for name in ("train/loss", "train/dead_share", "eval/fvu"):
             now, then = runs.logged(other, name), runs.logged(one, name)
@@ -219,7 +219,7 @@ def test_what_cannot_be_is_refused(overrides, message, tmp_path):
         (["sweep.fold=true", "seed=0"], "sweep.fold=true is for sweeps: add -m"),
         (["-m", "sweep.fold=true", "seed=0,1", "launcher=submitit_slurm"], "trains a grid in this process"),
         (["-m", "sweep.fold=true", "seed=0,1", "--cfg=job"], "does not go with --cfg=job"),
-        (["-m", "sweep.fold=true", "optim.lr=interval(0,1)"], "a search is not known beforehand"),
+        (["-m", "sweep.fold=true", "optim.lr=interval(0,1)"], "a grid takes lists of values"),
         (["-m", "sweep.fold=true", "seed=0,1", "hydra.sweep.subdir=x"], "gives .*x to two jobs"),
     ],
 )

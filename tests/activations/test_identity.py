@@ -4,13 +4,16 @@ import copy
 import dataclasses
 import hashlib
 import json
+import mmap
 import shutil
+import types
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from test_store_source import N_ROWS, N_SHARDS, write
 
-from saejax.activations import array_digest, array_files, loader, source
+from saejax.activations import array_digest, array_files, source
 from saejax.activations.arrays import Arrays
 from saejax.activations.joined_source import Joined
 from saejax.activations.live import Live
@@ -177,6 +180,21 @@ def test_of_large_data_the_hash_does_not_depend_on_the_files(sampled, tmp_path):
     assert array_digest.of(lies_otherwise) != whole  # as documented; but it is one hash
     rows[-1] += 1
     assert array_digest.of(array_files.Table([("", np.asfortranarray(rows))])) != array_digest.of(lies_otherwise)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.safetensors"])
+def test_nothing_is_read_ahead_of_the_sampled_places(name, sampled, tmp_path, monkeypatch):
+    """The system is told so for the map of every file, and then told otherwise again."""
+    rows = rows_of(2**15, 3)
+    save_file({"a": rows}, tmp_path / "a.safetensors")
+    np.save(tmp_path / "a.npy", rows)
+    table = array_files.open_table(tmp_path / name)
+    mapped = array_digest._map_of(table.parts[0][1])
+    assert isinstance(mapped, mmap.mmap)
+    said = []
+    monkeypatch.setattr(array_digest, "_map_of", lambda part: types.SimpleNamespace(madvise=said.append))
+    assert array_digest.of(table) == array_digest.of(array_files.Table([("", rows)]))
+    assert said == [mmap.MADV_RANDOM, mmap.MADV_NORMAL] * 2
 
 
 @pytest.mark.parametrize("shape", [(2**40, 768), (3 * 10**8, 4096), (1000, 2**20), (10**12, 1)])
@@ -370,18 +388,3 @@ def test_whatever_a_record_says_is_compared(saved, folder, tmp_path):
 
 def test_other_types_are_said_first():
     assert Synthetic().differs_from({"type": "store", "hook": "a"}) == "type was store and is synthetic"
-
-
-def test_a_position_of_a_stream_that_knows_no_older_form_is_compared_as_it_is():
-    rows = rows_of(64, 2)
-    stream = loader.open_rows(rows, identity=lambda n: "new", **CUT)
-    state = copy.deepcopy(stream.get_state())
-    state["stream"]["data"] = "old"
-    with pytest.raises(UserError, match="continue: data was old and is new"):
-        stream.set_state(state)
-    again = loader.open_rows(rows, identity=lambda n: "new", older=lambda n: "old", **CUT)
-    again.set_state(state)
-    assert again.get_state()["stream"]["data"] == "new"
-    state["stream"]["data"] = "other"
-    with pytest.raises(UserError, match="continue: data was other and is new"):
-        again.set_state(state)

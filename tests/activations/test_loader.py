@@ -1,5 +1,6 @@
 """The stream of blocks: same rows for every split over processes, every block once an epoch, exact resume."""
 
+import copy
 import json
 
 import ml_dtypes
@@ -185,3 +186,18 @@ def test_an_error_in_the_reading_thread_reaches_the_caller():
 
     with pytest.raises(UserError, match="row 3 is broken"):
         next(open_rows(Broken(), identity=str, n_lanes=2, block_rows=10, lanes=range(2), seed=0))
+
+
+def test_a_position_of_a_stream_that_knows_no_older_form_is_compared_as_it_is():
+    rows, cut = np.zeros((64, 2), np.float32), {"n_lanes": 2, "block_rows": 4, "lanes": range(2), "seed": 0}
+    stream = open_rows(rows, identity=lambda n: "new", **cut)
+    state = copy.deepcopy(stream.get_state())
+    state["stream"]["data"] = "old"
+    with pytest.raises(UserError, match="continue: data was old and is new"):
+        stream.set_state(state)
+    again = open_rows(rows, identity=lambda n: "new", older=lambda n: "old", **cut)
+    again.set_state(state)
+    assert again.get_state()["stream"]["data"] == "new"
+    state["stream"]["data"] = "other"
+    with pytest.raises(UserError, match="continue: data was other and is new"):
+        again.set_state(state)

@@ -52,6 +52,38 @@ def test_the_whole_way_on_a_language_model(small_store, tmp_path, capsys):
     assert record["finished"] and record["source"]["hook"] == "blocks.1.hook_resid_post"
 
 
+@pytest.mark.slow
+def test_the_whole_way_in_a_folder_with_a_space_by_relative_paths(small_model, tmp_path):
+    """As the README types it, from harvest to resume; then the run is read from another folder."""
+    here = tmp_path / "my project #1"
+    (here / "models").mkdir(parents=True)
+    (here / "models" / "a model").symlink_to(small_model)
+    lines = [
+        ["harvest", "path=my data/st=1", "model=models/a model", "text=pydoc", "hook=blocks.1.hook_resid_post",
+         "n_tokens=4096", "heldout_tokens=1024", "context_length=64", "shard_sequences=32"],
+        ["store", "verify", "my data/st=1"],
+        ["train", "source=store", "source.path=my data/st=1", "sae.d_sae=64", "sae.k=4", *QUICK,
+         "train.n_tokens=2560", "hydra.run.dir=runs/k=4 (first)"],
+        ["train", "resume=runs/k=4 (first)", "train.n_tokens=5120"],
+        ["evaluate", "run=runs/k=4 (first)", "splice_sequences=4"],
+        ["export", "run=runs/k=4 (first)", "path=out/a, b", "activations=my data/st=1"],
+        ["report", "run=runs/k=4 (first)", "latents.n_latents=3", "out=pages/of run.html"],
+        ["train", "-m", "source=store", "source.path=my data/st=1", "sae.k=2,4", *QUICK, "train.n_tokens=2560",
+         "hydra.sweep.dir=runs/a sweep", "hydra.sweep.subdir=${hydra.job.override_dirname}"],
+        ["report", "sweep=runs/a sweep"],
+    ]  # fmt: skip
+    for line in lines:
+        done = saejax_command(*line, cwd=here)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    (tmp_path / "elsewhere").mkdir()
+    done = saejax_command("evaluate", f"run={here}/runs/k=4 (first)", "splice_sequences=4", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0 and "kl" in done.stdout, done.stderr  # the model was found, too
+    done = saejax_command("train", f"resume={here}/runs/k=4 (first)", "train.n_tokens=7680", cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (here / "pages" / "of run.html").is_file() and (here / "out" / "a, b").is_dir()
+
+
 def test_known_features_are_measured_against_the_truth(tmp_path):
     run_dir = tmp_path / "run"
     assert saejax_command("train", *QUICK, f"hydra.run.dir={run_dir}").returncode == 0

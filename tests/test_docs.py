@@ -65,10 +65,14 @@ def understood(name, arguments, store):
             keys = [a for a in arguments[1:] if not a.startswith(("out=", "quick="))]
             config.override(all_experiments()[arguments[0]](), keys)
         return
-    if "resume=" in " ".join(arguments):
-        assert name == "train" and len(arguments) == 1
-        return
     arguments = [re.sub(r"\$\w+|\{\w+\}", "0", argument) for argument in arguments]  # of a shell, of an f-string
+    if any(argument.startswith("resume=") for argument in arguments):
+        run_dir, overrides = preflight.resumed(arguments)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        before = config.load("train", config.Config, [])
+        (run_dir / "config.yaml").write_text(config.to_yaml(before))
+        config.check_resumable(before, config.from_run(run_dir, overrides))
+        return
     arguments = [f"source.path={store}" if a.startswith("source.path=") else a for a in arguments]
     if any(a.startswith("sae.family=") and a != "sae.family=sae" for a in arguments):  # rows of two sites
         arguments = [a for a in arguments if not a.startswith("source")] + ["source=synthetic", "source.sites=[24,24]"]
@@ -79,21 +83,31 @@ def understood(name, arguments, store):
         config.load(name, ROOTS[name], arguments)
 
 
+@pytest.fixture
+def project(tmp_path, monkeypatch, small_store):
+    """A folder to type commands in, with a space in its path, and the store in it by a relative one."""
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "a store").symlink_to(small_store)
+    return "a store"
+
+
 @pytest.mark.parametrize("place", [place for place, text in documents().items() if commands(text)])
-def test_every_command_is_understood(place, small_store):
+def test_every_command_is_understood(place, project):
     for name, arguments in dict.fromkeys((n, tuple(a)) for n, a in commands(documents()[place])):
-        understood(name, list(arguments), small_store)
+        understood(name, list(arguments), project)
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
-def test_every_command_shows_three_useful_examples(name, capsys, small_store):
+def test_every_command_shows_three_useful_examples(name, capsys, project):
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     shown = re.findall(rf"^ *(?:usage: )?(saejax {name} .*|saejax {name})$", text, re.MULTILINE)
     examples = [line for line in shown if "[key=value" not in line]
     assert len(examples) >= (2 if name == "store" else 3)
     for command, arguments in commands("\n".join(examples)):
-        understood(command, arguments, small_store)
+        understood(command, arguments, project)
 
 
 def test_commands_are_found():

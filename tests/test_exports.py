@@ -60,7 +60,8 @@ def test_a_page_names_no_folder_of_this_machine(words, trained, tmp_path, tmp_pa
 @pytest.mark.parametrize(
     "text, shown",
     [
-        ("/data/st", "st"), ("/data/st/", "st"), ("torch:/models/llama", "torch:llama"), ("~/st", "st"),
+        ("/data/st", "st"), ("/data/st/", "st"), ("/st", "st"), ("/", "/"), ("~/st", "st"),
+        ("torch:/models/llama", "torch:llama"),
         ("C:\\data\\st", "st"), ("blocks.1.hook_resid_post", "blocks.1.hook_resid_post"), ("owner/name", "owner/name"),
         ("torch:owner/name", "torch:owner/name"), ("a, b", "a, b"), (3, 3), (None, None),
     ],

@@ -40,7 +40,7 @@ PLUGINS = {
 
 
 def typed(arguments: list[str]) -> list[str]:
-    """`saejax train ARGUMENTS` as Hydra is to read it: paths in quotes.
+    """`saejax train ARGUMENTS` as Hydra is to read it: paths in quotes, flags first, for it takes one group of words.
 
     Args:
       arguments: as typed.
@@ -54,7 +54,10 @@ def typed(arguments: list[str]) -> list[str]:
         if key in command_line.OF_HYDRA:
             paths.checked(command_line.unquoted(value), key)
     keys = command_line.path_keys(config.Config, config.GROUPS)
-    return command_line.for_hydra(arguments, keys, sweep=_multirun(arguments))
+    words = command_line.for_hydra(arguments, keys, sweep=_multirun(arguments))
+    if any(a.startswith(HYDRA_ALONE) for a in words):
+        return words  # a word may belong to the flag before it
+    return sorted(words, key=lambda word: not word.startswith("-"))
 
 
 def resumed(arguments: list[str]) -> tuple[Path, list[str]] | None:

@@ -362,6 +362,12 @@ def test_commas_separate_the_points_of_a_sweep_unless_the_path_is_there(tmp_path
     assert typed("a=1,b=2") == ["run='a=1,b=2'"]
 
 
+@pytest.mark.parametrize("line", ["-m seed=0,1 sae.k=2", "seed=0,1 sae.k=2 -m", "seed=0,1 -m sae.k=2"])
+def test_flags_stand_anywhere(line):
+    """Hydra reads one group of words; what saejax adds at the end must not become a second."""
+    assert preflight.typed(line.split()) == ["-m", "seed=0,1", "sae.k=2"]
+
+
 def test_the_points_of_a_sweep_keep_their_paths(tmp_path, monkeypatch):
     """Through the sweeper: what arrives at each job is the path as it was typed."""
     monkeypatch.chdir(tmp_path)

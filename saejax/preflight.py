@@ -274,7 +274,8 @@ def _jobs(arguments: list[str]) -> list[list[str]]:
     try:
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except (HydraException, ValueError) as error:
-        if any(a.lstrip("+").startswith(("hydra/sweeper=", "hydra/sweeper@")) for a in arguments):
+        chosen = [a.lstrip("+").removeprefix("hydra/").partition("=") for a in arguments]
+        if any(key.partition("@")[0] == "sweeper" and name != "basic" for key, _, name in chosen):
             return []  # that sweeper's syntax, say interval(0, 1): it will judge it
         swept = next((o.input_line for o in parsed if o.is_sweep_override()), ours)
         raise UserError(f"{swept}: a grid takes lists of values, as in sae.k=16,32") from error

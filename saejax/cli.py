@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["train"]:
         pages.keep()  # before any thread
     try:
-        with signals.watch():  # before JAX is imported
+        with signals.watch(ends_process=True):  # before JAX is imported
             return processes.together(lambda: _run(arguments))
     except Stopped as stop:  # between the end of the work and here
         return stopped_status(stop.signum)
@@ -161,7 +161,7 @@ def _run_under_hydra(arguments: list[str]) -> None:
         multirun = hydra_config.mode == RunMode.MULTIRUN
         run_dir = Path(hydra_config.runtime.output_dir)
         try:
-            with signals.watch():  # in a process of a launcher this is the first line
+            with signals.watch(ends_process=True):  # in a process of a launcher this is the first line
                 signals.check()
                 cfg = config.to_object(composed)
                 with _logged(cfg, run_dir):

@@ -138,14 +138,16 @@ def evaluate(cfg: EvaluateConfig) -> str:
         return _measured(cfg, cfg.activations)
     if not _of_run(run_dir):
         raise UserError(f"run={run_dir}: no run directory; what other tools wrote is measured with activations=ROWS")
-    if processes.first() and run_dir.is_dir():
-        whole.check_writable(run_dir)
-    sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
+    with processes.alike():
+        if processes.first() and run_dir.is_dir():
+            whole.check_writable(run_dir)
+        sae, trained = run.load(run_dir, cfg.step), config.from_run(run_dir)
     agreement.same_work(trained.source, step=sae.provenance["step"])
     other = run_data.compare(run_dir, trained.source, sae.provenance["step"], any_data=cfg.any_data)
     # The language model runs on the devices of one process.
-    heldout = run_data.heldout_store(trained) if cfg.language_model and processes.first() else None
-    backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once
+    with processes.alike():
+        heldout = run_data.heldout_store(trained) if cfg.language_model and processes.first() else None
+        backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once
     shape = cfg.mesh.shape(jax.device_count())
     mesh = sharding.make_mesh(*shape) if max(shape) > 1 else None
     result = evaluation.evaluate(sae, trained.source, batch_rows=cfg.batch, max_rows=cfg.rows, mesh=mesh)

@@ -73,6 +73,7 @@ def start(at: Place | None, *, timeout_seconds: int, dead_after_seconds: int) ->
     waiting.daemon = True
     waiting.start()
     given: dict[str, Any] = {} if at.how is Distributed.tpu else {"cluster_detection_method": "deactivate"}
+    signals.share(lambda: stopped_by() if stop_here() else None)
     try:
         jax.distributed.initialize(
             *(at.coordinator, at.n_processes, at.process_id, at.local_devices),
@@ -82,12 +83,14 @@ def start(at: Place | None, *, timeout_seconds: int, dead_after_seconds: int) ->
             **given,
         )
     except (RuntimeError, ValueError) as error:
+        signals.share(None)
         reason = str(error).splitlines()[0]
         where = f" at mesh.coordinator={at.coordinator}" if at.coordinator else ""
         raise UserError(f"mesh.distributed={at.how.name} could not start{where}: {reason}") from error
     finally:
         waiting.cancel()
-    signals.share(lambda: stopped_by() if stop_here() else None)
+    if signals.noted() is not None:  # before JAX was there to hear of it
+        os.kill(os.getpid(), signal.SIGTERM)
     if address is None:
         agree(_command())
 

@@ -4,7 +4,8 @@ The first signal is noted and stops the work as Ctrl-C stops Python, by `errors.
 within `hold` it is only noted, for the work there has a way of its own to stop. What is noted is never lost: where the
 exception falls into a callback that cannot raise (JAX hooks the garbage collector, and compiles for minutes), it is
 raised again a moment later, and `check` raises it at the next boundary between two pieces of work. A second signal acts
-at once, also while the main thread is inside of a library and runs no Python.
+at once: a command ends, also while the main thread is inside of a library and runs no Python; in a program of others it
+does what it did there before.
 
 In a run of several processes that have joined, one of them may be the only one that is asked, and all must stop at the
 same place. There a signal is never raised: it is passed on, and `check` asks whether all of them stop here (`share`).
@@ -44,6 +45,8 @@ class _Watch:
 
     before: dict[int, Any]
     """Handlers that were there."""
+    ends_process: bool
+    """What a second signal does where nobody else has a handler for it."""
     noted: int | None = None
     noted_at: float = 0.0
     holds: int = 0
@@ -59,13 +62,17 @@ _shared: Callable[[], int | None] | None = None
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[None]:
-    """Signals stop the work inside; nothing new within another `watch`, or outside of the main thread."""
+def watch(*, ends_process: bool = False) -> Iterator[None]:
+    """Signals stop the work inside; nothing new within another `watch`, or outside of the main thread.
+
+    Args:
+      ends_process: a second signal ends this process, which is no more than a command.
+    """
     global _watch
     if _watch is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    now = _Watch({number: signal.getsignal(number) for number in _ours()})
+    now = _Watch({number: signal.getsignal(number) for number in _ours()}, ends_process)
     raised_elsewhere = sys.unraisablehook
     sys.unraisablehook = lambda lost: _lost(now) if isinstance(lost.exc_value, Stopped) else raised_elsewhere(lost)
     _watch = now
@@ -75,9 +82,7 @@ def watch() -> Iterator[None]:
         try:
             yield
         finally:
-            for number in set(now.before) & set(_ours()):
-                # None stands for a handler that was not set from Python and cannot be set again by it.
-                signal.signal(number, signal.SIG_DFL if now.before[number] is None else now.before[number])
+            _give_back(now)
             _watch, sys.unraisablehook = None, raised_elsewhere
 
 
@@ -123,6 +128,9 @@ def share(asks: Callable[[], int | None] | None) -> None:
     """
     global _shared
     _shared = asks
+    if asks is None and _watch is not None and threading.current_thread() is threading.main_thread():
+        for number in _watch.before:  # those that were others' meanwhile
+            signal.signal(number, _note)
 
 
 def outer(signum: int) -> Any:
@@ -169,21 +177,24 @@ def _note(signum: int, frame: FrameType | None) -> None:
     elif time.monotonic() - now.noted_at < SAME_SECONDS:
         return
     else:
-        _second(now, signum, frame)
+        _second(now, signum)
         return
     if not now.holds:
         raise Stopped(signum)
 
 
-def _second(now: _Watch, signum: int, frame: FrameType | None) -> None:
-    """What a second signal does: what a handler of others does, say a launcher's; otherwise the process ends."""
-    handler = now.before.get(signum)
-    if handler is None or not _of_others(handler):
+def _second(now: _Watch, signum: int) -> None:
+    """Ends a command; where somebody else has a handler, say a launcher, or this is no command, that one acts."""
+    if now.ends_process and not _of_others(now.before.get(signum)):
         _leave(signum)
-        return
-    for number in _ours():
-        signal.signal(number, now.before[number] or signal.SIG_DFL)
-    handler(signum, frame)
+    _give_back(now)
+    signal.raise_signal(signum)
+
+
+def _give_back(now: _Watch) -> None:
+    for number in set(now.before) & set(_ours()):
+        # None stands for a handler that was not set from Python and cannot be set again by it.
+        signal.signal(number, signal.SIG_DFL if now.before[number] is None else now.before[number])
 
 
 def _of_others(handler: Any) -> bool:
@@ -236,7 +247,7 @@ def _listen(now: _Watch, heard: int) -> None:
                 _say_soon(now, signum)
             elif now.echoes:
                 now.echoes -= 1
-            elif time.monotonic() - first >= SAME_SECONDS and not _of_others(now.before[signum]):
+            elif now.ends_process and time.monotonic() - first >= SAME_SECONDS and not _of_others(now.before[signum]):
                 _leave(signum)
 
 

@@ -102,13 +102,27 @@ def later(number):
     for wait in (0.2, signals.SAME_SECONDS + 0.5):
         time.sleep(wait)
         os.kill(os.getpid(), number)
-with signals.watch():
+with signals.watch(ends_process=True):
     threading.Thread(target=later, args=(int(sys.argv[1]),), daemon=True).start()
     # A mutex that this thread holds: it stays in C for ever, and no handler of Python runs, as in a long compilation.
     mutex = ctypes.create_string_buffer(64)
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
 """
+
+
+def test_a_second_ctrl_c_interrupts_a_program_of_others_as_ever(monkeypatch):
+    """Say a notebook in which `saejax.run.train` runs: it must outlive it."""
+    monkeypatch.setattr(signals, "SAME_SECONDS", 0.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped, signals.hold():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+        assert not isinstance(stopped.value, Stopped)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a mutex of zeros is glibc's")
@@ -122,8 +136,8 @@ def test_a_second_signal_ends_a_process_that_runs_no_python(number):
 
 
 def test_a_second_signal_ends_held_work_at_once():
-    code = IN_C.split("with signals")[0] + "with signals.hold():\n threading.Thread(target=later, args=(15,)).start()\n"
-    code += " for _ in range(600): time.sleep(0.1)"
+    code = IN_C.split("with signals")[0] + "with signals.watch(ends_process=True), signals.hold():\n"
+    code += " threading.Thread(target=later, args=(15,)).start()\n for _ in range(600): time.sleep(0.1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 128 + signal.SIGTERM and "second signal (SIGTERM)" in done.stderr
 

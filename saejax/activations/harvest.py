@@ -74,6 +74,7 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     config.text.count(whole=False)  # no text, no store
     with contextlib.ExitStack() as held:
         held.enter_context(signals.watch())
+        signals.share(None)  # no process of a harvest waits for another: each stops by itself
         for path in paths.values():  # before the model, which may take minutes
             held.enter_context(store_writer.admitted(path, process=place[0], n_processes=place[1]))
         if None in (config.n_tokens, config.heldout_tokens):  # all of the text will be read: its mistakes are said now

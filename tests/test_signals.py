@@ -37,9 +37,9 @@ def test_a_signal_that_falls_into_a_callback_is_raised_all_the_same(number, capf
             calls.append(phase)
             os.kill(os.getpid(), number)
 
-    gc.callbacks.append(callback)
     try:
         with pytest.raises(Stopped) as stopped, signals.watch():
+            gc.callbacks.append(callback)  # not before: other garbage may be collected at any time
             gc.collect()
             assert signals.noted() == number  # noted, but not raised yet
             time.sleep(20)

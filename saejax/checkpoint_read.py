@@ -157,16 +157,33 @@ def checked_record(path: Path, step: int, owner: Owner | None) -> dict[str, Any]
 
 
 def _check_metadata(path: Path, record: dict[str, Any]) -> None:
-    """What Orbax notes beside the arrays: which parts there are, when it wrote them, how the save is ranked."""
+    """What Orbax notes beside the arrays: which parts there are and how each is read, when it wrote them, how the save
+    is ranked. No checksum covers its file, so that each word is held against the others; of the times it is known only
+    that they follow each other, and nothing depends on them."""
     noted = json.loads((path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
-    parts = {STATE, LOADER, RECORD} | ({"metrics"} if record["fvu"] is not None else set())
-    times = [noted.get(f"{name}_timestamp_nsecs") for name in ("init", "commit")]
-    if set(noted.get("item_handlers", ())) != parts or not all(isinstance(t, int) and t > 0 for t in times):
+    handlers = dict(noted.get("item_handlers", {}))
+    trees = {str(handlers.pop(name, None)) for name in (STATE, LOADER, RECORD)}  # all are written by one handler
+    begun, done = (noted.get(f"{name}_timestamp_nsecs") for name in ("init", "commit"))
+    if (
+        not noted.keys() >= _NOTED
+        or len(trees) > 1
+        or handlers != ({} if record["fvu"] is None else {"metrics": _ranking(trees.pop(), handlers.get("metrics"))})
+        or not (isinstance(begun, int) and isinstance(done, int) and 0 < begun <= done)
+    ):
         raise Damaged("_CHECKPOINT_METADATA is not that of the save")
     if record["fvu"] is not None:
         ranked = json.loads((path / "metrics" / "metrics").read_text(encoding="utf-8"))  # Orbax reads it by no name
         if json.dumps(ranked) != json.dumps({"fvu": record["fvu"]}):  # as text, where NaN is NaN
             raise Damaged("its fvu is not that of the save")
+
+
+_NOTED = {"item_handlers", "metrics", "performance_metrics", "custom_metadata"}
+_TREES, _RANKS = "pytree_handler.PyTreeHandler", "json_handler.MetricsHandler"
+
+
+def _ranking(trees: str, found: object) -> object:
+    """Name of the handler that goes with that of trees; what was found where a version of Orbax names them anew."""
+    return trees.removesuffix(_TREES) + _RANKS if trees.endswith(_TREES) else found or Damaged
 
 
 def is_damage(error: Exception) -> bool:

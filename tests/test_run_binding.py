@@ -1,18 +1,21 @@
 """A checkpoint is of one step of one run with one config: nothing else is loaded, nothing that is whole is refused."""
 
+import errno
 import json
 import os
 import random
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
+from orbax.checkpoint import v1 as ocp
 
 import saejax
-from saejax import checkpoint, config, ensembles, plain, run, standing
+from saejax import checkpoint, checkpoint_read, cli, config, ensembles, plain, run, standing
 from saejax.errors import UserError
 
 SIZES = [
@@ -109,6 +112,9 @@ DAMAGED = {
     "empty": lambda d: (shutil.rmtree(d / "checkpoints" / "12"), (d / "checkpoints" / "12").mkdir()),
     "other parts noted": lambda d: edit_noted(d, lambda noted: noted["item_handlers"].pop("record")),
     "no time noted": lambda d: edit_noted(d, lambda noted: noted.pop("commit_timestamp_nsecs")),
+    "another handler": lambda d: edit_noted(
+        d, lambda noted: noted["item_handlers"].update(record=noted["item_handlers"]["record"].replace("l", "m"))
+    ),
     "another fvu": lambda d: (d / "checkpoints" / "12" / "metrics" / "metrics").write_text('{"fvu": 0.0001}'),
     "no fvu": lambda d: shutil.rmtree(d / "checkpoints" / "12" / "metrics"),
     "record of format 2": lambda d: shutil.copytree(
@@ -139,6 +145,30 @@ def test_what_lacks_what_its_format_promises_is_refused_and_set_aside(copy, case
     resume(run_dir)
     assert (run_dir / "checkpoints_broken" / "12").is_dir()
     assert checkpoint.steps(run_dir)[-1] == 14
+
+
+NO_DAMAGE = [
+    PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error"),
+    OSError(errno.EMFILE, "Too many open files"), OSError(errno.ESTALE, "Stale file handle"), MemoryError("no memory"),
+    ValueError("RESOURCE_EXHAUSTED: out of memory"),
+]  # fmt: skip
+"""What a sound checkpoint may meet on its way: the next try may read it."""
+
+
+@pytest.mark.parametrize(
+    ("door", "reader"), [("load", ocp), ("resume", ocp), ("resume", ocp.training.Checkpointer)],
+    ids=["load", "record on resume", "state on resume"],
+)  # fmt: skip
+def test_an_error_that_is_no_damage_says_what_it_is(copy, monkeypatch, door, reader):
+    """It was called a broken checkpoint, and an older one was taken."""
+    run_dir = copy / "a"
+    for error in NO_DAMAGE:
+        with monkeypatch.context() as patched, pytest.raises(type(error)) as caught:
+            patched.setattr(reader, "load_checkpointables", mock.Mock(side_effect=error))
+            DOORS[door](run_dir)
+        assert caught.value is error
+        assert checkpoint.steps(run_dir) == [4, 8, 12] and not (run_dir / "checkpoints_broken").exists()
+    DOORS[door](run_dir)
 
 
 def other(value):
@@ -233,6 +263,28 @@ def test_flipped_bits_in_what_lies_around_the_arrays(copy):
     assert refused > 30
 
 
+def test_no_flipped_bit_beside_the_arrays_is_taken_but_one_of_a_time(finished):
+    """Of all bits of Orbax's own file; when a save was written counts for nothing."""
+    path = finished / "a" / "checkpoints" / "12"
+    file, record = path / "_CHECKPOINT_METADATA", checkpoint.read_record(finished / "a", 12)
+    content = file.read_bytes()
+    whole, times = json.loads(content), ("init_timestamp_nsecs", "commit_timestamp_nsecs")
+    try:
+        for place in range(8 * len(content)):
+            spoilt = bytearray(content)
+            spoilt[place // 8] ^= 1 << place % 8
+            file.write_bytes(spoilt)
+            try:
+                checkpoint_read._check_metadata(path, record)
+            except Exception as error:
+                assert checkpoint_read.is_damage(error)
+            else:
+                found = json.loads(spoilt)
+                assert {**found, **dict.fromkeys(times)} == {**whole, **dict.fromkeys(times)}, bytes(spoilt)
+    finally:
+        file.write_bytes(content)
+
+
 # What may change, and what is said of it.
 
 
@@ -308,6 +360,26 @@ def test_a_relative_ensemble_is_begun_and_goes_on(tmp_path, monkeypatch):
     longer = config.from_run(Path("en"), [f"train.n_tokens={64 * 6}"])
     assert len(ensembles.train(longer, Path("en"), resume=True).evaluations) == 2
     assert checkpoint.steps(Path("en/members/seed1"))[-1] == 6
+
+
+def test_a_relative_folded_sweep_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "-m", "sweep.fold=true", *SIZES, f"train.n_tokens={64 * 8}", "seed=0,1", "data_seed=0"]
+    words += ["mesh=single", "hydra.sweep.dir=runs/swept"]
+    assert cli.main(words) == 0
+    jobs = [Path("runs/swept") / number for number in "01"]
+    before = [checkpoint.load_arrays(job, ("params",)) for job in jobs]
+    for job in jobs:
+        (job / "run.json").unlink()
+        (job / "checkpoints" / "8").rename(job / "elsewhere")
+    assert cli.main(words) == 0
+    for job, (step, params) in zip(jobs, before, strict=True):
+        found, again = checkpoint.load_arrays(job, ("params",))
+        assert found == step == 8
+        for name, array in params["params"].items():
+            np.testing.assert_array_equal(again["params"][name], array)
+        logged = [json.loads(line) for line in (job / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in logged if "train/loss" in line] == list(range(1, 9))
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -405,6 +407,28 @@ def test_loading_reads_no_data(moved):
     longer = config.from_run(run_dir, [f"source.path={new}", f"train.n_tokens={64 * 6}"])
     assert run.train(longer, run_dir, resume=True).step == 6
     assert config.from_run(run_dir).source.path == str(new)
+
+
+AFRESH = """
+import sys
+import saejax
+from saejax import cli
+run_dir, new = sys.argv[1:]
+saejax.load(run_dir)
+for words in (
+    ["evaluate", f"run={run_dir}", f"activations={new}"], ["export", f"run={run_dir}", f"path={run_dir}/afresh"],
+    ["report", f"run={run_dir}"], ["train", f"resume={run_dir}", f"source.path={new}", "train.n_tokens=512"],
+):
+    assert cli.main(words) == 0, words
+"""
+
+
+def test_a_process_that_never_saw_the_data_does_without_them(moved):
+    """The one that trained has them open still, under the name that they had."""
+    run_dir, new = moved
+    done = subprocess.run([sys.executable, "-c", AFRESH, run_dir, new], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.steps(run_dir)[-1] == 8 and (run_dir / "report.html").is_file()
 
 
 def test_data_that_are_gone_are_named_by_the_path_that_was_given(moved, tmp_path):

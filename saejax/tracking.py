@@ -55,16 +55,21 @@ class TrackerConfig:
 
 
 def check(config: TrackerConfig) -> None:
-    """Refuse a tracker that is not installed, before anything is compiled for it.
+    """Refuse a tracker that is not installed or cannot be imported, before anything is compiled for it.
 
     Raises:
-      UserError: says what to install.
+      UserError: says what to install, or what came of the import.
     """
     if not config.wandb or sys.modules.get("wandb") is not None:
         return
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder wandb/, which wandb leaves wherever it runs, is no package
         raise UserError("tracker.wandb=true needs wandb: pip install 'saejax[wandb]'")
+    try:
+        importlib.import_module("wandb")
+    except Exception as error:  # whatever a package does that half of it is missing, or that another one is too old for
+        said = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"tracker.wandb=true needs wandb, and {found.origin} cannot be imported ({said})") from error
 
 
 class Tracker:

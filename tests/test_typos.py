@@ -97,6 +97,18 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_directory_is_made(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tracker_that_is_installed_and_broken_is_one_line_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text("raise ImportError('protobuf is too old\\nfor this')")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "tracker=wandb"]) == 2
+    said = capsys.readouterr().err
+    assert "wandb.py cannot be imported (protobuf is too old)" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["packages"]
+
+
 def test_figures_that_cannot_be_drawn_are_refused_before_the_experiment(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["experiment", "synth/sb_iid", "quick=true", f"out={tmp_path / 'x'}"]) == 2

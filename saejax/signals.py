@@ -2,10 +2,10 @@
 
 The first signal is noted and stops the work as Ctrl-C stops Python, by `errors.Stopped`, wherever the main thread is;
 within `hold` it is only noted, for the work there has a way of its own to stop. What is noted is never lost: where the
-exception falls into a callback that cannot raise (JAX hooks the garbage collector, and compiles for minutes), it is
-raised again a moment later, and `check` raises it at the next boundary between two pieces of work. A second signal acts
-at once: a command ends, also while the main thread is inside of a library and runs no Python; in a program of others it
-does what it did there before.
+exception falls into a callback that cannot raise (JAX hooks the garbage collector, and compiles for minutes), or would
+fall into a compiled module that is being loaded, it is raised a moment later, and `check` raises it at the next
+boundary between two pieces of work. A second signal acts at once: a command ends, also while the main thread is inside
+of a library and runs no Python; in a program of others it does what it did there before.
 
 In a run of several processes that have joined, one of them may be the only one that is asked, and all must stop at the
 same place. There a signal is never raised: it is passed on, and `check` asks whether all of them stop here (`share`).
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.machinery
 import os
 import signal
 import sys
@@ -34,6 +35,9 @@ SAME_SECONDS = 0.5
 
 _AGAIN_SECONDS = 0.05
 """When an exception that was lost in a callback is raised again."""
+
+_LOADS = importlib.machinery.ExtensionFileLoader.exec_module.__code__.co_filename
+"""Where Python has the frames in which it loads modules."""
 
 _SILENT_SECONDS = 2.0
 """How long a signal may find the main thread out of Python before a line says that it was noted."""
@@ -180,7 +184,21 @@ def _note(signum: int, frame: FrameType | None) -> None:
         _second(now, signum)
         return
     if not now.holds:
+        if _within_extension(frame):
+            _lost(now)
+            return
         raise Stopped(signum)
+
+
+def _within_extension(frame: FrameType | None) -> bool:
+    """Whether a compiled module is being loaded, which makes an ImportError or a crash of what is raised in it."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _LOADS and code.co_name in ("create_module", "exec_module"):
+            if isinstance(frame.f_locals.get("self"), importlib.machinery.ExtensionFileLoader):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _second(now: _Watch, signum: int) -> None:

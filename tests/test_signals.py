@@ -1,6 +1,7 @@
 """Signals: noted whatever the main thread is in the middle of, raised where that can be, and never lost."""
 
 import gc
+import importlib.machinery
 import os
 import signal
 import subprocess
@@ -47,6 +48,22 @@ def test_a_signal_that_falls_into_a_callback_is_raised_all_the_same(number, capf
         gc.callbacks.remove(callback)
     assert stopped.value.signum == number and calls
     assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_a_signal_in_a_compiled_module_that_is_loaded_waits_for_its_end(number, monkeypatch):
+    """pybind11 and nanobind make an ImportError of what is raised there, others a crash."""
+    loaded = []
+
+    def initialised(module: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+        loaded.append(module)
+
+    monkeypatch.setattr("_imp.exec_dynamic", initialised)
+    with pytest.raises(Stopped) as stopped, signals.watch():
+        importlib.machinery.ExtensionFileLoader("one", "one.so").exec_module(os)
+        time.sleep(20)
+    assert stopped.value.signum == number and loaded == [os]
 
 
 def test_a_signal_that_something_swallowed_stops_at_the_next_boundary(number):

@@ -36,7 +36,7 @@ class PathKey:
 
 OF_HYDRA = dict.fromkeys(
     ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.launcher.submitit_folder"), PathKey()
-)
+) | {"hydra.output_subdir": PathKey(optional=True)}
 """Directories that are Hydra's own; they cannot be swept."""
 
 _SWEEP = re.compile(r"(choice|glob|sort|shuffle|tag|extend_list)\(.*\)", re.S)

@@ -68,6 +68,7 @@ LINES = [
     ["train", "resume={}"],
     ["train", "hydra.run.dir={}"],
     ["train", "hydra.run.dir={}/${{now:%H}}"],
+    ["train", "hydra.output_subdir={}"],
     ["train", "-m", "hydra.sweep.dir={}", "sae.k=2,4"],
     ["train", "-m", "sweep.fold=true", "hydra.sweep.dir={}", "seed=0,1", "data_seed=0"],
     ["harvest", "path={}"],

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from saejax import whole
 from saejax.errors import UserError
 
 RUN_FORMAT = 2
@@ -27,6 +28,7 @@ _LONGEST, _DEEPEST = 1000, 50
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the mapping in a JSON file."""
+    whole.check_file(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (FileNotFoundError, NotADirectoryError):
@@ -38,6 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file that says no more than JSON can: no tags, no aliases."""
+    whole.check_file(path)
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainYaml)  # noqa: S506
         found = json.loads(json.dumps(found, default=str))
@@ -124,7 +127,7 @@ def stamped(tree: dict[str, Any], stamp: Stamp) -> dict[str, Any]:
 def inside(folder: Path, name: str) -> Path:
     """Returns the file of that name, which must lie in the folder, whatever links say.
 
-    The store of a hub's cache, whose files are links to `../../blobs`, counts as one folder.
+    A repository in a hub's cache, whose files are links into the `blobs` beside `snapshots`, counts as one folder.
 
     Raises:
       UserError: it leads somewhere else.
@@ -134,7 +137,8 @@ def inside(folder: Path, name: str) -> Path:
         root, target = folder.resolve(), path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a NUL
         raise UserError(f"{one_line(path)}: no path ({one_line(error)})") from None
-    if not target.is_relative_to(root) and target.parent != root.parent.parent / "blobs":
+    snapshots = (above for above in (root, *root.parents) if above.parent.name == "snapshots")
+    if not target.is_relative_to(root) and target.parent not in [s.parent.parent / "blobs" for s in snapshots]:
         raise UserError(f"{one_line(path)}: leads out of its folder, to {one_line(target)}")
     return path
 

@@ -124,6 +124,8 @@ def take(cfg: config.Config, run_dir: Path, resume: bool, stack: contextlib.Exit
             stack.enter_context(lock.hold(run_dir, "saejax train", again=True))
             whole.remove_left(run_dir, ("config.yaml", "run.json", "metrics.jsonl"))
         check_run_dir(cfg, run_dir, resume)
+        for name in ("config.yaml", "run.json", "metrics.jsonl"):
+            whole.check_file(run_dir / name)  # written at the end, refused before the work
     stamp = plain.read_run(run_dir)[1] if resume else plain.Stamp()
     if stamp.run_id is None:  # new, or of an older version
         newest = checkpoint.steps(run_dir)[-1:] if resume else []

@@ -174,6 +174,7 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
     lines = []
+    whole.check_file(run_dir / "metrics.jsonl")
     for text in (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)

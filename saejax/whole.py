@@ -252,6 +252,19 @@ def _named(folder: Path) -> Iterator[None]:
         raise
 
 
+def check_file(path: Path) -> None:
+    """Refuses what has the name of a file and is none: reading a pipe would wait for ever.
+
+    Raises:
+      UserError: a pipe, a socket or a device.
+      OSError: a directory.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no plain file; remove it")
+
+
 def check_readable(path: Path) -> None:
     """Refuses a folder of which this user may not read a part, which is no damage.
 

@@ -4,7 +4,9 @@ The readers of foreign SAEs have their own tests in tests/interop; these are abo
 """
 
 import ast
+import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import commands, config, plain, report, tracking
+from saejax import commands, config, plain, report, standing, tracking
 from saejax.activations import store
 from saejax.errors import UserError
 from saejax.interop import folder
@@ -172,6 +174,32 @@ def test_a_run_writes_through_no_link(tmp_path):
         (run_dir / name).symlink_to(tmp_path / "precious")
     tracking.Tracker(run_dir, tracking.TrackerConfig(), {}).close()
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "eval.json", "config.yaml"])
+@pytest.mark.timeout(60)
+def test_what_has_the_name_of_a_file_of_a_run_and_is_none(make, name, tmp_path):
+    """Read it would be waited for; written at the end it would be found after all the work."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(FIXTURES / "run_format_2", run_dir)
+    cfg = config.from_run(run_dir)
+    (run_dir / name).unlink(missing_ok=True)
+    make(run_dir / name)
+    if name == "config.yaml":
+        with pytest.raises(UserError, match="is not a run directory"):
+            config.from_run(run_dir)
+    else:
+        assert any(name in problem for problem in records.read(run_dir).problems)
+    if name != "eval.json":
+        with contextlib.ExitStack() as stack, pytest.raises((UserError, IsADirectoryError)):
+            standing.take(cfg, run_dir, True, stack)
+    for read in (plain.read_json, plain.read_yaml):
+        with pytest.raises((UserError, IsADirectoryError)):
+            read(run_dir / name)
+    if name == "metrics.jsonl":
+        with pytest.raises((UserError, IsADirectoryError)):
+            tracking.read(run_dir)
 
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>{{7*7}}${7*7}"

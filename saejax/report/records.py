@@ -123,6 +123,9 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Reads whole lines; a run that was killed leaves a broken last one."""
     if not path.exists():
         return []
+    if not path.is_file():
+        problems.append(f"{path.name} is no plain file")
+        return []
     rows, broken = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

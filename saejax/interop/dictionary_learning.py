@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths
+from saejax import paths, plain
 from saejax.errors import UserError
 from saejax.interop import folder, saelens_fold, strict, torch_file
 from saejax.sae import base
@@ -58,7 +58,7 @@ def detect(path: pathlib.Path) -> bool:
     """Returns whether `path` is a trainer's directory, or a .pt file with the config of one beside or above it."""
     if path.is_dir():
         return (path / WEIGHTS).is_file()
-    return path.suffix == ".pt" and path.is_file() and (path.name == WEIGHTS or _describes(_config_of(path)))
+    return path.suffix == ".pt" and path.is_file() and (path.name == WEIGHTS or _describes(path))
 
 
 def load(path: str | os.PathLike) -> SAE:
@@ -71,7 +71,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN; no config.
     """
     path = paths.local(path, "path")
-    file = path / WEIGHTS if path.is_dir() else path
+    file = plain.inside(path, WEIGHTS) if path.is_dir() else path
     found = torch_file.read(file)
     if isinstance(found, dict) and {"ae", "optimizer"} <= set(found):
         raise UserError(
@@ -132,12 +132,13 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
 def _config_of(file: pathlib.Path) -> pathlib.Path | None:
     """The config.json of a weights file: beside it, or above `checkpoints/`."""
     folders = [file.parent, *([file.parent.parent] if file.parent.name == "checkpoints" else [])]
-    return next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
+    return next((plain.inside(folder, CONFIG) for folder in folders if (folder / CONFIG).is_file()), None)
 
 
-def _describes(where: pathlib.Path | None) -> bool:
-    """Whether a config.json is a trainer's: other tools have files of that name too."""
+def _describes(file: pathlib.Path) -> bool:
+    """Whether the config.json of a weights file is a trainer's: other tools have files of that name too."""
     try:
+        where = _config_of(file)
         return where is not None and "trainer" in strict.read_json(where)
     except (UserError, OSError):
         return False

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths
+from saejax import paths, plain
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.sae import base
@@ -54,11 +54,11 @@ def load(path: str | os.PathLike) -> SAE:
     """
     path = paths.local(path, "path")
     folder = path.parent if path.is_file() else path
-    config = _config(folder / CONFIG)
+    config = _config(plain.inside(folder, CONFIG))
     if path.is_dir() and (path / LAYER.format(0)).is_file():
         sparsifier, params = _layers(path)
     else:
-        file = path if path.is_file() else path / (NPZ if (path / NPZ).is_file() else TENSORS)
+        file = path if path.is_file() else plain.inside(path, NPZ if (path / NPZ).is_file() else TENSORS)
         sparsifier, params = _single(file, config)
     if config.get("width", sparsifier.d_sae) != sparsifier.d_sae:
         wrong = f"must be the number of latents, {sparsifier.d_sae}, got {config['width']}"
@@ -114,7 +114,7 @@ def _params(w: dict[str, np.ndarray]) -> base.SAEParams:
 def _layers(folder: pathlib.Path) -> tuple[base.Sparsifier, base.SAEParams]:
     """One file for each layer, of latents that write it and later ones."""
     n_layers = len(list(folder.glob(LAYER.format("*"))))
-    files = [folder / LAYER.format(i) for i in range(n_layers)]
+    files = [plain.inside(folder, LAYER.format(i)) for i in range(n_layers)]
     parts = [_checked(file, strict.read_safetensors(file), n_layers) for file in files]
     for i, (file, w) in enumerate(zip(files, parts, strict=True)):
         if _SKIP in w:

@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import paths
+from saejax import paths, plain
 from saejax.errors import UserError
 from saejax.interop import saelens_fold, strict
 from saejax.sae import base
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: a key is missing or unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
     """
     path = paths.local(path, "path")
-    where, file = path / CONFIG, path / WEIGHTS
+    where, file = plain.inside(path, CONFIG), plain.inside(path, WEIGHTS)
     config = strict.read_json(where)
     strict.same_keys(where, set(config), _NEEDED, optional=_READ | _NOT_USED)
     d, n = strict.integer(where, config, "d_model"), strict.integer(where, config, "d_sae")

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths
+from saejax import paths, plain
 from saejax.errors import UserError
 from saejax.interop import saelens_fold, strict
 from saejax.kernels.row_norm import RowNorm
@@ -66,7 +66,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: a key is missing or unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
     """
     path = paths.local(path, "path")
-    where, file = path / CONFIG, path / WEIGHTS
+    where, file = plain.inside(path, CONFIG), plain.inside(path, WEIGHTS)
     config = strict.read_json(where)
     kind = strict.choice(where, config, "sae_type", tuple(_OWN), None)
     needed, optional = _OWN[kind]

@@ -112,7 +112,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: the folder lists no SAE or several, or the SAE is wrong.
     """
     path = paths.local(path, "path")
-    releases = strict.read_yaml(path / STANZA)
+    releases = strict.read_yaml(plain.inside(path, STANZA))
     try:
         folders = [pathlib.PurePosixPath(entry["path"]) for release in releases.values() for entry in release["saes"]]
     except (KeyError, TypeError) as error:

@@ -12,7 +12,7 @@ import pathlib
 import re
 from typing import Any
 
-from saejax import paths
+from saejax import paths, plain
 from saejax.errors import UserError
 from saejax.interop import strict, torch_file
 from saejax.sae.model import SAE
@@ -43,7 +43,7 @@ def load(path: str | os.PathLike) -> SAE:
     d, n = strict.sizes(path, state, "W_enc", transposed=True)
     w = strict.arrays(path, state, {"W_enc": (n, d), "b_enc": (n,), "W_dec": (d, n), "b_dec": (d,)})
     params = strict.params(w["W_enc"].T, w["b_enc"], w["W_dec"].T, w["b_dec"])
-    config = _config(path.parent / "config.json", {"d_model": d, "d_sae": n})
+    config = _config(plain.inside(path.parent, "config.json"), {"d_model": d, "d_sae": n})
     k = config["k"] if config else _k_of_name(path)
     layer = _FILE.fullmatch(path.name)
     origin: dict[str, Any] = {"path": str(path)} | ({"layer": int(layer[1])} if layer else {})

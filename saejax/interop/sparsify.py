@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from saejax import paths
+from saejax import paths, plain
 from saejax.errors import UserError
 from saejax.interop import folder, strict
 from saejax.sae.model import SAE
@@ -44,7 +44,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: it has groups, or a key, shape or number is wrong.
     """
     path = paths.local(path, "path")
-    where = path / CONFIG
+    where = plain.inside(path, CONFIG)
     config = strict.read_json(where)
     strict.same_keys(where, set(config), {"d_in", "k"}, optional=_KEYS | _OLDER)
     d_in, k = strict.integer(where, config, "d_in"), strict.integer(where, config, "k")
@@ -56,7 +56,7 @@ def load(path: str | os.PathLike) -> SAE:
     skip = strict.choice(where, config, "skip_connection", (True, False), False)
     transcode = strict.choice(where, config, "transcode", (True, False), False)
     n = _d_sae(where, config, d_in)
-    weights = strict.read_safetensors(path / WEIGHTS)
+    weights = strict.read_safetensors(plain.inside(path, WEIGHTS))
     shapes = {"encoder.weight": (n, d_in), "encoder.bias": (n,), "W_dec": (n, d_in), "b_dec": (d_in,)}
     w = strict.arrays(path / WEIGHTS, weights, shapes | ({"W_skip": (d_in, d_in)} if skip else {}))
     extra = {"W_skip": w["W_skip"].T} if skip else {}

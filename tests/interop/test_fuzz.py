@@ -168,6 +168,41 @@ def examples(trained, tmp_path_factory):
     return [(*example, sorted(file for file in example[2].rglob("*") if file.is_file())) for example in found]
 
 
+def test_no_file_is_read_through_a_link_out_of_the_folder(examples, tmp_path):
+    """Of every file of every example, whatever the system calls open; only what was typed itself may be a link."""
+    refused = collections.Counter()
+    for format, path, _, files in examples:
+        for file in (file for file in files if file != path):
+            outside = shutil.move(file, tmp_path / "outside")
+            file.symlink_to(outside)
+            try:
+                if _read(format, path) == "refused":
+                    with pytest.raises(UserError, match="leads out of its folder"):
+                        interop.load(path, format)
+                    refused[format] += 1
+                else:
+                    whole = outside.read_bytes()
+                    outside.write_bytes(b"[")
+                    assert _read(format, path) == "read", (format, file)  # a file that nobody reads
+                    outside.write_bytes(whole)
+            finally:
+                file.unlink()
+                shutil.move(outside, file)
+    whole_files = {"openai", "goodfire"}  # a single file each
+    assert set(refused) == set(interop.FORMATS) - whole_files
+
+
+@pytest.mark.parametrize("below", ["", "layer_20/width_16k"])
+def test_links_of_a_hubs_cache_are_followed(trained, tmp_path, below):
+    folder = tmp_path / "cache" / "snapshots" / "0123abc" / below
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    interop.export(trained("topk"), folder)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        blob = shutil.move(file, tmp_path / "cache" / "blobs" / str(number))
+        file.symlink_to(os.path.relpath(blob, folder))
+    assert interop.load(folder).sparsifier.name == "topk"
+
+
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("seed", "count"), PARTS)
 def test_damaged_files_end_in_an_sae_or_in_one_line(examples, seed, count, tmp_path, capsys):

@@ -17,11 +17,11 @@ STORE = ["train", "source=store", "source.verify=start", *SMALL, "train.batch=8"
 
 COMMAND_LINES = [
     ("trian", "unknown command trian; there are harvest, train"),
-    ("train sae.kk=1", "unknown key sae.kk; TopK has"),
+    ("train sae.kk=1", "unknown key sae.kk; did you mean sae.k?"),
     ("train sae=topkk", "sae=topkk: no such choice; there are abs_topk"),
     ("train source=nowhere", "source=nowhere: no such choice"),
     ("train sae.k", "sae.k: expected key=value"),
-    ("train sae.k=[1", "no viable alternative at input '[1'"),
+    ("train sae.k=[1", "sae.k=[1: the value cannot be read"),
     ("train sae.k=abc", "sae.k"),
     ("train sae.k=4.5", "sae.k"),
     ("train sae.k=0", "sae.k must be"),

@@ -63,7 +63,10 @@ class MatchingPursuit(base.Sparsifier):
             values, indices = top_k.top_k(scores, 1)
             values = sparse_encode.with_gradient_of(jnp.maximum(values, 0), indices, scores)
             part = sparse_decode.sparse_decode(values, indices, params.W_dec)
-            scores = scores - matmul.matmul(part, params.W_dec.T, self.matmul_dtype.value)
+            # XLA's CPU compiler turns the transpose of a bfloat16 gradient into a product that it cannot run; the
+            # barrier, which also stands in the gradient, keeps the two apart.
+            dictionary = lax.optimization_barrier(params.W_dec.T)
+            scores = scores - matmul.matmul(part, dictionary, self.matmul_dtype.value)
             return scores, (values[:, 0], indices[:, 0])
 
         _, (values, indices) = lax.scan(greedy, pre_acts, length=self.k)

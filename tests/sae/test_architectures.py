@@ -232,6 +232,16 @@ def test_bfloat16_products_stay_near_float32(name, x):
     assert 0 < abs(float(low - high)) / float(high) < 0.02  # operands carry 8 bits: 2^-8 each
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_gradients_of_bfloat16_products_compile(name, x):
+    """Every architecture trains with them on this device, whatever its compiler does with the products."""
+    half = dataclasses.replace(EXAMPLES[name], matmul_dtype=sae.MatmulDtype.bfloat16)
+    params = half.init(jax.random.key(0))
+    (loss, _), grads = jax.jit(lambda p, rows: half.value_and_grad(p, rows, dead=alive(half), step=STEP))(params, x)
+    assert np.isfinite(loss)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+
+
 def test_folding_moves_the_normalisation_into_the_parameters(sparsifier, params, x):
     # One number, or one for each site; then the latents stay as in training.
     scale, unit = np.float32(0.25), 0.25

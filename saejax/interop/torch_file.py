@@ -130,10 +130,15 @@ def write_state_dict(path: str | os.PathLike, tensors: Mapping[str, np.ndarray])
             hooks = _global("collections", "OrderedDict") + b")R"
             call = _global("torch._utils", "_rebuild_tensor_v2") + b"(" + reference + _integer(0) + shape
             items.append(_text(name) + call + b"\x89" + hooks + b"tR")
-            archive.writestr(f"archive/data/{number}", array.tobytes())
-        archive.writestr("archive/data.pkl", b"\x80\x02}(" + b"".join(items) + b"u.")
-        archive.writestr("archive/byteorder", "little")
-        archive.writestr("archive/version", "3\n")
+            archive.writestr(_entry(f"data/{number}"), array.tobytes())
+        archive.writestr(_entry("data.pkl"), b"\x80\x02}(" + b"".join(items) + b"u.")
+        archive.writestr(_entry("byteorder"), "little")
+        archive.writestr(_entry("version"), "3\n")
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """An entry without a time of its own, as in torch.save: the same tensors are the same file."""
+    return zipfile.ZipInfo(f"archive/{name}")
 
 
 def _global(module: str, name: str) -> bytes:

@@ -30,10 +30,11 @@ import numpy as np
 import saejax
 from saejax import config
 from saejax.activations.synthetic import Synthetic
-from saejax.evals import absorption, evaluate, reconstruction, shrinkage, sparsity
-from saejax.evals.over import over
-from saejax.experiments import fit
-from saejax.experiments.known_codes import Dictionary, scores
+from saejax.evals import evaluate, reconstruction, shrinkage, sparsity
+from saejax.lab.experiments import fit
+from saejax.lab.experiments.known_codes import Dictionary, scores
+from saejax.lab.metrics import absorption
+from saejax.lab.metrics.over import over
 from saejax.sae.model import SAE
 
 HELDOUT_ROWS = 20_000

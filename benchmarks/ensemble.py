@@ -28,9 +28,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import saejax
-from saejax import sharding
 from saejax.activations import normalize
-from saejax.activations.live import Live
+from saejax.activations.language_model.live import Live
+from saejax.parallel import sharding
 from saejax.sae import topk
 from saejax.training import ensemble, memory, optim, settings, state, step
 from saejax.training.ensemble_config import Form

@@ -49,9 +49,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from saejax import cli, config, interop, sharding
+from saejax import cli, config, interop
 from saejax.activations import normalize
 from saejax.evals import evaluate, reconstruction, sparsity
+from saejax.parallel import sharding
 from saejax.sae.model import SAE
 from saejax.training import fold, optim, state, step
 

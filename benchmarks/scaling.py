@@ -47,7 +47,9 @@ def point(sae: str, dtype: str, steps: int, sizes: dict[str, int]) -> dict[str, 
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from saejax import config, run, sharding
+    from saejax import config
+    from saejax.parallel import sharding
+    from saejax.runs import run
     from saejax.training import flops, memory, state
 
     overrides = [

@@ -11,10 +11,10 @@ memory grows by more than 1 MB per 10,000 steps, or a descriptor stays open for 
 
 from __future__ import annotations
 
-from saejax import pages
+from saejax.cli import kept_pages
 
 if __name__ == "__main__":
-    pages.keep()  # as `saejax train`, before NumPy and JAX
+    kept_pages.keep()  # as `saejax train`, before NumPy and JAX
 
 import argparse
 import itertools
@@ -27,7 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax import checkpoint, config, run, tracking
+from saejax import config
+from saejax.runs import run
+from saejax.storage import checkpoint, tracking
 
 MB_PER_10K, FILES_PER_10K = 1.0, 1.0
 

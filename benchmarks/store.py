@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 import saejax
-from saejax.activations import store, store_format
-from saejax.activations.store_source import Store
+from saejax.activations import store
+from saejax.activations.store import files as store_format
+from saejax.activations.store.source import Store
 
 CONTEXT, SHARD_SEQUENCES = 256, 128
 BLOCKS = ((64, 8), (256, 8), (1024, 8), (256, 1), (256, 64))

@@ -16,10 +16,10 @@ here, four passes over batch x k rows of d_in numbers and seven over every param
 
 import sys
 
-from saejax import pages
+from saejax.cli import kept_pages
 
 if "saejax" in sys.argv:  # a process that contends for it; as `saejax train`, before NumPy and JAX
-    pages.keep()
+    kept_pages.keep()
 
 import argparse
 import contextlib

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import sharding
 from saejax.activations import normalize
+from saejax.parallel import sharding
 from saejax.sae import base
 from saejax.training import optim, settings, state, step
 

@@ -36,11 +36,12 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> SAE:
     Raises:
       UserError: nothing there that is understood.
     """
-    from saejax import interop, paths
+    from saejax import interop
+    from saejax.fields import paths
 
     path = paths.local(path, "path")
     if (path / "config.yaml").is_file() and not interop.circuit_tracer.detect(path):
-        from saejax import run
+        from saejax.runs import run
 
         return run.load(path, step)
     return interop.load(path)
@@ -61,7 +62,7 @@ def evaluate(sae: SAE, activations: Any, **settings: Any) -> dict[str, float]:
     from saejax.evals import evaluate as evaluation
 
     if isinstance(activations, (str, os.PathLike)):
-        from saejax import run_data
+        from saejax.runs import run_data
 
         activations = run_data.rows(activations, sae)
     return evaluation.evaluate(sae, activations, **settings)

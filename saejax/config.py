@@ -21,10 +21,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import checkpoint, command_line, key_value, numeric, plain, sharding, tracking
-from saejax.activations import arrays, buffer, joined_source, live, normalize, source, store_source, synthetic, text
+from saejax.activations import arrays, buffer, normalize, source, synthetic, text
+from saejax.activations.language_model import live
+from saejax.activations.store import joined_source
+from saejax.activations.store import source as store_source
 from saejax.errors import UserError
-from saejax.resume_policy import Fixed, Place
+from saejax.fields import command_line, key_value, numeric
+from saejax.fields.resume_policy import Fixed, Place
+from saejax.parallel import sharding
 from saejax.sae import (
     abs_topk,
     base,
@@ -38,6 +42,7 @@ from saejax.sae import (
     sites,
     topk,
 )
+from saejax.storage import checkpoint, json_yaml, tracking
 from saejax.training import ensemble_config, fold, optim, settings, start
 
 # Importing a file enters its classes into their registry.
@@ -308,14 +313,14 @@ def _one_line(error: Exception, root: type = Config) -> str:
 _LAYOUT = ("object_type", "reference_type", "full_key", "Error merging")
 
 
-def to_yaml(config: Any, stamp: plain.Stamp | None = None) -> str:
+def to_yaml(config: Any, stamp: json_yaml.Stamp | None = None) -> str:
     """A config as YAML that says of itself which classes it was made of (`type:`).
 
     Args:
       config: see `Config`.
       stamp: of the run whose config.yaml it is; None writes format 1, of a run without an id.
     """
-    return yaml.safe_dump(plain.stamped(to_plain(config), stamp or plain.Stamp()), sort_keys=False)
+    return yaml.safe_dump(json_yaml.stamped(to_plain(config), stamp or json_yaml.Stamp()), sort_keys=False)
 
 
 def to_plain(value: Any) -> Any:
@@ -352,13 +357,13 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
     Raises:
       UserError: no config.yaml, an unknown type, or a wrong override.
     """
-    saved = plain.read_run_config(run_dir)
+    saved = json_yaml.read_run_config(run_dir)
     node = schema(Config)
     for group, registry in (("sae", base.ARCHITECTURES), ("source", source.SOURCES)):
         chosen = saved[group].pop("type")
         if chosen not in registry:
             where = f"{run_dir / 'config.yaml'}: {group}.type"
-            raise UserError(f"{where} must be one of {', '.join(registry)}, got {plain.one_line(chosen)}")
+            raise UserError(f"{where} must be one of {', '.join(registry)}, got {json_yaml.one_line(chosen)}")
         node[group] = schema(registry[chosen])
     try:
         typed = command_line.for_dotlist(overrides or [], command_line.path_keys(Config, GROUPS))

@@ -73,7 +73,7 @@ def small_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def sealed():
     """From a manifest to the text of one whose checksums say what is in it now: a store that was written so."""
-    from saejax.activations import store_format
+    from saejax.activations.store import files as store_format
 
     def seal(manifest: dict) -> str:
         manifest = manifest | {"fingerprint": store_format.fingerprint(manifest)}

@@ -27,7 +27,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saejax import cli, config, run, sharding
+from saejax import cli, config
+from saejax.parallel import sharding
+from saejax.runs import run
 from saejax.training import state
 
 FIXTURES = Path(__file__).parent / "fixtures" / "frozen"

@@ -13,8 +13,10 @@ import numpy as np
 import process_groups
 import pytest
 
-from saejax import agreement, config, processes
+from saejax import config
 from saejax.errors import MISTAKE, UserError
+from saejax.parallel import processes
+from saejax.runs import agreement
 
 MANY = "mesh.distributed=manual"
 COMMON = [

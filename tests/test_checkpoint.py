@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import checkpoint, checkpoint_record, digest, sharding
 from saejax.errors import UserError
+from saejax.parallel import sharding
 from saejax.sae import base
+from saejax.storage import array_checksums, checkpoint, checkpoint_record
 
 
 def state_on(mesh):
@@ -137,7 +138,7 @@ def test_a_full_disk_stops_no_run_and_costs_no_checkpoint(small_disk, monkeypatc
     saver.ensure(4, state, {"position": 4}, None)
     after, loader = saver.restore(abstract(state))
     saver.close()
-    assert loader == {"position": 4} and digest.of(after) == digest.of(state)
+    assert loader == {"position": 4} and array_checksums.of(after) == array_checksums.of(state)
     assert checkpoint.steps(small_disk) == [1, 4]
     assert sorted(p.name for p in (small_disk / "checkpoints").iterdir() if "tmp" in p.name) == []
 
@@ -171,7 +172,7 @@ def test_no_flipped_bit_is_loaded(tmp_path):
         state, loader = saver.restore(abstract(newer))
         saver.close()
         expected = {1: older, 2: newer}[loader["position"]]
-        assert digest.of(state) == digest.of(expected)
+        assert array_checksums.of(state) == array_checksums.of(expected)
         refused += loader["position"] == 1
         assert (run / "checkpoints_broken" / "2").is_dir() == (loader["position"] == 1)
     assert refused >= 3
@@ -179,12 +180,12 @@ def test_no_flipped_bit_is_loaded(tmp_path):
 
 def test_damage_is_named_to_who_reads_arrays(tmp_path, monkeypatch):
     state = state_on(sharding.make_mesh())
-    real = digest.of
-    monkeypatch.setattr(digest, "of", lambda tree: real(tree) | {"params/b_enc": "float32[16] 0"})
+    real = array_checksums.of
+    monkeypatch.setattr(array_checksums, "of", lambda tree: real(tree) | {"params/b_enc": "float32[16] 0"})
     saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
     saver.save(3, state, {"position": 0}, None)
     saver.close()
-    monkeypatch.setattr(digest, "of", real)
+    monkeypatch.setattr(array_checksums, "of", real)
     with pytest.raises(UserError, match="3 is broken .params/b_enc: the checksum is not that of the save"):
         checkpoint.load_arrays(tmp_path, ("params",))
 
@@ -217,7 +218,7 @@ def test_rows_that_were_saved_as_floats_come_back_as_their_bits(tmp_path, with_r
     saver.close()
     assert np.asarray(after["rows"]).tobytes() == np.asarray(state["rows"]).tobytes()
     assert after["rows"].dtype == jnp.uint16 and after["rows"].sharding == wanted["rows"].sharding
-    assert digest.of(after["params"]) == digest.of(state["params"])
+    assert array_checksums.of(after["params"]) == array_checksums.of(state["params"])
 
 
 def test_a_checkpoint_of_format_1_is_read(tmp_path, caplog):
@@ -228,5 +229,5 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path, caplog):
     shutil.rmtree(tmp_path / "checkpoints" / "3" / "record")
     after, loader = saver.restore(abstract(state))
     saver.close()
-    assert loader == {"position": 5} and digest.of(after) == digest.of(state)
+    assert loader == {"position": 5} and array_checksums.of(after) == array_checksums.of(state)
     assert "format 1, without checksums" in caplog.text

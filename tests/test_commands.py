@@ -7,9 +7,12 @@ import types
 import jax
 import pytest
 
-from saejax import commands, run_data, sharding
-from saejax.activations import language_model, store, store_source
+from saejax.activations import language_model, store
+from saejax.activations.store import source as store_source
+from saejax.cli import commands
 from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.runs import run_data
 from saejax.sae import Family, l1, model
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saejax import commands, config, manual, preflight
-from saejax.activations import harvest
+from saejax import config
+from saejax.activations.language_model import harvest
+from saejax.cli import commands, help_text, preflight
 from saejax.errors import UserError
 from saejax.sae import base, l1, topk
 
@@ -125,7 +126,7 @@ def test_a_run_directory_describes_itself(architecture, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(ROOTS))
 def test_every_field_is_documented_and_shown_by_help(name):
-    text = manual.of_command(name, ROOTS[name])
+    text = help_text.of_command(name, ROOTS[name])
     classes = [ROOTS[name], topk.TopK, l1.L1] if name == "train" else [ROOTS[name]]
     classes += [
         f.default_factory
@@ -133,7 +134,7 @@ def test_every_field_is_documented_and_shown_by_help(name):
         if dataclasses.is_dataclass(f.default_factory) and f.name not in config.GROUPS
     ]
     for cls in classes:
-        docs = manual.field_docs(cls)
+        docs = help_text.field_docs(cls)
         for field in dataclasses.fields(cls):
             assert docs.get(field.name), f"{cls.__name__}.{field.name} has no documentation"
             assert field.name in text
@@ -142,7 +143,7 @@ def test_every_field_is_documented_and_shown_by_help(name):
 def shown_by_help(name):
     """Section of the help text -> {key: value} as printed; the section of keys outside any part is ''."""
     shown, section = {"": {}}, ""
-    for line in manual.of_command(name, ROOTS[name]).splitlines():
+    for line in help_text.of_command(name, ROOTS[name]).splitlines():
         if heading := re.match(r"  ([\w.]+(?:=\w+)?): ", line):
             section = heading[1]
             shown[section] = {}
@@ -192,12 +193,12 @@ def test_saying_what_help_shows_changes_no_other_command(name):
 
 
 def test_help_lists_every_choice_and_what_it_is():
-    text = manual.of_command("train", config.Config)
+    text = help_text.of_command("train", config.Config)
     for part in PARTS:
         group, choice = part.split("/")
         assert group == "text" or re.search(rf"^  [* ] {group}={choice} +[A-Z\w]", text, re.MULTILINE), part
     assert "* sae=topk " in text and re.search(r"  experiment=sb_iid_topk +Known features, independent: TopK", text)
-    assert "* text=wikipedia " in manual.of_command("harvest", ROOTS["harvest"])
+    assert "* text=wikipedia " in help_text.of_command("harvest", ROOTS["harvest"])
 
 
 def test_help_does_without_a_composition(monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saejax import digest, sharding
+from saejax.parallel import sharding
+from saejax.storage import array_checksums
 
 
 def naive(words):
@@ -28,24 +29,24 @@ def test_the_sums_are_those_of_the_formula(dtype):
     array = jnp.asarray(values, dtype)
     raw = np.asarray(array)
     words = raw.ravel().view(f"u{raw.itemsize}").tolist()
-    assert digest.of({"a": array}) == {"a": f"{dtype}[3,5,2] {naive(words)}"}
+    assert array_checksums.of({"a": array}) == {"a": f"{dtype}[3,5,2] {naive(words)}"}
 
 
 def test_no_place_changes_a_checksum():
     mesh = sharding.make_mesh(4, 2)
     array = jax.random.normal(jax.random.key(0), (8, 6))
-    expected = digest.of([array])
+    expected = array_checksums.of([array])
     for spec in (P(), P("data"), P("latent", None), P("data", "latent"), P(None, ("latent",))):
-        assert digest.of([jax.device_put(array, NamedSharding(mesh, spec))]) == expected
+        assert array_checksums.of([jax.device_put(array, NamedSharding(mesh, spec))]) == expected
 
 
 def test_every_bit_counts_and_so_does_the_order():
     words = np.random.default_rng(1).integers(0, 2**32, 7, np.uint32)
-    expected = digest.of([words.view(np.float32)])
+    expected = array_checksums.of([words.view(np.float32)])
     for place in range(7 * 32):
         flipped = words.copy()
         flipped[place // 32] ^= np.uint32(1 << place % 32)
-        assert digest.differences(expected, digest.of([flipped.view(np.float32)])) == ["0"]
-    assert digest.of([words[::-1].copy().view(np.float32)]) != expected
-    assert digest.of([words.view(np.float32).reshape(7, 1)]) != expected
-    assert digest.of([jnp.asarray([0.0])]) != digest.of([jnp.asarray([-0.0])])
+        assert array_checksums.differences(expected, array_checksums.of([flipped.view(np.float32)])) == ["0"]
+    assert array_checksums.of([words[::-1].copy().view(np.float32)]) != expected
+    assert array_checksums.of([words.view(np.float32).reshape(7, 1)]) != expected
+    assert array_checksums.of([jnp.asarray([0.0])]) != array_checksums.of([jnp.asarray([-0.0])])

@@ -7,9 +7,11 @@ import pytest
 from test_config import ROOTS
 from test_layers import LAYERS
 
-from saejax import cli, config, preflight, standing
+from saejax import cli, config
+from saejax.cli import preflight
 from saejax.evals import evaluate, language_model, recovery
-from saejax.experiments import all_experiments
+from saejax.lab.experiments import all_experiments
+from saejax.runs import directory
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -71,7 +73,7 @@ def understood(name, arguments, store):
         run_dir.mkdir(parents=True, exist_ok=True)
         before = config.load("train", config.Config, [])
         (run_dir / "config.yaml").write_text(config.to_yaml(before))
-        standing.check_resumable(before, config.from_run(run_dir, overrides))
+        directory.check_resumable(before, config.from_run(run_dir, overrides))
         return
     arguments = [f"source.path={store}" if a.startswith("source.path=") else a for a in arguments]
     if any(a.startswith("sae.family=") and a != "sae.family=sae" for a in arguments):  # rows of two sites

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from saejax import cli, config, interop, paths, run
+from saejax import cli, config, interop
+from saejax.fields import paths
+from saejax.runs import run
 
 ARGUMENTS = [
     "sae.d_sae=32",

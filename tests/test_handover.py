@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 import saejax
-from saejax import cli, config, run
+from saejax import cli, config
 from saejax.activations import language_model, store
+from saejax.runs import run
 
 SETTINGS = ["train.n_tokens=8192", "train.batch=256", "buffer.rows=1024", "train.eval_rows=512", "mesh=single"]
 SETTINGS += ["checkpoint.save_every_steps=16", "train.eval_every_steps=16", "checkpoint.keep_last=2"]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from saejax import cli, key_value
+from saejax import cli
 from saejax.errors import UserError
+from saejax.fields import key_value
 
 RUN = Path(__file__).parent / "fixtures" / "run_format_2"
 

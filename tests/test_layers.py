@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,94 +17,61 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What every part may import: they know nothing but the standard library and one another.
-GROUND = {"errors", "paths", "resume_policy", "lock", "signals", "whole", "numeric", "command_line", "run_log", "quiet"}
-
-# What else a part of saejax may import of saejax, besides itself.
-BELOW_CONFIG = {
-    "activations",
-    "checkpoint",
-    "checkpoint_record",
-    "digest",
-    "evals",
-    "kernels",
-    "plain",
-    "processes",
-    "sae",
-    "sharding",
-}
-BELOW_CONFIG |= {"codes", "key_value", "sparse_coding", "tracking", "training", "whole"}
-BELOW_TOP = BELOW_CONFIG | {"agreement", "config", "run", "standing"}
-TOP = {"cli", "commands", "ensembles", "experiments", "interop", "manual", "plan", "preflight", "report", "run_data"}
+# Room -> rooms that it may import, besides itself. A room is a top module, a package, or a package of ROOMS_WITHIN.
+DATA = {"errors", "fields", "kernels", "parallel", "storage"}
+ROOMS_WITHIN = {"activations", "lab"}
+"""Packages whose packages are rooms of their own."""
+BELOW_CONFIG = DATA | {"activations", "activations.store", "activations.language_model", "sae", "training"}
+BELOW_RUNS = BELOW_CONFIG | {"config", "evals"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "pages": set(),
-    "paths": set(),
-    "resume_policy": set(),
-    "lock": set(),
-    "numeric": set(),
-    "signals": set(),
-    "command_line": set(),
-    "run_log": set(),
-    "quiet": set(),
-    "kernels": set(),
-    "sae": {"kernels"},
-    "sparse_coding": {"kernels", "sae"},
-    "codes": {"kernels", "sparse_coding"},
-    "plain": set(),
-    "rendezvous": set(),
-    "places": {"rendezvous"},
-    "processes": {"places", "rendezvous"},
-    "sharding": {"processes"},
-    "tracking": {"whole"},
-    "whole": set(),
-    "digest": set(),
-    "key_value": set(),
-    "checkpoint": {"checkpoint_read", "checkpoint_record", "digest", "processes", "whole"},
-    "checkpoint_read": {"checkpoint_record", "processes", "whole"},
-    "checkpoint_record": {"digest"},
-    "activations": {"kernels", "plain", "processes", "sharding"},
-    "evals": {"kernels", "sae", "sharding", "whole"},
-    "training": {"activations", "checkpoint", "kernels", "processes", "sae", "sharding", "tracking"},
+    "fields": {"errors"},
+    "kernels": {"errors"},
+    "parallel": {"errors", "fields"},
+    "storage": {"errors", "fields", "parallel"},
+    "sae": {"errors", "fields", "kernels"},
+    "sparse_coding": {"errors", "fields", "kernels", "sae"},
+    "activations": DATA,
+    "activations.store": DATA | {"activations"},
+    "activations.language_model": DATA | {"activations", "activations.store"},
+    "evals": DATA | {"sae"},
+    "training": DATA | {"activations", "sae"},
     "config": BELOW_CONFIG,
-    "standing": {"activations", "checkpoint", "checkpoint_record", "config", "plain", "processes", "whole"},
-    "agreement": {"config", "plain", "processes"},
-    "run": BELOW_CONFIG | {"agreement", "config", "standing"},
-    "ensembles": BELOW_TOP,
-    "interop": BELOW_TOP,
-    "report": BELOW_TOP,
-    "experiments": BELOW_TOP,
-    "manual": BELOW_TOP,
-    "plan": BELOW_TOP,
-    "preflight": BELOW_TOP,
-    "run_data": BELOW_TOP,
-    "commands": BELOW_TOP | TOP,
-    "cli": BELOW_TOP | TOP | {"pages"},
-    "__init__": BELOW_TOP | {"interop", "run_data"},
+    "runs": BELOW_RUNS,
+    "interop": DATA | {"evals", "sae"},
+    "report": BELOW_RUNS | {"runs"},
+    "lab": set(),
+    "lab.metrics": DATA | {"evals", "sae"},
+    "lab.codes": {"errors", "fields", "kernels", "sparse_coding"},
+    "lab.experiments": BELOW_RUNS | {"runs", "sparse_coding", "lab.codes", "lab.metrics"},
+    "cli": BELOW_RUNS | {"interop", "lab.experiments", "report", "runs"},
+    "__init__": BELOW_RUNS | {"interop", "runs"},
     "__main__": {"cli"},
 }
+MAX_TOP_MODULES = 4
 
 # Which modules may import a library whose interface moves or whose import is heavy.
 DOORS: dict[str, tuple[str, ...]] = {
-    "wandb": ("saejax.tracking",),
-    "hydra": ("saejax.cli", "saejax.config", "saejax.key_value", "saejax.preflight", "scripts"),
-    "omegaconf": ("saejax.cli", "saejax.config", "saejax.key_value", "saejax.preflight", "scripts"),
-    "orbax": ("saejax.checkpoint", "saejax.checkpoint_read"),
-    "tensorstore": ("saejax.checkpoint",),
+    "wandb": ("saejax.storage.tracking",),
+    "hydra": ("saejax.cli", "saejax.config", "saejax.fields.key_value", "saejax.cli.preflight", "scripts"),
+    "omegaconf": ("saejax.cli", "saejax.config", "saejax.fields.key_value", "saejax.cli.preflight", "scripts"),
+    "orbax": ("saejax.storage.checkpoint", "saejax.storage.checkpoint_read"),
+    "tensorstore": ("saejax.storage.checkpoint",),
     "safetensors": ("saejax.interop", "saejax.activations"),
     "grain": ("saejax.activations",),
-    "torch": ("saejax.activations.torch_source", "saejax.interop.saebench"),
+    "torch": ("saejax.activations.language_model.torch_source", "saejax.interop.saebench"),
     "huggingface_hub": ("saejax.interop.hub",),
-    "transformers": ("saejax.activations.torch_source",),
+    "transformers": ("saejax.activations.language_model.torch_source",),
     "tokenizers": ("saejax.activations.language_model",),
     "gguf": ("saejax.activations.language_model",),
     "jinja2": ("saejax.report",),
-    "matplotlib": ("saejax.experiments",),
-    "sklearn": ("saejax.experiments",),
+    "matplotlib": ("saejax.lab.experiments",),
+    "sklearn": ("saejax.lab.experiments",),
 }
 
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 500
+MAX_MEDIAN_LINES = 140
 MAX_FUNCTION_LINES = 80
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -142,22 +110,55 @@ def within(module: str, prefixes: tuple[str, ...]) -> bool:
     return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
 
 
+def room(module: str) -> str:
+    """The room of a module: `saejax.sae.base` -> `sae`, `saejax.activations.store.reader` -> `activations.store`."""
+    parts = module.split(".")[1:]
+    nested = parts and parts[0] in ROOMS_WITHIN and ".".join(parts[:2]) in LAYERS
+    return ".".join(parts[:2]) if nested else parts[0] if parts else "__init__"
+
+
 def layer_findings(module: str, tree: ast.AST) -> list[str]:
     """Imports of a saejax module that its layer does not allow."""
-    part = module.split(".")[1]
+    part = room(module)
     if part not in LAYERS:
         return [f"{module}: part '{part}' has no place in LAYERS; give it one, and a line in docs/architecture.md"]
-    allowed = LAYERS[part] | GROUND | {part}
     findings = []
     for line, name in imported(tree):
-        target = name.split(".")
+        target = room(name) if name.startswith("saejax.") else ""
         if name.startswith("."):
             findings.append(f"{module}:{line}: relative import; write from saejax.<part> import <module>")
-        elif target[0] == "saejax" and len(target) > 1 and target[1] in LAYERS and target[1] not in allowed:
+        elif target in LAYERS and target not in LAYERS[part] | {part}:
             findings.append(f"{module}:{line}: '{part}' must not import '{name}'")
-        elif within(module, ("saejax.evals",)) and is_other_metric(module, target):
+        elif within(module, ("saejax.evals", "saejax.lab.metrics")) and is_other_metric(module, name):
             findings.append(f"{module}:{line}: a metric must not import another metric's file ('{name}')")
     return findings
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach one another, each in order of name."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        found, waiting = set(), list(graph[start])
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += graph.get(node, ())
+        reach[start] = found
+    groups = {
+        tuple(sorted(n for n in reach[node] if node in reach.get(n, ()))) for node in graph if node in reach[node]
+    }
+    return sorted(map(list, groups))
+
+
+def import_graph(sources: list[tuple[str, ast.AST]]) -> dict[str, set[str]]:
+    """Module -> modules of saejax that it imports, also inside functions and for types alone; packages left out."""
+    modules = {module for module, _ in sources}
+    graph: dict[str, set[str]] = {}
+    for module, tree in sources:
+        names = {name for _, name in imported(tree)} | {name.rpartition(".")[0] for _, name in imported(tree)}
+        graph[module] = (names & modules) - {module}
+    return graph
 
 
 def is_metric_file(module: str) -> bool:
@@ -169,10 +170,11 @@ def is_metric_file(module: str) -> bool:
     return any(ast.unparse(base).split(".")[-1] == "Metric" for node in classes for base in node.bases)
 
 
-def is_other_metric(module: str, target: list[str]) -> bool:
+def is_other_metric(module: str, name: str) -> bool:
     """Whether a metric's file imports a name of another metric's file."""
-    other = ".".join(target[:3])
-    return other != module and is_metric_file(module) and other.startswith("saejax.evals.") and is_metric_file(other)
+    folders = ("saejax.evals.", "saejax.lab.metrics.")
+    others = [other for other in (name, name.rpartition(".")[0]) if other.startswith(folders)]
+    return is_metric_file(module) and any(other != module and is_metric_file(other) for other in others)
 
 
 def door_findings(module: str, tree: ast.AST) -> list[str]:
@@ -296,6 +298,24 @@ def test_layers_and_doors():
     sources = [(module_name(path), ast.parse(path.read_text())) for path in python_files("saejax", "scripts")]
     show([line for module, tree in sources for line in door_findings(module, tree)])
     show([line for module, tree in sources if module.startswith("saejax") for line in layer_findings(module, tree)])
+
+
+def modules() -> list[tuple[str, ast.AST]]:
+    """(name, tree) of every module that is no package."""
+    files = [path for path in python_files("saejax") if path.name != "__init__.py"]
+    return [(module_name(path), ast.parse(path.read_text())) for path in files]
+
+
+def test_no_circles():
+    show([" -> ".join(circle) for circle in circles(import_graph(modules()))])
+    rooms = {part: targets - {part} for part, targets in LAYERS.items()}
+    show([" -> ".join(circle) for circle in circles(rooms)])
+
+
+def test_the_top_is_small():
+    assert len(list((ROOT / "saejax").glob("*.py"))) <= MAX_TOP_MODULES
+    lengths = [len(path.read_text().splitlines()) for path in python_files("saejax")]
+    assert statistics.median(lengths) <= MAX_MEDIAN_LINES
 
 
 def test_sizes_and_names():

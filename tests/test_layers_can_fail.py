@@ -6,9 +6,11 @@ import pytest
 from test_layers import (
     MAX_FILE_LINES,
     MAX_FUNCTION_LINES,
+    circles,
     doc_findings,
     documented_methods,
     door_findings,
+    import_graph,
     layer_findings,
     name_findings,
     place_findings,
@@ -21,12 +23,14 @@ from test_layers import (
     [
         ("saejax.sae.topk", "from saejax.training import step"),
         ("saejax.sae.topk", "import saejax.evals.metric"),
-        ("saejax.sae.topk", "def f():\n    from saejax import sharding"),
+        ("saejax.sae.topk", "def f():\n    from saejax.parallel import sharding"),
         ("saejax.kernels.top_k", "from saejax.sae.base import Encoding"),
         ("saejax.training.loop", "from saejax import cli"),
         ("saejax.evals.metric", "import importlib\nx = importlib.import_module('saejax.report.page')"),
         ("saejax.sae.model", "from .base import Encoding"),
         ("saejax.misplaced", "import jax"),
+        ("saejax.activations.loader", "from saejax.activations.store import reader"),
+        ("saejax.sae.topk", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from saejax import config"),
     ],
 )
 def test_finds_a_forbidden_import(module, source):
@@ -38,7 +42,8 @@ def test_finds_a_forbidden_import(module, source):
     [
         ("saejax.sae.topk", "from saejax.errors import UserError\nfrom saejax.kernels import top_k"),
         ("saejax.training.loop", "from saejax.sae import base\nimport jax"),
-        ("saejax.cli", "from saejax.report import page"),
+        ("saejax.cli.program", "from saejax.report import page"),
+        ("saejax.activations.store.reader", "from saejax.activations import packing"),
         ("saejax.sae.topk", "from saejax import __version__"),
     ],
 )
@@ -51,13 +56,20 @@ def test_accepts_an_allowed_import(module, source):
     [
         ("saejax.training.loop", "def f():\n    import wandb", 1),
         ("saejax.sae.model", "from orbax import checkpoint\nimport orbax.checkpoint.v1", 2),
-        ("saejax.tracking", "import wandb", 0),
+        ("saejax.storage.tracking", "import wandb", 0),
         ("saejax.interop.saelens", "from safetensors.numpy import load_file", 0),
         ("saejax.tracking_extra", "import wandb", 1),
     ],
 )
 def test_one_door_per_library(module, source, n_findings):
     assert len(door_findings(module, ast.parse(source))) == n_findings
+
+
+def test_finds_circles_also_of_types_alone():
+    here, there = "from saejax.sae import b", "if TYPE_CHECKING:\n    from saejax.sae import a"
+    sources = [("saejax.sae.a", ast.parse(here)), ("saejax.sae.b", ast.parse(there)), ("saejax.sae.c", ast.parse(here))]
+    assert circles(import_graph(sources)) == [["saejax.sae.a", "saejax.sae.b"]]
+    assert circles(import_graph(sources[1:])) == []
 
 
 def test_sizes():

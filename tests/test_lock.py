@@ -15,8 +15,8 @@ import time
 
 import pytest
 
-from saejax import lock
 from saejax.errors import UserError
+from saejax.storage import lock
 
 HEAD = "import errno, fcntl, os, pathlib, subprocess, sys, time\nfrom saejax import lock\nfolder = sys.argv[1]\n"
 NO_FLOCK = """

@@ -16,11 +16,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from saejax import commands, config, key_value, numeric
-from saejax.activations import harvest_config, text
+from saejax import config
+from saejax.activations import text
+from saejax.activations.language_model import harvest_config
+from saejax.cli import commands
 from saejax.errors import UserError
 from saejax.evals import metric
-from saejax.experiments import all_experiments, harness
+from saejax.fields import key_value, numeric
+from saejax.lab.experiments import all_experiments, harness
 
 ROOTS = {
     "train": config.Config,

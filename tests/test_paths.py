@@ -14,22 +14,19 @@ from omegaconf import OmegaConf
 from test_config import ROOTS
 
 import saejax
-from saejax import cli, command_line, commands, config, interop, paths, preflight, run
-from saejax.activations import (
-    arrays,
-    joined_source,
-    language_model,
-    live,
-    store,
-    store_source,
-    store_writer,
-    text,
-    torch_source,
-)
+from saejax import cli, config, interop
+from saejax.activations import arrays, language_model, store, text
+from saejax.activations.language_model import live, torch_source
+from saejax.activations.store import joined_source
+from saejax.activations.store import source as store_source
+from saejax.activations.store import writer as store_writer
+from saejax.cli import commands, preflight
 from saejax.errors import UserError
-from saejax.experiments import harness
+from saejax.fields import command_line, paths
 from saejax.interop import hub
+from saejax.lab.experiments import harness
 from saejax.report import corpus, dashboards, page, records, sweep
+from saejax.runs import run
 
 ADDRESSES = ("gs://bucket/x", "s3://bucket/x", "hf://owner/x", "https://host/x", "file:///tmp/x", "gs:/bucket/x")
 
@@ -108,14 +105,14 @@ def test_every_path_key_is_among_those_lines():
 
 def test_every_key_that_says_it_is_a_path_is_one():
     """By the words of its documentation, so that a new field cannot be forgotten."""
-    from saejax import manual
+    from saejax.cli import help_text
 
     words = ("directory", "a .npy file", "file of", "file to write", "path of")
     roots = [*ROOTS.values(), *(cls for group in config.GROUPS.values() for cls in group.values())]
     missing = [
         f"{cls.__name__}.{name}"
         for cls in roots
-        for name, said in manual.field_docs(cls).items()
+        for name, said in help_text.field_docs(cls).items()
         if any(word in said.lower() for word in words) and name not in paths.kinds(cls)
         if name in {field.name for field in dataclasses.fields(cls)}
     ]
@@ -126,7 +123,7 @@ SAE = object()
 DOORS = {
     "saejax.__init__.load": saejax.load,
     "saejax.__init__.export": lambda path: saejax.export(SAE, path),
-    "saejax.run.load": run.load,
+    "saejax.runs.run.load": run.load,
     "saejax.interop.__init__.export": lambda path: interop.export(SAE, path),
     "saejax.interop.__init__.load": interop.load,
     "saejax.interop.__init__.recognise": interop.recognise,
@@ -137,18 +134,20 @@ DOORS = {
     "saejax.report.sweep.read_sweep": sweep.read_sweep,
     "saejax.report.sweep.build_sweep": sweep.build_sweep,
     "saejax.report.dashboards.write": lambda path: dashboards.write(None, None, None, path, None),
-    "saejax.experiments.harness.run_experiment": lambda path: harness.run_experiment(None, path),
-    "saejax.activations.store_reader.Reader": store.Reader,
-    "saejax.activations.store_writer.Writer": lambda path: store.Writer(path, {}),
-    "saejax.activations.store_writer.admitted": store_writer.admitted,
+    "saejax.lab.experiments.harness.run_experiment": lambda path: harness.run_experiment(None, path),
+    "saejax.activations.store.reader.Reader": store.Reader,
+    "saejax.activations.store.writer.Writer": lambda path: store.Writer(path, {}),
+    "saejax.activations.store.writer.admitted": store_writer.admitted,
     "saejax.report.corpus.StoreCorpus": corpus.StoreCorpus,
-    "saejax.activations.torch_source.load": torch_source.load,
-    "saejax.activations.store_check.verify": store.verify,
-    "saejax.activations.store_check.describe": store.describe,
-    "saejax.activations.store_check.info": store.info,
-    "saejax.activations.store_check.stores_under": store.stores_under,
-    "saejax.activations.store_format.read_manifest": store.read_manifest,
-    "saejax.activations.torch_source.write_images": lambda path: torch_source.write_images(None, [], "x", path),
+    "saejax.activations.language_model.torch_source.load": torch_source.load,
+    "saejax.activations.store.check.verify": store.verify,
+    "saejax.activations.store.check.describe": store.describe,
+    "saejax.activations.store.check.info": store.info,
+    "saejax.activations.store.check.stores_under": store.stores_under,
+    "saejax.activations.store.files.read_manifest": store.read_manifest,
+    "saejax.activations.language_model.torch_source.write_images": lambda path: torch_source.write_images(
+        None, [], "x", path
+    ),
     "saejax.activations.language_model.loading.load": language_model.load,
     "saejax.activations.language_model.loading.read_config": language_model.read_config,
     **{
@@ -157,13 +156,13 @@ DOORS = {
     },
 }
 INNER = {
-    "saejax.paths": "the door itself",
+    "saejax.fields.paths": "the door itself",
     "saejax.evals.result": "into the directory of a run that was loaded",
-    "saejax.lock": "takes what a door made",
-    "saejax.whole": "writes where it was told, after the door",
-    "saejax.activations.store_format": "parts of a store that is open",
+    "saejax.storage.lock": "takes what a door made",
+    "saejax.storage.atomic": "writes where it was told, after the door",
+    "saejax.activations.store.files": "parts of a store that is open",
     "saejax.activations.array_files": "of a source, whose path is settled",
-    "saejax.run_data": "of a command, whose paths are settled",
+    "saejax.runs.run_data": "of a command, whose paths are settled",
     "saejax.interop.torch_file": "called by the formats",
     "saejax.interop.folder": "called by the formats",
 }

@@ -6,8 +6,8 @@ import time
 import process_groups
 import pytest
 
-from saejax import processes, sharding
 from saejax.errors import MISTAKE, UserError
+from saejax.parallel import processes, sharding
 
 NOTHING = ("SLURM_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JOB_COMPLETION", "TPU_", "MEGASCALE")
 

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from saejax import config, run
+from saejax import config
 from saejax.activations.normalize import NormMode
+from saejax.runs import run
 from saejax.sae import base
 
 # Of the sources: architecture; rows, batch; lr, beta1, beta2, eps, clipping; warm-up and decay as shares of the steps.

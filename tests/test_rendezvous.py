@@ -10,8 +10,8 @@ import time
 import process_groups
 import pytest
 
-from saejax import rendezvous
 from saejax.errors import Stopped, UserError
+from saejax.parallel import rendezvous
 
 
 @pytest.fixture

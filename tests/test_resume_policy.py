@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from saejax import config, resume_policy
+from saejax import config
 from saejax.activations import source
-from saejax.resume_policy import Fixed, Free, Place, Policy
+from saejax.fields import resume_policy
+from saejax.fields.resume_policy import Fixed, Free, Place, Policy
 from saejax.sae import base
 
 PARTS = [f.default_factory for f in dataclasses.fields(config.Config) if f.default_factory is not dataclasses.MISSING]

@@ -15,8 +15,10 @@ import yaml
 from orbax.checkpoint import v1 as ocp
 
 import saejax
-from saejax import checkpoint, checkpoint_read, config, plain, run, standing
+from saejax import config
 from saejax.errors import UserError
+from saejax.runs import directory, run
+from saejax.storage import checkpoint, checkpoint_read, json_yaml
 
 SIZES = [
     "sae.d_sae=32", "sae.k=2", "train.batch=64", "buffer.rows=512", "train.log_every_steps=1", "train.eval_rows=128",
@@ -181,7 +183,7 @@ def other(value):
 
 
 CONFIG = compose(12)
-FIXED = sorted(standing.fixed(CONFIG))
+FIXED = sorted(directory.fixed(CONFIG))
 
 
 @pytest.mark.parametrize("key", FIXED)
@@ -317,7 +319,7 @@ def test_nothing_left_to_do_writes_nothing(copy, rows):
     assert run.train(config.from_run(run_dir, ["train.n_tokens=128"]), run_dir, resume=True).step == 12
     assert (run_dir / "config.yaml").read_bytes() == before
     same = compose(12, "source=arrays", f"source.path={rows}", "optim.lr=0.001")
-    assert standing.look(same, run_dir).standing is standing.Standing.finished
+    assert directory.look(same, run_dir).standing is directory.Standing.finished
 
 
 def test_an_older_run_gets_an_id_when_it_goes_on_and_keeps_its_older_checkpoints(tmp_path):
@@ -325,7 +327,7 @@ def test_an_older_run_gets_an_id_when_it_goes_on_and_keeps_its_older_checkpoints
     cfg = config.from_run(run_dir, ["checkpoint.keep_last=5"])
     longer = config.from_run(run_dir, ["checkpoint.keep_last=5", f"train.n_tokens={cfg.train.n_tokens * 2}"])
     run.train(longer, run_dir, resume=True)
-    stamp = plain.read_run(run_dir)[1]
+    stamp = json_yaml.read_run(run_dir)[1]
     older, newest = checkpoint.steps(run_dir)
     assert stamp.run_id and stamp.older_up_to_step == older
     for step in (older, newest):

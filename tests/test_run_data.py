@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import cli, commands, config, report, run, standing
-from saejax.activations.store_source import Store
+from saejax import cli, config, report
+from saejax.activations.store.source import Store
+from saejax.cli import commands
 from saejax.errors import UserError
 from saejax.report import records
+from saejax.runs import directory, run
 
 SETTINGS = ["train.n_tokens=1024", "train.batch=256", "buffer.rows=512", "train.eval_rows=256", "mesh=single"]
 SETTINGS += ["sae.d_sae=64", "sae.k=4"]
@@ -141,25 +143,25 @@ def test_a_run_does_not_go_on_with_other_data(moved, sealed, other):
 def test_the_identity_is_recorded_with_every_checkpoint(folder):
     for name, source in (("on_store", Store(path=str(folder / "store"))),):
         (step,) = [int(path.name) for path in (folder / name / "checkpoints").iterdir() if path.name.isdigit()][-1:]
-        assert standing.data_of(folder / name, step)["identity"] == json.loads(json.dumps(source.identity()))
+        assert directory.data_of(folder / name, step)["identity"] == json.loads(json.dumps(source.identity()))
 
 
 def test_runs_of_older_versions_are_compared_by_their_fingerprint(moved, sealed, monkeypatch):
     """They have no identity, and say what they saw in run.json."""
-    monkeypatch.setattr(standing.checkpoint, "read_record", lambda run_dir, step=None: None)
+    monkeypatch.setattr(directory.checkpoint, "read_record", lambda run_dir, step=None: None)
     for name in ("on_store", "on_arrays"):
         file = moved / name / "run.json"
         record = json.loads(file.read_text())
         del record["source"]["identity"]
         file.write_text(json.dumps(record))
-        assert standing.data_differ(moved / name, config.from_run(moved / name).source) is None
+        assert directory.data_differ(moved / name, config.from_run(moved / name).source) is None
     other_hook(moved, sealed)
-    said = standing.data_differ(moved / "on_store", config.from_run(moved / "on_store").source)
+    said = directory.data_differ(moved / "on_store", config.from_run(moved / "on_store").source)
     assert said is not None and "hook was" in said
 
 
 def test_a_run_without_a_record_is_looked_at_with_a_word(moved, monkeypatch, caplog):
-    monkeypatch.setattr(standing.checkpoint, "read_record", lambda run_dir, step=None: None)
+    monkeypatch.setattr(directory.checkpoint, "read_record", lambda run_dir, step=None: None)
     for name in ("run.json", "report.html"):
         (moved / "on_store" / name).unlink(missing_ok=True)
     DOORS["report"](moved / "on_store")
@@ -190,7 +192,7 @@ def test_a_store_that_has_grown_is_evaluated(folder, tmp_path):
             (growing / split / f"shard-{number:05d}.json").unlink()
     overrides = ["source=store", f"source.path={growing}", *SETTINGS]
     run.train(config.load("train", config.Config, overrides), tmp_path / "run")
-    before = standing.data_of(tmp_path / "run")["identity"]
+    before = directory.data_of(tmp_path / "run")["identity"]
     shutil.rmtree(growing)
     shutil.copytree(whole, growing)
     now = Store(path=str(growing)).identity()

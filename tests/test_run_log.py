@@ -10,7 +10,9 @@ import threading
 import pytest
 from test_cli import CODE, QUICK, saejax_command
 
-from saejax import cli, quiet, run_log, whole
+from saejax import cli
+from saejax.cli import quiet
+from saejax.storage import atomic, run_log
 from saejax.training import progress
 
 WAYS = {
@@ -102,26 +104,26 @@ def test_a_place_that_cannot_be_is_refused_before_the_work(output, file_in_the_w
 
 
 def test_a_place_is_tried_without_a_trace(tmp_path):
-    whole.check_place(tmp_path / "a" / "b" / "c")
-    whole.check_place(tmp_path / "a" / "page.html", file=True)
-    whole.try_write(tmp_path, 10_000)
+    atomic.check_place(tmp_path / "a" / "b" / "c")
+    atomic.check_place(tmp_path / "a" / "page.html", file=True)
+    atomic.try_write(tmp_path, 10_000)
     assert not list(tmp_path.iterdir())
     with pytest.raises(IsADirectoryError):
-        whole.check_place(tmp_path, file=True)
+        atomic.check_place(tmp_path, file=True)
 
 
 def test_room_for_a_checkpoint(tmp_path, monkeypatch, caplog):
     import shutil
 
     free = shutil.disk_usage(tmp_path).free
-    whole.check_room(tmp_path, 1000)
+    atomic.check_room(tmp_path, 1000)
     assert not caplog.text
     with pytest.raises(
-        whole.UserError, match="a checkpoint takes .* GiB, and .* has room for .* GiB: make room"
+        atomic.UserError, match="a checkpoint takes .* GiB, and .* has room for .* GiB: make room"
     ) as caught:
-        whole.check_room(tmp_path, free + 2**40)
+        atomic.check_room(tmp_path, free + 2**40)
     assert "\n" not in str(caught.value)
-    whole.check_room(tmp_path, int(free / 1.5))
+    atomic.check_room(tmp_path, int(free / 1.5))
     assert "takes both" in caplog.text
 
 
@@ -160,7 +162,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
 
 
 def test_an_error_and_a_signal_end_the_log(tmp_path):
-    for number, error in enumerate((whole.UserError("one line"), OSError(28, "No space left"), KeyboardInterrupt())):
+    for number, error in enumerate((atomic.UserError("one line"), OSError(28, "No space left"), KeyboardInterrupt())):
         (tmp_path / str(number)).mkdir()
         with pytest.raises(type(error)), run_log.kept([tmp_path / str(number)]):
             raise error

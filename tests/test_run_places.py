@@ -10,8 +10,10 @@ import pytest
 from test_run_binding import SIZES, compose
 
 import saejax
-from saejax import checkpoint, cli, config, ensembles, run
+from saejax import cli, config
 from saejax.errors import UserError
+from saejax.runs import ensembles, run
+from saejax.storage import checkpoint
 
 
 def test_a_relative_ensemble_is_begun_and_goes_on(tmp_path, monkeypatch):

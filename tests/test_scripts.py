@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from saejax import config, preflight
-from saejax.activations import harvest
+from saejax import config
+from saejax.activations.language_model import harvest
+from saejax.cli import preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sbatch"), *(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import commands, config, plain, report, standing, tracking
+from saejax import config, report
 from saejax.activations import store
+from saejax.cli import commands
 from saejax.errors import UserError
 from saejax.interop import folder
 from saejax.report import records, sweep
+from saejax.runs import directory
+from saejax.storage import json_yaml, tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -193,8 +196,8 @@ def test_what_has_the_name_of_a_file_of_a_run_and_is_none(make, name, tmp_path):
         assert any(name in problem for problem in records.read(run_dir).problems)
     if name != "eval.json":
         with contextlib.ExitStack() as stack, pytest.raises((UserError, IsADirectoryError)):
-            standing.take(cfg, run_dir, True, stack)
-    for read in (plain.read_json, plain.read_yaml):
+            directory.take(cfg, run_dir, True, stack)
+    for read in (json_yaml.read_json, json_yaml.read_yaml):
         with pytest.raises((UserError, IsADirectoryError)):
             read(run_dir / name)
     if name == "metrics.jsonl":
@@ -243,4 +246,4 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
     report.build(run_dir, sae=sae)
     with pytest.raises(UserError):
         saejax.load("someone/some-sae")  # the name of a repository is not an address
-    assert plain.read_json(tmp_path / "out" / "cfg.json")
+    assert json_yaml.read_json(tmp_path / "out" / "cfg.json")

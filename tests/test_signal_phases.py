@@ -17,11 +17,16 @@ import numpy as np
 import process_groups
 import pytest
 
-from saejax import checkpoint, cli, config, run, signals, standing
-from saejax.activations import harvest, packing, store_writer
+from saejax import cli, config
+from saejax.activations import packing
+from saejax.activations.language_model import harvest
+from saejax.activations.store import writer as store_writer
 from saejax.evals import evaluate
 from saejax.interop import saelens
+from saejax.parallel import signals
 from saejax.report import page
+from saejax.runs import directory, run
+from saejax.storage import checkpoint
 from saejax.training import memory
 
 SMALL = [
@@ -72,7 +77,7 @@ def same_end(run_dir: Path, straight: Path) -> bool:
 
 PHASES: dict[str, tuple[object, str]] = {
     "composition": (config, "to_object"),
-    "looking at the directory": (standing, "look"),
+    "looking at the directory": (directory, "look"),
     "opening the data": (run, "open_stream"),
     "before compilation": (memory, "compile_step"),
     "first fill": (run, "fill"),

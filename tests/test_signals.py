@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from saejax import signals
 from saejax.errors import Stopped
+from saejax.parallel import signals
 
 
 @pytest.fixture(params=signals.SIGNALS, ids=lambda number: number.name)
@@ -129,7 +129,7 @@ with signals.watch(ends_process=True):
 
 
 def test_a_second_ctrl_c_interrupts_a_program_of_others_as_ever(monkeypatch):
-    """Say a notebook in which `saejax.run.train` runs: it must outlive it."""
+    """Say a notebook in which `saejax.runs.run.train` runs: it must outlive it."""
     monkeypatch.setattr(signals, "SAME_SECONDS", 0.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

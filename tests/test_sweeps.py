@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saejax import checkpoint, cli, config, lock, preflight, standing
+from saejax import cli, config
+from saejax.cli import preflight
 from saejax.errors import UserError
+from saejax.runs import directory as standing
+from saejax.storage import checkpoint, lock
 
 CODE = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
 SMALL = [

@@ -8,8 +8,10 @@ import types
 
 import pytest
 
-from saejax import config, run, tracking
+from saejax import config
 from saejax.errors import UserError
+from saejax.runs import run
+from saejax.storage import tracking
 
 STEPS = 12
 QUICK = [

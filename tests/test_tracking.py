@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from saejax import tracking
+from saejax.storage import tracking
 
 
 def test_lines_are_read_back_and_json_stays_json(tmp_path):

@@ -15,9 +15,12 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import saejax
-from saejax import checkpoint, checkpoint_record, config, plain, report, run, standing
-from saejax.activations import store, store_source
+from saejax import config, report
+from saejax.activations import store
+from saejax.activations.store import source as store_source
 from saejax.errors import UserError
+from saejax.runs import directory, run
+from saejax.storage import checkpoint, checkpoint_record, json_yaml
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -56,7 +59,7 @@ def test_a_run_of_an_old_format_is_loaded_as_it_was(old_run, caplog):
 def test_a_run_of_an_old_format_goes_on(old_run):
     then = expected(old_run.name)
     cfg = config.from_run(old_run)
-    assert standing.look(cfg, old_run).standing is standing.Standing.finished
+    assert directory.look(cfg, old_run).standing is directory.Standing.finished
     again = config.from_run(old_run, [f"train.n_tokens={(then['step'] + 2) * cfg.train.batch}"])
     outcome = run.train(again, old_run, resume=True)
     assert outcome.step == then["step"] + 2
@@ -103,11 +106,11 @@ def test_a_config_carries_its_version(tmp_path):
     cfg = config.from_run(FIXTURES / "run_format_1")
     (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
     assert (tmp_path / "config.yaml").read_text().startswith("format_version: 1\nsaejax_version: ")
-    assert config.from_run(tmp_path) == cfg and plain.read_run(tmp_path)[1] == plain.Stamp()
-    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg, plain.Stamp("abc", 6)))
+    assert config.from_run(tmp_path) == cfg and json_yaml.read_run(tmp_path)[1] == json_yaml.Stamp()
+    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg, json_yaml.Stamp("abc", 6)))
     assert (tmp_path / "config.yaml").read_text().startswith("format_version: 2\nsaejax_version: ")
-    assert config.from_run(tmp_path) == cfg and plain.read_run(tmp_path)[1] == plain.Stamp("abc", 6)
-    assert "format_version" not in plain.read_run_config(tmp_path)
+    assert config.from_run(tmp_path) == cfg and json_yaml.read_run(tmp_path)[1] == json_yaml.Stamp("abc", 6)
+    assert "format_version" not in json_yaml.read_run_config(tmp_path)
 
 
 def test_a_checkpoint_of_another_saejax_says_so(tmp_path, monkeypatch, caplog):

@@ -8,27 +8,27 @@ import threading
 
 import pytest
 
-from saejax import whole
 from saejax.errors import UserError
+from saejax.storage import atomic
 
 
 def test_a_file_is_replaced(tmp_path):
     for text in ("one", "zwei \N{LATIN SMALL LETTER U WITH DIAERESIS}"):
-        whole.write(tmp_path / "a.txt", text)
+        atomic.write(tmp_path / "a.txt", text)
         assert (tmp_path / "a.txt").read_text(encoding="utf-8") == text
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_leaves_the_old_one(tmp_path, monkeypatch, error):
-    whole.write(tmp_path / "a.txt", "old")
+    atomic.write(tmp_path / "a.txt", "old")
 
     def fail(descriptor):
         raise error
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(type(error)) as caught:
-        whole.write(tmp_path / "a.txt", "new")
+        atomic.write(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     if isinstance(error, OSError):
         assert caught.value.filename == str(tmp_path / "a.txt")
@@ -40,8 +40,8 @@ def test_of_several_that_write_at_once_each_is_whole_and_none_is_left(tmp_path):
 
     def work(text):
         for _ in range(20):
-            whole.write(tmp_path / "a.txt", text)
-            with contextlib.suppress(ZeroDivisionError), whole.opened(tmp_path / "a.txt") as file:
+            atomic.write(tmp_path / "a.txt", text)
+            with contextlib.suppress(ZeroDivisionError), atomic.opened(tmp_path / "a.txt") as file:
                 file.write(b"half")
                 raise ZeroDivisionError
 
@@ -54,9 +54,9 @@ def test_of_several_that_write_at_once_each_is_whole_and_none_is_left(tmp_path):
 
 
 def test_what_a_killed_process_left_goes_and_the_work_of_others_stays(tmp_path):
-    files = [whole.partial(tmp_path / name) for name in ("run.json", "eval.json", "config.yaml", "x.run.json")]
+    files = [atomic.partial(tmp_path / name) for name in ("run.json", "eval.json", "config.yaml", "x.run.json")]
     (tmp_path / ".run.json.partial").write_text("mine")
-    whole.remove_left(tmp_path, ("run.json", "config.yaml"))
+    atomic.remove_left(tmp_path, ("run.json", "config.yaml"))
     (tmp_path / ".run.json.partial").unlink()
     assert sorted(tmp_path.iterdir()) == sorted(path for _, path in files[1::2])
     for file, _ in files:
@@ -71,13 +71,13 @@ def test_the_first_wins_where_it_is_to_stay(tmp_path, monkeypatch, links):
     if not links:  # exFAT, some FUSE
         monkeypatch.setattr(os, "link", refuse)
     for text in ("first", "second"):
-        whole.write(tmp_path / "a.json", text, keep_existing=True)
+        atomic.write(tmp_path / "a.json", text, keep_existing=True)
     assert (tmp_path / "a.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_long_name_has_room_for_its_partial_file(tmp_path):
     for name in ("a" * 255, "\N{CJK UNIFIED IDEOGRAPH-884C}" * 85):
-        whole.write(tmp_path / name, b"\0\xff")
+        atomic.write(tmp_path / name, b"\0\xff")
         assert (tmp_path / name).read_bytes() == b"\0\xff"
 
 
@@ -85,7 +85,7 @@ def test_a_long_name_has_room_for_its_partial_file(tmp_path):
 def test_what_is_no_file_is_not_appended_to(tmp_path, plant):
     os.mkfifo(tmp_path / "a") if plant == "fifo" else (tmp_path / "a").mkdir()
     with pytest.raises((UserError, IsADirectoryError), match="a"):
-        whole.appended(tmp_path / "a")
+        atomic.appended(tmp_path / "a")
 
 
 def test_a_log_says_once_that_it_cannot_be_written(tmp_path, capsys):
@@ -93,7 +93,7 @@ def test_a_log_says_once_that_it_cannot_be_written(tmp_path, capsys):
     full = "/dev/full"
     if not os.path.exists(full):
         pytest.skip("no /dev/full on this system")
-    handler = whole.LogFile(tmp_path / "train.log")
+    handler = atomic.LogFile(tmp_path / "train.log")
     handler.stream = open(full, "w")
     for number in range(5):
         handler.emit(logging.makeLogRecord({"msg": f"line {number} " + "\N{LATIN SMALL LETTER U WITH DIAERESIS}"}))
@@ -104,10 +104,10 @@ def test_a_log_says_once_that_it_cannot_be_written(tmp_path, capsys):
 
 
 def test_a_log_is_not_there_before_there_is_something_to_say(tmp_path):
-    handler = whole.LogFile(tmp_path / "train.log")
+    handler = atomic.LogFile(tmp_path / "train.log")
     handler.close()
     assert not list(tmp_path.iterdir())
-    handler = whole.LogFile(tmp_path / "train.log")
+    handler = atomic.LogFile(tmp_path / "train.log")
     for message in ("one", "lone \udc80 surrogate"):
         handler.emit(logging.makeLogRecord({"msg": message}))
     handler.close()

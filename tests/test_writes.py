@@ -1,7 +1,7 @@
 """No file is written through what another planted under a name that can be foreseen.
 
 Every writer is tried: those of the package are found in its sources, so that a new one has to be added here or to go
-through `saejax.whole`, `saejax.lock` or the private folder of an export.
+through `saejax.storage.atomic`, `saejax.storage.lock` or the private folder of an export.
 """
 
 import ast
@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import lock, tracking, whole
-from saejax.activations import store_format, store_writer
+from saejax.activations.store import files as store_format
+from saejax.activations.store import writer as store_writer
 from saejax.errors import UserError
-from saejax.experiments import figures
 from saejax.interop import folder
+from saejax.lab.experiments import figures
 from saejax.report import dashboards
+from saejax.storage import atomic, lock, tracking
 
 SOURCES = sorted(pathlib.Path(saejax.__file__).parent.rglob("*.py"))
 OWN_WAY = {
@@ -65,7 +66,7 @@ def test_every_writer_of_the_package_is_known():
         for line, text in writers(ast.parse(path.read_text())):
             private = where.startswith("interop/") and ("part /" in text or "own /" in text)  # of folder.filled
             found += [] if private else [f"{where}:{line}: {text}"]
-    assert not found, "\n".join(["write through saejax.whole:", *found])
+    assert not found, "\n".join(["write through saejax.storage.atomic:", *found])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def _shard(target: pathlib.Path) -> None:
 
 
 def _log(target: pathlib.Path) -> None:
-    handler = whole.LogFile(target)
+    handler = atomic.LogFile(target)
     try:
         handler.emit(logging.makeLogRecord({"msg": "said"}))
     finally:
@@ -110,7 +111,7 @@ def _metrics(target: pathlib.Path) -> None:
 
 
 def _opened(target: pathlib.Path) -> None:
-    with whole.opened(target) as file:
+    with atomic.opened(target) as file:
         np.savez(file, a=np.ones(2))
 
 
@@ -120,8 +121,8 @@ def _export(target: pathlib.Path) -> None:
 
 
 DOORS = {
-    "text": ("eval.json", lambda target: whole.write(target, "{}")),
-    "bytes": ("a.bin", lambda target: whole.write(target, b"{}")),
+    "text": ("eval.json", lambda target: atomic.write(target, "{}")),
+    "bytes": ("a.bin", lambda target: atomic.write(target, b"{}")),
     "parts": ("step_1.npz", _opened),
     "json of a store": ("manifest.json", lambda target: store_format.write_json(target, {"a": 1})),
     "shard": ("shard-00000.rows", _shard),

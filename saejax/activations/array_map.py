@@ -13,8 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from saejax import plain
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
@@ -95,7 +95,9 @@ def _map_npy(file: pathlib.Path, where: str) -> np.ndarray:
     if dtype.hasobject:
         raise UserError(f"{where}: not a readable .npy file of numbers: it holds Python objects, which are not loaded")
     if not dtype.itemsize or (dtype.kind == "V" and dtype != np.dtype("V2")):
-        raise UserError(f"{where}: dtype {plain.one_line(dtype)}, but real numbers are needed: save one plain array")
+        raise UserError(
+            f"{where}: dtype {json_yaml.one_line(dtype)}, but real numbers are needed: save one plain array"
+        )
     _check_size(file, where, begin, dtype, shape, exactly=True)
     if 0 in shape:
         return np.empty(shape, dtype)
@@ -123,7 +125,9 @@ def _check_size(
     for n in shape:
         needed *= n
     if size < needed:
-        raise UserError(f"{where}: is cut off: {plain.one_line(shape)} of {dtype} take {needed} bytes, it has {size}")
+        raise UserError(
+            f"{where}: is cut off: {json_yaml.one_line(shape)} of {dtype} take {needed} bytes, it has {size}"
+        )
     if exactly and size > needed:
         raise UserError(
             f"{where}: holds {size - needed} bytes behind its array {shape}; were several arrays saved into one file?"
@@ -136,14 +140,16 @@ def _map_safetensors(file: pathlib.Path, tensor: str, where: str) -> np.ndarray:
     names = sorted(header)
     name = tensor or (names[0] if len(names) == 1 else "")
     if name not in header:
-        listed = plain.one_line(", ".join(names)) or "no tensor"
+        listed = json_yaml.one_line(", ".join(names)) or "no tensor"
         if not where.startswith("source.path"):  # where no key takes a name
             raise UserError(f"{where}: holds {listed}; a file of one tensor is needed")
         raise UserError(f"source.tensor = {tensor or 'not given'}: {file} holds {listed}")
     dtype, shape, start, _ = header[name]
     if dtype not in _SAFETENSORS_DTYPES:
         allowed = ", ".join(_SAFETENSORS_DTYPES)
-        raise UserError(f"{where}: tensor {plain.one_line(name)} is of dtype {plain.one_line(dtype)}, not of {allowed}")
+        raise UserError(
+            f"{where}: tensor {json_yaml.one_line(name)} is of dtype {json_yaml.one_line(dtype)}, not of {allowed}"
+        )
     dtype = _SAFETENSORS_DTYPES[dtype]
     if 0 in shape:
         return np.empty(shape, dtype)
@@ -172,14 +178,16 @@ def _safetensors_header(file: pathlib.Path, where: str) -> tuple[dict[str, tuple
     header.pop("__metadata__", None)
     begin, tensors = 8 + length, {}
     for name, entry in header.items():
-        said = f"{where}: the header of tensor {plain.one_line(name)}"
+        said = f"{where}: the header of tensor {json_yaml.one_line(name)}"
         if not isinstance(entry, dict):
             raise UserError(f"{said} is no JSON object")
         dtype, shape, offsets = entry.get("dtype"), _lengths(entry.get("shape")), _lengths(entry.get("data_offsets"))
         if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
-            raise UserError(f"{said} has {plain.one_line(entry)[:200]}; dtype, shape and two data_offsets are needed")
+            raise UserError(
+                f"{said} has {json_yaml.one_line(entry)[:200]}; dtype, shape and two data_offsets are needed"
+            )
         if not offsets[0] <= offsets[1] <= size - begin:
-            cut = f"{where}: the data of tensor {plain.one_line(name)} is cut off: "
+            cut = f"{where}: the data of tensor {json_yaml.one_line(name)} is cut off: "
             raise UserError(f"{cut}data_offsets are {offsets}, the file has {size - begin} bytes of data")
         known = _SAFETENSORS_DTYPES.get(dtype)
         if known is not None and _bytes(known, shape) != offsets[1] - offsets[0]:
@@ -193,7 +201,7 @@ def _refuse_overlaps(tensors: dict[str, tuple[str, tuple[int, ...], int, int]], 
     filled = sorted((start, end, name) for name, (_, _, start, end) in tensors.items() if end > start)
     for (_, end, name), (start, _, after) in zip(filled, filled[1:], strict=False):
         if start < end:
-            raise UserError(f"{where}: tensors {plain.one_line(name)} and {plain.one_line(after)} overlap")
+            raise UserError(f"{where}: tensors {json_yaml.one_line(name)} and {json_yaml.one_line(after)} overlap")
 
 
 def _lengths(value: Any) -> tuple[int, ...] | None:

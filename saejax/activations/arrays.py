@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from saejax import numeric, paths
 from saejax.activations import array_digest, array_files
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, differences, register
 from saejax.errors import UserError
-from saejax.resume_policy import Fixed, Free, Place
+from saejax.fields import numeric, paths
+from saejax.fields.resume_policy import Fixed, Free, Place
 
 log = logging.getLogger(__name__)
 

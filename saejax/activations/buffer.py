@@ -20,9 +20,9 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt
 
-from saejax import numeric
 from saejax.errors import UserError
-from saejax.resume_policy import Fixed
+from saejax.fields import numeric
+from saejax.fields.resume_policy import Fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

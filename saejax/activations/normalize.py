@@ -18,10 +18,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from saejax import numeric
 from saejax.errors import UserError
+from saejax.fields import numeric
+from saejax.fields.resume_policy import Fixed
 from saejax.kernels.row_norm import normalized
-from saejax.resume_policy import Fixed
 
 
 class NormMode(enum.Enum):

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from saejax import plain
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 
 @runtime_checkable
@@ -174,7 +174,7 @@ def _of(key: str) -> str:
 
 
 def _said(value: Any) -> str:
-    return "none" if value is None else plain.one_line(value)[:80]
+    return "none" if value is None else json_yaml.one_line(value)[:80]
 
 
 _Source = TypeVar("_Source", bound=type[ActivationSource])

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from saejax import numeric
 from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest
 from saejax.activations.source import ActivationSource, check_lanes, register
 from saejax.errors import UserError
-from saejax.resume_policy import Fixed
+from saejax.fields import numeric
+from saejax.fields.resume_policy import Fixed
 
 _TRAIN, _HELDOUT = 0, 1
 """First word of every block's seed: training and held-out rows never share a random stream."""

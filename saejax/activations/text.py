@@ -19,9 +19,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from saejax import numeric, paths
 from saejax.activations import text_files, text_pieces
 from saejax.errors import UserError
+from saejax.fields import numeric, paths
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")

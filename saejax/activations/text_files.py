@@ -13,8 +13,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import NoReturn
 
-from saejax import plain
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 SUFFIXES = (".txt", ".jsonl")
 _POINTER = b"version https://git-lfs.github.com/spec/"
@@ -95,7 +95,7 @@ def read_lines(file: pathlib.Path, field: str, key: str) -> Iterator[tuple[int, 
 def _field_of(line: bytes, field: str, where: str, key: str) -> str:
     def refuse(why: str) -> NoReturn:
         wanted = f"must be a JSON object with a string field {field!r}"
-        raise UserError(f"{key}: {where} {wanted}; it {plain.one_line(why)}") from None
+        raise UserError(f"{key}: {where} {wanted}; it {json_yaml.one_line(why)}") from None
 
     try:
         # No number is of use here, and Python refuses integers of more than 4300 digits.

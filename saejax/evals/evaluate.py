@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from saejax import sharding, signals
 from saejax.errors import UserError
 from saejax.evals import finite, metric, reconstruction, recovery, shrinkage, site_error, sparsity
 from saejax.evals.result import EvalResult, write_json
+from saejax.parallel import sharding, signals
 from saejax.sae import base
 
 __all__ = [

@@ -15,8 +15,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from saejax import numeric
 from saejax.errors import UserError
+from saejax.fields import numeric
 from saejax.sae import base
 
 METRICS: dict[str, type["Metric"]] = {}

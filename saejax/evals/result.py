@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax import whole
+from saejax.storage import atomic
 
 
 class EvalResult(dict[str, float]):
@@ -60,7 +60,7 @@ def write_json(result: EvalResult, path: str | os.PathLike[str]) -> None:
         "definitions": result.definitions,
         "data": result.data,
     }
-    whole.write(path, json.dumps(content, indent=1, allow_nan=False))
+    atomic.write(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from saejax import paths
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
+from saejax.fields import paths
 from saejax.interop import (
     circuit_tracer,
     dictionary_learning,

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import strict
 from saejax.sae import base
 from saejax.sae.model import SAE
 from saejax.sae.sites import Family
+from saejax.storage import json_yaml
 
 name = "circuit_tracer"
 export = None
@@ -46,7 +47,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: a key is missing or unknown; a wrong shape; a NaN; a threshold below 0.
     """
     path = paths.local(path, "path")
-    config = _config(plain.inside(path.parent if path.is_file() else path, "config.yaml"))
+    config = _config(json_yaml.inside(path.parent if path.is_file() else path, "config.yaml"))
     sparsifier, params = _single(path, config) if path.is_file() else _layers(path, config)
     named = {"hook_name": "feature_input_hook", "hook_name_out": "feature_output_hook", "model_name": "model_name"}
     origin = {ours: config[theirs] for ours, theirs in named.items() if config.get(theirs)}
@@ -106,7 +107,7 @@ def _layers(folder: pathlib.Path, config: dict[str, Any]) -> tuple[base.Sparsifi
 
 def _layer(folder: pathlib.Path, i: int, n_layers: int) -> dict[str, np.ndarray]:
     """One layer's arrays without their numbers; W_dec [n, layers d] with zeros for the layers before."""
-    file, to = plain.inside(folder, _ENCODER.format(i)), plain.inside(folder, _DECODER.format(i))
+    file, to = json_yaml.inside(folder, _ENCODER.format(i)), json_yaml.inside(folder, _DECODER.format(i))
     weights = strict.read_safetensors(file)
     d, n = strict.sizes(file, weights, f"W_enc_{i}", transposed=True)
     shapes = {f"W_enc_{i}": (n, d), f"b_enc_{i}": (n,), f"b_dec_{i}": (d,)}

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import folder, saelens_fold, strict, torch_file
 from saejax.sae import base
 from saejax.sae.model import SAE
+from saejax.storage import json_yaml
 
 name = "dictionary_learning"
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -71,7 +72,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN; no config.
     """
     path = paths.local(path, "path")
-    file = plain.inside(path, WEIGHTS) if path.is_dir() else path
+    file = json_yaml.inside(path, WEIGHTS) if path.is_dir() else path
     found = torch_file.read(file)
     if isinstance(found, dict) and {"ae", "optimizer"} <= set(found):
         raise UserError(
@@ -132,7 +133,7 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
 def _config_of(file: pathlib.Path) -> pathlib.Path | None:
     """The config.json of a weights file: beside it, or above `checkpoints/`."""
     folders = [file.parent, *([file.parent.parent] if file.parent.name == "checkpoints" else [])]
-    return next((plain.inside(folder, CONFIG) for folder in folders if (folder / CONFIG).is_file()), None)
+    return next((json_yaml.inside(folder, CONFIG) for folder in folders if (folder / CONFIG).is_file()), None)
 
 
 def _describes(file: pathlib.Path) -> bool:

@@ -9,8 +9,8 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 
-from saejax import paths
 from saejax.errors import UserError
+from saejax.fields import paths
 
 
 @contextlib.contextmanager

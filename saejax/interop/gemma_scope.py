@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import strict
 from saejax.sae import base
 from saejax.sae.model import SAE
 from saejax.sae.sites import Family
+from saejax.storage import json_yaml
 
 name = "gemma_scope"
 export = None
@@ -54,11 +55,11 @@ def load(path: str | os.PathLike) -> SAE:
     """
     path = paths.local(path, "path")
     folder = path.parent if path.is_file() else path
-    config = _config(plain.inside(folder, CONFIG))
+    config = _config(json_yaml.inside(folder, CONFIG))
     if path.is_dir() and (path / LAYER.format(0)).is_file():
         sparsifier, params = _layers(path)
     else:
-        file = path if path.is_file() else plain.inside(path, NPZ if (path / NPZ).is_file() else TENSORS)
+        file = path if path.is_file() else json_yaml.inside(path, NPZ if (path / NPZ).is_file() else TENSORS)
         sparsifier, params = _single(file, config)
     if config.get("width", sparsifier.d_sae) != sparsifier.d_sae:
         wrong = f"must be the number of latents, {sparsifier.d_sae}, got {config['width']}"
@@ -114,7 +115,7 @@ def _params(w: dict[str, np.ndarray]) -> base.SAEParams:
 def _layers(folder: pathlib.Path) -> tuple[base.Sparsifier, base.SAEParams]:
     """One file for each layer, of latents that write it and later ones."""
     n_layers = len(list(folder.glob(LAYER.format("*"))))
-    files = [plain.inside(folder, LAYER.format(i)) for i in range(n_layers)]
+    files = [json_yaml.inside(folder, LAYER.format(i)) for i in range(n_layers)]
     parts = [_checked(file, strict.read_safetensors(file), n_layers) for file in files]
     for i, (file, w) in enumerate(zip(files, parts, strict=True)):
         if _SKIP in w:

@@ -7,7 +7,7 @@ Sources:
 import os
 import pathlib
 
-from saejax import paths
+from saejax.fields import paths
 from saejax.interop import strict, torch_file
 from saejax.sae.model import SAE
 

@@ -9,8 +9,8 @@ import os
 import re
 from typing import Any
 
-from saejax import paths
 from saejax.errors import UserError
+from saejax.fields import paths
 
 IGNORED = ["dashboards/*"]
 """Never uploaded: dashboards quote the text that activations were read from, which may be nobody's to publish."""

@@ -22,11 +22,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import saelens_fold, strict
 from saejax.sae import base
 from saejax.sae.model import SAE
+from saejax.storage import json_yaml
 
 name = "llama_scope"
 export = None
@@ -61,7 +62,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: a key is missing or unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
     """
     path = paths.local(path, "path")
-    where, file = plain.inside(path, CONFIG), plain.inside(path, WEIGHTS)
+    where, file = json_yaml.inside(path, CONFIG), json_yaml.inside(path, WEIGHTS)
     config = strict.read_json(where)
     strict.same_keys(where, set(config), _NEEDED, optional=_READ | _NOT_USED)
     d, n = strict.integer(where, config, "d_model"), strict.integer(where, config, "d_sae")

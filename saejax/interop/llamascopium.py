@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import saelens_fold, strict
 from saejax.kernels.row_norm import RowNorm
 from saejax.sae import base, per_row
 from saejax.sae.model import SAE
 from saejax.sae.sites import Family
+from saejax.storage import json_yaml
 
 name = "llamascopium"
 export = None
@@ -66,7 +67,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: a key is missing or unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
     """
     path = paths.local(path, "path")
-    where, file = plain.inside(path, CONFIG), plain.inside(path, WEIGHTS)
+    where, file = json_yaml.inside(path, CONFIG), json_yaml.inside(path, WEIGHTS)
     config = strict.read_json(where)
     kind = strict.choice(where, config, "sae_type", tuple(_OWN), None)
     needed, optional = _OWN[kind]

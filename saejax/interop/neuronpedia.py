@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import folder, saelens, saelens_config, strict
 from saejax.sae.model import SAE
+from saejax.storage import json_yaml
 
 name = "neuronpedia"
 CARD, STANZA, DASHBOARDS = "README.md", "pretrained_saes.yaml", "dashboards"
@@ -112,7 +113,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: the folder lists no SAE or several, or the SAE is wrong.
     """
     path = paths.local(path, "path")
-    releases = strict.read_yaml(plain.inside(path, STANZA))
+    releases = strict.read_yaml(json_yaml.inside(path, STANZA))
     try:
         folders = [pathlib.PurePosixPath(entry["path"]) for release in releases.values() for entry in release["saes"]]
     except (KeyError, TypeError) as error:
@@ -121,7 +122,7 @@ def load(path: str | os.PathLike) -> SAE:
         raise UserError(f"{path / STANZA}: lists {len(folders)} SAEs; load one of its folders by itself")
     if folders[0].is_absolute() or ".." in folders[0].parts or not str(folders[0]).isprintable():
         raise UserError(f"{path / STANZA}: path must be a folder in this one, got {folders[0]}")
-    return saelens.load(plain.inside(path, str(folders[0])))
+    return saelens.load(json_yaml.inside(path, str(folders[0])))
 
 
 def export(

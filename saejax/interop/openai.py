@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from saejax import paths
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import strict, torch_file
 from saejax.kernels.row_norm import RowNorm
 from saejax.sae import per_row

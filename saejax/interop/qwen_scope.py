@@ -12,10 +12,11 @@ import pathlib
 import re
 from typing import Any
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import strict, torch_file
 from saejax.sae.model import SAE
+from saejax.storage import json_yaml
 
 name = "qwen_scope"
 export = None
@@ -43,7 +44,7 @@ def load(path: str | os.PathLike) -> SAE:
     d, n = strict.sizes(path, state, "W_enc", transposed=True)
     w = strict.arrays(path, state, {"W_enc": (n, d), "b_enc": (n,), "W_dec": (d, n), "b_dec": (d,)})
     params = strict.params(w["W_enc"].T, w["b_enc"], w["W_dec"].T, w["b_dec"])
-    config = _config(plain.inside(path.parent, "config.json"), {"d_model": d, "d_sae": n})
+    config = _config(json_yaml.inside(path.parent, "config.json"), {"d_model": d, "d_sae": n})
     k = config["k"] if config else _k_of_name(path)
     layer = _FILE.fullmatch(path.name)
     origin: dict[str, Any] = {"path": str(path)} | ({"layer": int(layer[1])} if layer else {})

@@ -19,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import folder, saelens_config, saelens_fold, strict
 from saejax.interop.saelens_config import Parsed
 from saejax.kernels.row_norm import RowNorm
 from saejax.sae import base, per_row
 from saejax.sae.model import SAE
 from saejax.sae.sites import Family
+from saejax.storage import json_yaml
 
 name = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -62,8 +63,8 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: a file or key is missing, unknown, or asks for what cannot be honoured; a wrong shape; a NaN.
     """
     path = paths.local(path, "path")
-    config = saelens_config.read(plain.inside(path, CONFIG))
-    weights = _read_weights(plain.inside(path, WEIGHTS), config)
+    config = saelens_config.read(json_yaml.inside(path, CONFIG))
+    weights = _read_weights(json_yaml.inside(path, WEIGHTS), config)
     params = saelens_fold.data_scale(path, config, _params(weights))
     if config.architecture == "matching_pursuit" and not config.subtract:
         params = dataclasses.replace(params, b_dec=jnp.zeros_like(params.b_dec))  # SAELens does not use it

@@ -10,8 +10,8 @@ import pathlib
 import re
 from typing import Any
 
-from saejax import paths
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import strict
 from saejax.sae.model import SAE
 from saejax.sae.sites import Family

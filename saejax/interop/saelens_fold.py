@@ -10,12 +10,12 @@ import pathlib
 
 import numpy as np
 
-from saejax import plain
 from saejax.errors import UserError
 from saejax.interop import strict
 from saejax.interop.saelens_config import Parsed
 from saejax.kernels.row_norm import RowNorm
 from saejax.sae import base
+from saejax.storage import json_yaml
 
 PER_ROW = {"layer_norm": RowNorm.deviation, "constant_norm_rescale": RowNorm.length}
 """Normalisations that depend on the row and have no place in weights: the architecture does them (`sae.per_row`)."""
@@ -28,7 +28,7 @@ def data_scale(folder: pathlib.Path, config: Parsed, params: base.SAEParams) -> 
         params = decoder_norms(params, in_units=True)
     if config.normalize in ("none", *PER_ROW):
         return params
-    scaler = plain.inside(folder, SCALER)
+    scaler = json_yaml.inside(folder, SCALER)
     if not scaler.is_file():
         raise UserError(
             f"{config.where}: normalize_activations={config.normalize} needs {SCALER} beside it, as training "
@@ -43,7 +43,7 @@ def data_scale(folder: pathlib.Path, config: Parsed, params: base.SAEParams) -> 
         raise UserError(f"{config.where}: covariance_whitening cannot be folded into a tied encoder")
     d = config.d_in
     shapes = {"mean": (d,), "matrix": (d, d), "inverse_matrix": (d, d)}
-    whitening = strict.arrays(folder / WHITENING, strict.read_safetensors(plain.inside(folder, WHITENING)), shapes)
+    whitening = strict.arrays(folder / WHITENING, strict.read_safetensors(json_yaml.inside(folder, WHITENING)), shapes)
     return _whitened(params, whitening, config.subtract)
 
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.interop import folder, strict
 from saejax.sae.model import SAE
 from saejax.sae.sites import Family
+from saejax.storage import json_yaml
 
 name = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -44,7 +45,7 @@ def load(path: str | os.PathLike) -> SAE:
       UserError: it has groups, or a key, shape or number is wrong.
     """
     path = paths.local(path, "path")
-    where = plain.inside(path, CONFIG)
+    where = json_yaml.inside(path, CONFIG)
     config = strict.read_json(where)
     strict.same_keys(where, set(config), {"d_in", "k"}, optional=_KEYS | _OLDER)
     d_in, k = strict.integer(where, config, "d_in"), strict.integer(where, config, "k")
@@ -56,7 +57,7 @@ def load(path: str | os.PathLike) -> SAE:
     skip = strict.choice(where, config, "skip_connection", (True, False), False)
     transcode = strict.choice(where, config, "transcode", (True, False), False)
     n = _d_sae(where, config, d_in)
-    weights = strict.read_safetensors(plain.inside(path, WEIGHTS))
+    weights = strict.read_safetensors(json_yaml.inside(path, WEIGHTS))
     shapes = {"encoder.weight": (n, d_in), "encoder.bias": (n,), "W_dec": (n, d_in), "b_dec": (d_in,)}
     w = strict.arrays(path / WEIGHTS, weights, shapes | ({"W_skip": (d_in, d_in)} if skip else {}))
     extra = {"W_skip": w["W_skip"].T} if skip else {}
@@ -87,8 +88,8 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     strict.check_linear(sparsifier, name, ("topk",), (Family.sae, Family.transcoder))
     if sparsifier.d_out != sparsifier.d_in:
         raise UserError(f"sae.sites={sparsifier.sites}: the sparsify format takes as much to read as to write")
-    plain = sparsifier.subtract_b_dec or not sparsifier.mirrors
-    params = sae.params if plain else strict.shifted(sae.params, 1.0)
+    json_yaml = sparsifier.subtract_b_dec or not sparsifier.mirrors
+    params = sae.params if json_yaml else strict.shifted(sae.params, 1.0)
     weights = {
         "encoder.weight": jnp.asarray(params.W_enc).T,
         "encoder.bias": params.b_enc,

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 
 from saejax.errors import UserError
 from saejax.interop import torch_file
-from saejax.plain import one_line, read_json, read_yaml
 from saejax.sae import EncoderKind, base
 from saejax.sae.sites import Family
+from saejax.storage.json_yaml import one_line, read_json, read_yaml
 
-__all__ = ["one_line", "read_json", "read_yaml"]  # of saejax.plain, which every format reads with
+__all__ = ["one_line", "read_json", "read_yaml"]  # of saejax.storage.json_yaml, which every format reads with
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_EXPANSION, _ANY_EXPANSION = 100, 2**24

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from saejax import paths
 from saejax.errors import UserError
+from saejax.fields import paths
 
 STORAGES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),

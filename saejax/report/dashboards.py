@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from saejax import numeric, paths, whole
 from saejax.errors import UserError
+from saejax.fields import numeric, paths
 from saejax.report import search, snippets
 from saejax.report.corpus import Corpus, Window
 from saejax.sae import base
 from saejax.sae.model import SAE
+from saejax.storage import atomic
 
 _CHUNK = 2048
 """Latents looked at together; bounds the memory for their texts."""
@@ -148,7 +149,7 @@ def _batch(folder: pathlib.Path, number: int, header: Header, features: list[dic
 
 
 def _dump(file: pathlib.Path, tree: dict[str, Any]) -> None:
-    whole.write(file, json.dumps(tree, ensure_ascii=False, allow_nan=False))
+    atomic.write(file, json.dumps(tree, ensure_ascii=False, allow_nan=False))
 
 
 def _features(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from saejax import numeric
 from saejax.errors import UserError
+from saejax.fields import numeric
 from saejax.report import decoder, search, snippets
 from saejax.report.corpus import Corpus
 from saejax.sae.model import SAE

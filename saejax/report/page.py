@@ -16,9 +16,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from saejax import paths, whole
+from saejax.fields import paths
 from saejax.report import curves, decoder, latents, plot, records
 from saejax.sae.model import SAE
+from saejax.storage import atomic
 
 _FIGURES = {
     "fvu": ("Variance unexplained", "fvu on held-out activations"),
@@ -85,7 +86,7 @@ def build(
     )  # fmt: skip
     target = paths.local(out, "out") if out is not None else found.path / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    whole.write(target, html)
+    atomic.write(target, html)
     return target
 
 

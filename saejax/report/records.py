@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saejax import paths, plain
 from saejax.errors import UserError
+from saejax.fields import paths
+from saejax.storage import json_yaml
 
 _MARKS = ("config.yaml", "metrics.jsonl", "run.json", "eval.json", "train.log", ".hydra")
 
@@ -64,18 +65,18 @@ def read(path: str | Path) -> Run:
     if not is_run(path):
         raise UserError(f"run={path}: no run directory (none of {', '.join(_MARKS[:4])} in it)")
     problems: list[str] = []
-    evaluation = _read_mapping(path / "eval.json", plain.read_json, problems)
+    evaluation = _read_mapping(path / "eval.json", json_yaml.read_json, problems)
     for part in [key for key, value in evaluation.items() if not isinstance(value, dict)]:
-        problems.append(f"eval.json: {plain.one_line(part)} is no mapping")
+        problems.append(f"eval.json: {json_yaml.one_line(part)} is no mapping")
         del evaluation[part]
     if other := evaluation.get("data", {}).get("other_data"):
-        problems.append(f"eval.json: measured on other data than the run was trained on ({plain.one_line(other)})")
+        problems.append(f"eval.json: measured on other data than the run was trained on ({json_yaml.one_line(other)})")
     return Run(
         path=path,
-        config=_read_mapping(path / "config.yaml", plain.read_yaml, problems),
+        config=_read_mapping(path / "config.yaml", json_yaml.read_yaml, problems),
         rows=_read_rows(path / "metrics.jsonl", problems),
         evaluation=evaluation,
-        record=_read_mapping(path / "run.json", plain.read_json, problems),
+        record=_read_mapping(path / "run.json", json_yaml.read_json, problems),
         problems=tuple(problems),
     )
 

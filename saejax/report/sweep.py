@@ -14,10 +14,11 @@ from urllib.parse import quote
 import numpy as np
 from markupsafe import Markup
 
-from saejax import paths, whole
 from saejax.errors import UserError
 from saejax.evals import knee
+from saejax.fields import paths
 from saejax.report import page, plot, records
+from saejax.storage import atomic
 
 _METRICS = ("fvu", "l0", "dead_share", "recovered_zero", "delta_ce", "mcc", "tokens_per_second")
 _SPARSITY = ("sae.k", "sae.l1_coef", "sae.l0_coef")
@@ -116,7 +117,7 @@ def build_sweep(sweep_dir: str | Path | Sweep, *, out: str | Path | None = None)
         sources=sorted({row.source for row in rows if row.source}),
     )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
-    whole.write(target, html)
+    atomic.write(target, html)
     return target
 
 

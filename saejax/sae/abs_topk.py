@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from saejax.fields.resume_policy import Fixed
 from saejax.kernels import sparse_encode, top_k
-from saejax.resume_policy import Fixed
 from saejax.sae import base
 
 

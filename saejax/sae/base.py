@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from saejax import numeric
 from saejax.errors import UserError
+from saejax.fields import numeric
+from saejax.fields.resume_policy import Fixed, Free
 from saejax.kernels import encode_top_k, matmul, sparse_decode, sparse_encode
-from saejax.resume_policy import Fixed, Free
 from saejax.sae import constraint, encoders, with_aux_k
 from saejax.sae import sites as sites_of
 from saejax.sae.encoders import EncoderKind

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from saejax.resume_policy import Fixed
+from saejax.fields.resume_policy import Fixed
 from saejax.sae import base, selection
 
 

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from saejax.fields.resume_policy import Free
 from saejax.kernels import matmul
-from saejax.resume_policy import Free
 from saejax.sae import base, sites
 from saejax.sae.encoders import EncoderKind
 

@@ -28,7 +28,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from saejax.resume_policy import Fixed, Free
+from saejax.fields.resume_policy import Fixed, Free
 from saejax.sae import base
 
 

@@ -19,8 +19,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import lax
 
+from saejax.fields.resume_policy import Fixed
 from saejax.kernels import matmul, sparse_decode, sparse_encode, top_k
-from saejax.resume_policy import Fixed
 from saejax.sae import base, sites
 from saejax.sae.encoders import EncoderKind
 

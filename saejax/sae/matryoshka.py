@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
+from saejax.fields.resume_policy import Fixed
 from saejax.kernels import matmul, sparse_decode, top_k
-from saejax.resume_policy import Fixed
 from saejax.sae import base, selection, sites
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from saejax.resume_policy import Fixed, Free
+from saejax.fields.resume_policy import Fixed, Free
 from saejax.sae import base
 
 _TINY = 1e-6

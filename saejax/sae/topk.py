@@ -17,8 +17,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from saejax.fields.resume_policy import Fixed, Free
 from saejax.kernels import top_k
-from saejax.resume_policy import Fixed, Free
 from saejax.sae import base
 
 

@@ -23,8 +23,8 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from saejax import numeric
 from saejax.errors import UserError
+from saejax.fields import numeric
 from saejax.sparse_coding import proximal
 
 METHODS = ("online", "mod")

@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from saejax import sharding
 from saejax.activations import buffer, normalize
+from saejax.parallel import sharding
 from saejax.sae import base
 from saejax.training import liveness, optim, step
 from saejax.training.ensemble_config import KNOBS, Form

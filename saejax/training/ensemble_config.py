@@ -11,9 +11,9 @@ import itertools
 from pathlib import Path
 from typing import Any, TypeVar
 
-from saejax import numeric
 from saejax.errors import UserError
-from saejax.resume_policy import Fixed, Place
+from saejax.fields import numeric
+from saejax.fields.resume_policy import Fixed, Place
 from saejax.sae import base
 from saejax.training.settings import OnNonfinite
 

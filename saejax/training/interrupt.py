@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 in the loop: seen between two steps, which saves before it leaves.
 
-What comes before and after the loop, and the table of signals, are in `saejax.signals`.
+What comes before and after the loop, and the table of signals, are in `saejax.parallel.signals`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from saejax import processes, signals
+from saejax.parallel import processes, signals
 
 
 class Interrupt:

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from saejax import processes
 from saejax.activations.source import RowIterator
-from saejax.checkpoint import Checkpoints
 from saejax.errors import UserError
-from saejax.tracking import Tracker
+from saejax.parallel import processes
+from saejax.storage.checkpoint import Checkpoints
+from saejax.storage.tracking import Tracker
 from saejax.training import flops, interrupt, nonfinite
 from saejax.training.progress import Progress
 from saejax.training.settings import TrainConfig

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
-from saejax.sharding import DATA
+from saejax.parallel.sharding import DATA
 from saejax.training.ensemble import EnsembleState, EnsembleStep
 from saejax.training.state import TrainState
 from saejax.training.step import Step

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Key
 
-from saejax import whole
 from saejax.activations import buffer, normalize
 from saejax.activations.loader import Stream
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
+from saejax.storage import atomic
 from saejax.training.settings import OnNonfinite, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -136,9 +136,9 @@ class Inspector:
         try:
             self._folder.mkdir(exist_ok=True)
             lane = np.broadcast_to(np.asarray(self._lanes)[:, None], came.shape)
-            with whole.opened(file) as out:
+            with atomic.opened(file) as out:
                 np.savez(out, rows=drawn, record=came, lane=lane, source_row=source_row)
-            whole.write(file.with_suffix(".json"), json.dumps(said, indent=1))
+            atomic.write(file.with_suffix(".json"), json.dumps(said, indent=1))
         except OSError as error:
             logger.error("the rows of step %d could not be saved: %s", step, error)
         if not named:

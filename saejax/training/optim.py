@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from saejax import numeric
 from saejax.errors import UserError
-from saejax.resume_policy import Fixed, Free
+from saejax.fields import numeric
+from saejax.fields.resume_policy import Fixed, Free
 
 # Root mean square of an orthogonalised update, that of Adam's: the same `lr` then suits both (Liu et al. 2025).
 _MUON_RMS = 0.2

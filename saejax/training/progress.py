@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from saejax import run_log
+from saejax.storage import run_log
 from saejax.training import flops, memory, trace
 
 NOTE_SECONDS = 60.0

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from saejax import sharding
+from saejax.parallel import sharding
 from saejax.sae import base, encoders, sites
 from saejax.training import liveness, optim
 from saejax.training.state import TrainState

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from saejax import numeric
 from saejax.errors import UserError
-from saejax.resume_policy import Fixed, Free, Place
+from saejax.fields import numeric
+from saejax.fields.resume_policy import Fixed, Free, Place
 from saejax.training import liveness
 
 

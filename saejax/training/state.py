@@ -14,8 +14,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from saejax import sharding
 from saejax.activations import buffer, normalize
+from saejax.parallel import sharding
 from saejax.sae import base
 from saejax.training import liveness, optim, start
 from saejax.training.settings import EncoderBias, TrainConfig

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import commands, config, interop
+from saejax import config, interop
 from saejax.activations.arrays import Arrays
+from saejax.cli import commands
 from saejax.errors import UserError
 from saejax.sae import model, topk
 

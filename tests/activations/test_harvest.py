@@ -18,8 +18,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from saejax.activations import language_model, packing, sinks, store, store_format, text
-from saejax.activations.harvest import HarvestConfig, harvest
+from saejax.activations import language_model, packing, sinks, store, text
+from saejax.activations.language_model.harvest import HarvestConfig, harvest
+from saejax.activations.store import files as store_format
 from saejax.errors import UserError
 
 D_IN = 6

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from saejax import config, sharding
-from saejax.activations import harvest, store, text
+from saejax import config
+from saejax.activations import store, text
+from saejax.activations.language_model import harvest
 from saejax.errors import UserError
+from saejax.parallel import sharding
 
 
 def harvest_config(small_model, tmp_path, name: str, mesh: sharding.MeshConfig) -> harvest.HarvestConfig:

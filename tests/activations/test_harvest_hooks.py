@@ -4,8 +4,9 @@ import numpy as np
 from test_harvest import D_IN, HOOK, TinyModel, _config, _corpus
 
 from saejax import config
-from saejax.activations import language_model, store, store_source, text
-from saejax.activations.harvest import HarvestConfig, harvest
+from saejax.activations import language_model, store, text
+from saejax.activations.language_model.harvest import HarvestConfig, harvest
+from saejax.activations.store import source as store_source
 
 
 def test_several_hooks_lie_side_by_side_and_a_sink_at_any_of_them_has_no_row(tmp_path):

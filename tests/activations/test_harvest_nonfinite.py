@@ -6,8 +6,8 @@ import pytest
 from test_harvest import HOOK, TinyModel, _config
 
 from saejax.activations import store
-from saejax.activations.harvest import harvest
-from saejax.activations.harvest_config import OnNonfinite
+from saejax.activations.language_model.harvest import harvest
+from saejax.activations.language_model.harvest_config import OnNonfinite
 from saejax.errors import UserError
 
 

@@ -14,10 +14,11 @@ import tokenizers
 from test_harvest import TinyModel, _bytes, _config
 
 from saejax import cli
-from saejax.activations import harvest as harvesting
-from saejax.activations import live, store, text
-from saejax.activations.harvest import HarvestConfig, harvest
-from saejax.activations.live import Live
+from saejax.activations import store, text
+from saejax.activations.language_model import harvest as harvesting
+from saejax.activations.language_model import live
+from saejax.activations.language_model.harvest import HarvestConfig, harvest
+from saejax.activations.language_model.live import Live
 from saejax.errors import UserError
 
 HOOKS = {"harvest": "blocks.0.hook_resid_post", "torch": "layers.0", "live": "blocks.0.hook_resid_post"}

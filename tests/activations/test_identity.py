@@ -15,9 +15,9 @@ from test_store_source import N_ROWS, N_SHARDS, write
 
 from saejax.activations import array_digest, array_files, source
 from saejax.activations.arrays import Arrays
-from saejax.activations.joined_source import Joined
-from saejax.activations.live import Live
-from saejax.activations.store_source import Store
+from saejax.activations.language_model.live import Live
+from saejax.activations.store.joined_source import Joined
+from saejax.activations.store.source import Store
 from saejax.activations.synthetic import Kind, Synthetic
 from saejax.errors import UserError
 

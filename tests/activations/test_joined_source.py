@@ -8,11 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from saejax import config, standing
+from saejax import config
 from saejax.activations import store
-from saejax.activations.joined_source import Joined
-from saejax.activations.store_source import Store
+from saejax.activations.store.joined_source import Joined
+from saejax.activations.store.source import Store
 from saejax.errors import UserError
+from saejax.runs import directory
 
 CONTEXT, SHARDS = 8, 3
 N_ROWS = SHARDS * 2 * CONTEXT
@@ -127,7 +128,7 @@ def test_from_the_command_line_and_back_from_a_run(source, tmp_path):
     shutil.copytree(tmp_path / "b", tmp_path / "moved")
     moved = config.from_run(tmp_path, [f"source.paths=[{source.paths[0]},{tmp_path}/moved]"])
     assert moved.source != source
-    standing.check_resumable(before, moved)
+    directory.check_resumable(before, moved)
     with pytest.raises(UserError, match="source.paths = .*at least 2 stores"):
         Joined(paths=source.paths[:1])
     with pytest.raises(UserError, match="source.paths must be given"):

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from saejax.activations.live import Live, LiveStream
+from saejax.activations.language_model.live import Live, LiveStream
 from saejax.activations.source import RowIterator
-from saejax.activations.store_source import Store
+from saejax.activations.store.source import Store
 from saejax.errors import UserError
 
 N_LANES, BLOCK_ROWS = 4, 24

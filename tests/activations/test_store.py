@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from saejax.activations import packing, store, store_format
+from saejax.activations import packing, store
+from saejax.activations.store import files as store_format
 from saejax.errors import UserError
 
 D_IN, CONTEXT, SHARD_SEQUENCES, N_SEQUENCES = 5, 8, 3, 10

@@ -9,7 +9,7 @@ from test_store_source import CONTEXT, N_ROWS, N_SHARDS, SHARD_SEQUENCES, write
 
 from saejax.activations import store
 from saejax.activations.loader import open_rows
-from saejax.activations.store_source import Store, Verify
+from saejax.activations.store.source import Store, Verify
 from saejax.errors import UserError
 
 SHARD_ROWS = SHARD_SEQUENCES * CONTEXT

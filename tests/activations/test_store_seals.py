@@ -6,8 +6,9 @@ import pytest
 from test_store_damage import flip
 from test_store_source import N_ROWS, write
 
-from saejax.activations import store, store_format
-from saejax.activations.store_source import Store
+from saejax.activations import store
+from saejax.activations.store import files as store_format
+from saejax.activations.store.source import Store
 from saejax.errors import UserError
 
 CUT = {"n_lanes": 2, "block_rows": 4, "lanes": range(2), "seed": 0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax.activations import store
-from saejax.activations.store_source import Store
+from saejax.activations.store.source import Store
 from saejax.errors import UserError
 
 D_IN, CONTEXT, N_SHARDS, SHARD_SEQUENCES = 4, 8, 3, 2

@@ -14,7 +14,10 @@ import pytest
 import test_harvest
 import test_store
 
-from saejax.activations import harvest, store, store_format, store_writer
+from saejax.activations import store
+from saejax.activations.language_model import harvest
+from saejax.activations.store import files as store_format
+from saejax.activations.store import writer as store_writer
 from saejax.errors import UserError
 
 WRITER = """

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from saejax.activations import language_model, packing, store, store_format, text
-from saejax.activations import live as live_module
-from saejax.activations.harvest import HarvestConfig, Run, harvest, load
-from saejax.activations.live import Live
+from saejax.activations import language_model, packing, store, text
+from saejax.activations.language_model import live as live_module
+from saejax.activations.language_model.harvest import HarvestConfig, Run, harvest, load
+from saejax.activations.language_model.live import Live
 from saejax.activations.loader import digest
+from saejax.activations.store import files as store_format
 from saejax.errors import UserError
 
 HOOK = "blocks.0.hook_resid_post"

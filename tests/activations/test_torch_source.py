@@ -5,7 +5,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from saejax.activations import arrays, language_model, torch_source
+from saejax.activations import arrays, language_model
+from saejax.activations.language_model import torch_source
 from saejax.errors import UserError
 
 torch = pytest.importorskip("torch")

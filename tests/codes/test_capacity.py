@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import integrate, special, stats
 
-from saejax.codes import capacity, gaussian, rules
 from saejax.errors import UserError
+from saejax.lab.codes import capacity, gaussian, rules
 
 
 @pytest.mark.parametrize("n_atoms, k", [(10, 3), (20, 20), (52, 5)])

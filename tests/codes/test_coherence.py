@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.codes import coherence, dictionaries
 from saejax.errors import UserError
+from saejax.lab.codes import coherence, dictionaries
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.codes import decoders, dictionaries, subsets, success
-from saejax.codes.decoders import Decoder, decode
 from saejax.errors import UserError
+from saejax.lab.codes import decoders, dictionaries, subsets, success
+from saejax.lab.codes.decoders import Decoder, decode
 
 
 def code(n_atoms=60, d=40, k=3, b=12, seed=0):

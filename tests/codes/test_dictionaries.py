@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.codes import coherence, dictionaries
 from saejax.errors import UserError
+from saejax.lab.codes import coherence, dictionaries
 
 
 @pytest.mark.parametrize("name", sorted(dictionaries.ENSEMBLES))

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from saejax.codes import subsets
 from saejax.errors import UserError
+from saejax.lab.codes import subsets
 
 
 @pytest.mark.parametrize("n_atoms, k", [(5, 2), (4, 3), (6, 1)])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from saejax.codes import awgn, capacity, gaussian, subsets, success
-from saejax.codes.decoders import Decoder
-from saejax.codes.dictionaries import signs
 from saejax.errors import UserError
+from saejax.lab.codes import awgn, capacity, gaussian, subsets, success
+from saejax.lab.codes.decoders import Decoder
+from saejax.lab.codes.dictionaries import signs
 
 
 def mesh_of(n: int, name: str = "data") -> Mesh:

@@ -11,19 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import representation_examples
 
-from saejax.evals import (
-    absorption,
-    dark_matter,
-    dimension,
-    gaps,
-    metric,
-    normaliser,
-    reconstruction,
-    shrinkage,
-    site_error,
-    sparsity,
-    true_codes,
-)
+from saejax.evals import metric, reconstruction, shrinkage, site_error, sparsity
+from saejax.lab.metrics import absorption, dark_matter, dimension, gaps, normaliser, true_codes
 from saejax.sae import base
 
 Example = Callable[[np.random.Generator, int], tuple[metric.Metric, Any]]

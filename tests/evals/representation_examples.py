@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from saejax.evals import (
+from saejax.evals import metric
+from saejax.lab.metrics import (
     ablation,
     additivity,
     binding,
     identifiability,
     interpretability,
     manifold_probe,
-    metric,
     probing,
     shortcut,
     splice,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import ablation, over, shortcut, splice
+from saejax.lab.metrics import ablation, over, shortcut, splice
 
 RNG = np.random.default_rng(0)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import absorption
-from saejax.evals.over import over
+from saejax.lab.metrics import absorption
+from saejax.lab.metrics.over import over
 
 # One probe along the first axis; latent 0 is the main one; latents 1 to 4 point along the probe, 5 across it.
 W_DEC = np.array([[1, 0], [1, 0], [1, 0], [1, 0], [1, 0], [0, 1]], np.float32)

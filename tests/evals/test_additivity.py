@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import additivity, binding, over
+from saejax.lab.metrics import additivity, binding, over
 
 RNG = np.random.default_rng(0)
 WEIGHTS, BIAS = RNG.standard_normal((5, 8)), RNG.standard_normal(8)

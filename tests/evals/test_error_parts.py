@@ -6,8 +6,9 @@ import pytest
 
 from saejax.activations import normalize
 from saejax.errors import UserError
-from saejax.evals import dark_matter, dimension, metric, normaliser
-from saejax.evals.over import over
+from saejax.evals import metric
+from saejax.lab.metrics import dark_matter, dimension, normaliser
+from saejax.lab.metrics.over import over
 from saejax.sae import base
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from saejax import sae as architectures
-from saejax import sharding
 from saejax.errors import UserError
 from saejax.evals import evaluate, metric, sparsity
+from saejax.parallel import sharding
 
 WINDOWS = sparsity.Firing(windows=(5, 50))
 ALL = (*[m for m in evaluate.default_metrics() if m.name != "firing"], WINDOWS)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import flops, gaps
-from saejax.evals.over import over
+from saejax.lab.metrics import flops, gaps
+from saejax.lab.metrics.over import over
 
 
 def test_gap_of_an_encoder_on_an_orthonormal_dictionary():

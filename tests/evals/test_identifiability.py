@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import identifiability, manifold_probe, over
+from saejax.lab.metrics import identifiability, manifold_probe, over
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import interpretability, over
+from saejax.lab.metrics import interpretability, over
 
 N, LABELS = 3000, 40
 

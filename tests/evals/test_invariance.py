@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from metric_examples import EXAMPLES, OF_THE_BATCH, OF_THE_STREAM
 
-from saejax import evals, sharding
+from saejax import evals
 from saejax.errors import UserError
 from saejax.evals import metric
-from saejax.evals.over import over
+from saejax.lab.metrics.over import over
+from saejax.parallel import sharding
 
 for module in pkgutil.iter_modules(evals.__path__):
     importlib.import_module(f"saejax.evals.{module.name}")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import absorption, additivity, matching, normaliser
-from saejax.evals.over import over
+from saejax.evals import matching
+from saejax.lab.metrics import absorption, additivity, normaliser
+from saejax.lab.metrics.over import over
 
 
 def test_blocks_do_not_show():

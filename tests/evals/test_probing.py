@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from scipy.stats import mannwhitneyu
 
 from saejax.errors import UserError
-from saejax.evals import logistic, over, probing
+from saejax.lab.metrics import logistic, over, probing
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saejax.evals import evaluate, shrinkage
-from saejax.evals.over import over
+from saejax.lab.metrics.over import over
 
 METRICS = (shrinkage.Norms(), shrinkage.Gain())
 

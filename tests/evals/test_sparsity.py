@@ -5,7 +5,7 @@ import pytest
 
 from saejax.errors import UserError
 from saejax.evals import evaluate, metric, sparsity
-from saejax.evals.over import over
+from saejax.lab.metrics.over import over
 from saejax.sae import base
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import stability
+from saejax.lab.metrics import stability
 
 
 def directions(n, d, seed):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from saejax.evals import over, top_activating
+from saejax.lab.metrics import over, top_activating
 
 RNG = np.random.default_rng(0)
 

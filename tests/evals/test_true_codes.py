@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.evals import true_codes
-from saejax.evals.over import over
+from saejax.lab.metrics import true_codes
+from saejax.lab.metrics.over import over
 
 
 def codes(n=400, n_features=4, n_latents=5, seed=0):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.experiments import amortisation, known_codes
-from saejax.experiments.amortisation import Amortisation
+from saejax.lab.experiments import amortisation, known_codes
+from saejax.lab.experiments.amortisation import Amortisation
 
 
 @pytest.fixture(scope="module")

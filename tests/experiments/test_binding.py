@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.experiments import binding, dimensionality
+from saejax.lab.experiments import binding, dimensionality
 
 
 def test_a_swap_keeps_the_parts_and_changes_the_pairs():

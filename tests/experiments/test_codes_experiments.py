@@ -6,7 +6,7 @@ import math
 import pytest
 
 from saejax.errors import UserError
-from saejax.experiments import (
+from saejax.lab.experiments import (
     codes_awgn,
     codes_capacity,
     codes_coherence,
@@ -17,7 +17,7 @@ from saejax.experiments import (
     codes_prop5,
     codes_proportional,
 )
-from saejax.experiments.harness import Check, run_experiment
+from saejax.lab.experiments.harness import Check, run_experiment
 
 
 def failed(checks: list[Check]) -> list[str]:

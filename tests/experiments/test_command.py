@@ -8,7 +8,7 @@ import yaml
 
 from saejax import cli
 from saejax.activations.synthetic import Synthetic
-from saejax.experiments import figures, harness
+from saejax.lab.experiments import figures, harness
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Line(harness.Experiment):
 @pytest.fixture
 def only_line(monkeypatch):
     """The registry holds nothing but the stand-in, wherever it is asked for."""
-    monkeypatch.setattr("saejax.experiments.command.all_experiments", lambda: {"stub/line": Line})
+    monkeypatch.setattr("saejax.lab.experiments.command.all_experiments", lambda: {"stub/line": Line})
 
 
 @pytest.mark.usefixtures("only_line")
@@ -128,7 +128,7 @@ class TestAll:
                 raise RuntimeError("no luck today")
 
         found = {"stub/broken": Broken, "stub/line": Line}
-        monkeypatch.setattr("saejax.experiments.command.all_experiments", lambda: found)
+        monkeypatch.setattr("saejax.lab.experiments.command.all_experiments", lambda: found)
         assert cli.main(["experiment", "all_quick", f"out={tmp_path}"]) == 1
         text = capsys.readouterr().out
         assert "no luck today" in text and "1 of 2 checks FAILED, 1 not built" in text and "missing arm" in text

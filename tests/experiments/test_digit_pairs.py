@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from saejax.experiments import additivity, classifier
+from saejax.lab.experiments import additivity, classifier
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from saejax.activations import normalize
 from saejax.activations.synthetic import Synthetic
 from saejax.errors import UserError
 from saejax.evals import recovery
-from saejax.experiments import fit, harness, synth_shrinkage
+from saejax.lab.experiments import fit, harness, synth_shrinkage
 from saejax.sae import L1, TopK
 
 SMALL = Synthetic(d_in=16, n_features=24, firing_rate=0.06)

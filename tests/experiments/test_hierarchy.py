@@ -4,9 +4,9 @@ import pytest
 
 from saejax.activations.synthetic import Kind, Synthetic
 from saejax.errors import UserError
-from saejax.experiments import hierarchy
-from saejax.experiments.calibration import Calibration
-from saejax.experiments.known_codes import Dictionary
+from saejax.lab.experiments import hierarchy
+from saejax.lab.experiments.calibration import Calibration
+from saejax.lab.experiments.known_codes import Dictionary
 
 
 def test_absorption_of_hand_made_codes():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.experiments import harness, interp
+from saejax.lab.experiments import harness, interp
 
 TINY = interp.IntruderMIS(n_items=3600, n_units=8, n_trials=4, n_steps=4)
 

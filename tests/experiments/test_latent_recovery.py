@@ -9,9 +9,9 @@ import pytest
 from scipy import integrate, special, stats
 
 from saejax.errors import UserError
-from saejax.evals import identifiability as probes
-from saejax.evals import manifold_probe, over
-from saejax.experiments import classifier, identifiability, noneuclidean, von_mises_fisher
+from saejax.lab.experiments import classifier, identifiability, noneuclidean, von_mises_fisher
+from saejax.lab.metrics import identifiability as probes
+from saejax.lab.metrics import manifold_probe, over
 
 
 @pytest.mark.parametrize(("n", "kappa"), [(2, 3.0), (3, 0.5), (5, 10.0), (10, 50.0)])

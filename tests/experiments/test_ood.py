@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from saejax.errors import UserError
-from saejax.experiments import ood
-from saejax.experiments.ood import Compositional
+from saejax.lab.experiments import ood
+from saejax.lab.experiments.ood import Compositional
 
 
 def test_splits_hold_the_combinations_they_claim():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from saejax.experiments import all_experiments
+from saejax.lab.experiments import all_experiments
 
 ROOT = Path(__file__).resolve().parents[2]
 THEORY, ERRATA = ((ROOT / "docs" / name).read_text() for name in ("theory.md", "errata.md"))

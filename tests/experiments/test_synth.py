@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from saejax.experiments import fit, soft_threshold
-from saejax.experiments.stability import Seeds
-from saejax.experiments.synth_dead import DeadLatents
-from saejax.experiments.synth_recovery import SbIid, Width
-from saejax.experiments.synth_shrinkage import KneeAndShrinkage
+from saejax.lab.experiments import fit, soft_threshold
+from saejax.lab.experiments.stability import Seeds
+from saejax.lab.experiments.synth_dead import DeadLatents
+from saejax.lab.experiments.synth_recovery import SbIid, Width
+from saejax.lab.experiments.synth_shrinkage import KneeAndShrinkage
 from saejax.sae import base, model
 
 

@@ -9,7 +9,7 @@ import fault_runs
 import pytest
 from fault_runs import RHYTHM, Straight, arrays, losses
 
-from saejax import checkpoint
+from saejax.storage import checkpoint
 
 for folder in (".", "activations"):  # for the small states, stores and models of the tests there
     sys.path.append(str(pathlib.Path(__file__).parents[1] / folder))

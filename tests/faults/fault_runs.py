@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 
-from saejax import checkpoint
+from saejax.storage import checkpoint
 
 HERE = pathlib.Path(__file__).parent
 FIELDS = ("step", "params", "opt_state", "liveness", "buffer", "normalizer", "key")

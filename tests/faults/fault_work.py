@@ -20,7 +20,7 @@ def prepare() -> None:
     import scipy.sparse  # noqa: F401
     import test_harvest  # noqa: F401
 
-    from saejax import checkpoint, cli, commands, preflight, run, standing  # noqa: F401
+    from saejax.storage import checkpoint
 
     checkpoint.PAUSE_SECONDS = 0.1
     for every in (2, fault_runs.SAVE_EVERY):
@@ -37,7 +37,8 @@ def composed(changes: tuple[str, ...]):
 
 def train(run_dir: str, changes: list[str], **wrong: object) -> int:
     """What `saejax train` does once its line is composed, in a world that is wrong in some way."""
-    from saejax import cli, errors, processes, signals
+    from saejax import cli, errors
+    from saejax.parallel import processes, signals
 
     for name, value in wrong.items():
         WRONG[name](value)

@@ -9,10 +9,11 @@ from fault_runs import RHYTHM, STEPS, TRIALS, arrays, losses, same
 from test_checkpoint import abstract, state_on
 from test_store_source import write
 
-from saejax import checkpoint, digest, sharding
 from saejax.activations import store
-from saejax.activations.store_source import Store
+from saejax.activations.store.source import Store
 from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.storage import array_checksums, checkpoint
 
 
 def flip(file, rng: random.Random) -> None:
@@ -54,7 +55,7 @@ def test_a_checkpoint(tmp_path, count, caplog, kind, n):
     for step, state in states.items():
         saver.save(step, state, {"position": step}, None)
     saver.close()
-    expected = {step: digest.of(state) for step, state in states.items()}
+    expected = {step: array_checksums.of(state) for step, state in states.items()}
     for number in range(n):
         run = tmp_path / f"copy-{number}"
         shutil.copytree(tmp_path / "run", run)
@@ -62,7 +63,7 @@ def test_a_checkpoint(tmp_path, count, caplog, kind, n):
         saver = checkpoint.Checkpoints(run, checkpoint.CheckpointConfig(keep_last=2))
         state, loader = saver.restore(abstract(states[2]))
         saver.close()
-        whole = loader["position"] in expected and digest.of(state) == expected[loader["position"]]
+        whole = loader["position"] in expected and array_checksums.of(state) == expected[loader["position"]]
         kept = (run / "checkpoints" / "1").is_dir()
         count(f"{kind} in a checkpoint", 1, whole, not whole, not kept)
         assert whole and kept, f"{file}: number {number}"

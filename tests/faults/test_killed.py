@@ -7,8 +7,8 @@ import signal
 import pytest
 from fault_runs import STEPS, TRIALS, Straight, arrays, losses, same, strike
 
-from saejax import checkpoint
 from saejax.activations import store
+from saejax.storage import checkpoint
 
 AGAIN = 4
 """Times that a stroke is tried anew because the run was over before it."""

@@ -9,8 +9,8 @@ import process_groups
 import pytest
 from fault_runs import RHYTHM, STEPS, TRIALS, arrays, losses, same, strike
 
-from saejax import checkpoint
 from saejax.errors import LOST, MISTAKE
+from saejax.storage import checkpoint
 
 TWO = [RHYTHM, "mesh.data=2", "mesh.distributed=manual", "mesh.num_processes=2"]
 QUICK = (process_groups.QUICK_DEATH, "mesh.timeout_seconds=60")

@@ -7,9 +7,9 @@ import pytest
 import test_harvest
 from fault_runs import RHYTHM, STEPS, arrays, losses, same
 
-from saejax import checkpoint, tracking, whole
 from saejax.activations import disk_space, store
 from saejax.errors import UserError
+from saejax.storage import atomic, checkpoint, tracking
 
 YEAR = 365 * 86400.0
 
@@ -133,12 +133,12 @@ def test_a_disk_that_fills_during_a_harvest(small_disk, tmp_path, count, monkeyp
 def test_a_disk_that_fills_under_metrics_and_pages(small_disk, count, caplog):
     tracker = tracking.Tracker(small_disk, tracking.TrackerConfig(), {})
     tracker.log(1, {"train/loss": 0.5})
-    whole.write(small_disk / "report.html", "old")
+    atomic.write(small_disk / "report.html", "old")
     ballast = fill(small_disk, 0)
     for step in range(2, 200):
         tracker.log(step, {f"train/{name}": 1 / 3 for name in "abcdefgh"})
     with pytest.raises(OSError, match="No space left on device"):
-        whole.write(small_disk / "report.html", "new" * 100_000)
+        atomic.write(small_disk / "report.html", "new" * 100_000)
     lines = (small_disk / "metrics.jsonl").read_text().splitlines(keepends=True)
     halves = sum(not line.endswith("\n") for line in lines)
     ballast.unlink()

@@ -14,9 +14,9 @@ import pytest
 import test_harvest
 from fault_runs import ARGUMENTS, RHYTHM, arrays, losses
 
-from saejax import checkpoint
 from saejax.activations import store
 from saejax.errors import MISTAKE
+from saejax.storage import checkpoint
 
 TRIALS = min(fault_runs.TRIALS, 20)
 FOLD, LISTS = "sweep.fold=true", ["optim.lr=1e-3,2e-3", "data_seed=0"]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import commands, interop
+from saejax import interop
+from saejax.cli import commands
 from saejax.errors import UserError
 
 

@@ -15,10 +15,12 @@ import pytest
 import yaml
 from test_fuzz import PARTS, STRUCTURED, VALUES, damaged_bytes, damaged_tree, nothing_opened_outside
 
-from saejax import checkpoint, config, plain, report, standing, tracking
+from saejax import config, report
 from saejax.activations import store
 from saejax.errors import UserError
 from saejax.report import sweep
+from saejax.runs import directory
+from saejax.storage import checkpoint, json_yaml, tracking
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
@@ -58,11 +60,11 @@ def read_run(run_dir: Path, rng: np.random.Generator, name: str) -> None:
     if name == "metrics.jsonl":
         answers(lambda: tracking.read(run_dir))
     if name == "run.json":
-        answers(lambda: standing.objective(run_dir, ["minimize", "minimize"]))
+        answers(lambda: directory.objective(run_dir, ["minimize", "minimize"]))
     answers(lambda: sweep.text(sweep.read_sweep(run_dir.parent)))
     if rng.random() < 0.008:
         if name != "config.yaml":
-            answers(lambda: standing.look(config.from_run(run_dir), run_dir))
+            answers(lambda: directory.look(config.from_run(run_dir), run_dir))
         answers(lambda: report.build(run_dir, out=run_dir.parent.parent / "page.html"))
         answers(lambda: report.build_sweep(run_dir.parent, out=run_dir.parent.parent / "page.html"))
 
@@ -139,4 +141,4 @@ def test_damaged_manifests_end_in_what_they_say_or_in_one_line(seed, count, fold
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: str(value)[:20])
 def test_one_line_of_anything(value):
-    assert plain.one_line(value).isprintable() and len(plain.one_line(value)) < 1100
+    assert json_yaml.one_line(value).isprintable() and len(json_yaml.one_line(value)) < 1100

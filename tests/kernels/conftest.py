@@ -5,7 +5,7 @@ import contextlib
 import jax
 import pytest
 
-from saejax import sharding
+from saejax.parallel import sharding
 
 
 def set_mesh(shape):

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from sae_examples import SITES
 
-from saejax import sae, sharding
+from saejax import sae
+from saejax.parallel import sharding
 
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4), (1, 8)]
 D_IN, D_SAE, B, STEPS = 16, 64, 32, 50

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from saejax import checkpoint, config, run
+from saejax import config
+from saejax.runs import run
+from saejax.storage import checkpoint
 
 FIELDS = ("step", "params", "opt_state", "liveness", "buffer", "normalizer", "key")
 

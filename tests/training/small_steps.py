@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import small_runs as runs
 
-from saejax import sharding
+from saejax.parallel import sharding
 from saejax.training import optim, state, step
 
 LANES, BATCHES, ROWS, D_IN = 8, 4, 16, 64

@@ -5,8 +5,9 @@ import pytest
 import small_runs as runs
 import small_steps
 
-from saejax import config, run
+from saejax import config
 from saejax.errors import UserError
+from saejax.runs import run
 
 
 def test_the_average_is_the_running_one_constrained():

@@ -15,8 +15,10 @@ import pytest
 import small_runs as runs
 
 import saejax
-from saejax import checkpoint, cli, config, ensembles, run
+from saejax import cli, config
 from saejax.errors import UserError
+from saejax.runs import ensembles, run
+from saejax.storage import checkpoint
 from saejax.training import ensemble_config, memory
 
 SMALL = ("sae.d_sae=64", "source.n_features=64", "mesh.data=1", "train.eval_rows=256", "buffer.rows=512")

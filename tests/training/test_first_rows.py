@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import small_runs as runs
 
-from saejax import config, ensembles
+from saejax import config
 from saejax.activations import normalize, store
-from saejax.activations.joined_source import Joined
 from saejax.activations.normalize import NormMode
+from saejax.activations.store.joined_source import Joined
 from saejax.errors import UserError
+from saejax.runs import ensembles
 from saejax.training import memory
 
 N, D, CONTEXT = 2048, 16, 32

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from saejax import signals
+from saejax.parallel import signals
 from saejax.training import interrupt
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_runs import compose, logged, saved, train
 
-from saejax import run
+from saejax.runs import run
 
 
 def settings(small_model) -> list[str]:

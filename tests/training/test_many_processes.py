@@ -14,8 +14,9 @@ import pytest
 import small_runs as runs
 from process_groups import QUICK_DEATH, running
 
-from saejax import config, run
+from saejax import config
 from saejax.errors import LOST, MISTAKE
+from saejax.runs import run
 
 MANY = "mesh.distributed=manual"
 

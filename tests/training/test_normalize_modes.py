@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import small_runs as runs
 
-from saejax import config, interop, run, sharding
+from saejax import config, interop
 from saejax.activations import normalize
 from saejax.activations.normalize import NormMode
 from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.runs import run
 from saejax.sae import per_row
 from saejax.sparse_coding import inference_time
 from saejax.training import fold

@@ -7,8 +7,9 @@ import optax
 import pytest
 import small_steps
 
-from saejax import checkpoint, sharding
 from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.storage import checkpoint
 from saejax.training import optim, state
 
 NAMES = [rule.name for rule in optim.Optimiser]

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import small_runs as runs
 
-from saejax import config, run, signals
+from saejax import config
 from saejax.errors import UserError
+from saejax.parallel import signals
+from saejax.runs import run
 from saejax.sae import base
 
 # The command line of `runs.compose(architecture, 100)`, checkpoints kept so that step 50 can be looked at.

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import small_runs as runs
 
-from saejax import config, sharding
+from saejax import config
 from saejax.errors import UserError
+from saejax.parallel import sharding
 from saejax.sae import base
 from saejax.training import optim, state
 

@@ -9,11 +9,13 @@ import pytest
 import site_runs as runs
 
 import saejax
-from saejax import config, interop, run, sharding, sparse_coding
+from saejax import config, interop, sparse_coding
 from saejax.activations import normalize
 from saejax.activations.normalize import NormMode
 from saejax.errors import UserError
 from saejax.evals import evaluate, language_model
+from saejax.parallel import sharding
+from saejax.runs import run
 from saejax.sae import sites
 from saejax.training import liveness, optim, resample, start, state, step
 

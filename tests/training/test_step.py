@@ -7,7 +7,7 @@ import optax
 import pytest
 import small_runs as runs
 
-from saejax import sharding
+from saejax.parallel import sharding
 from saejax.sae import base
 from saejax.training import liveness, memory, optim, state, step
 

@@ -27,7 +27,7 @@ from saejax.activations.language_model.config import ModelConfig
 from saejax.activations.language_model.file_tokenizer import FileTokenizer
 from saejax.activations.language_model.model import Decoder
 from saejax.errors import UserError
-from saejax.sharding import DATA
+from saejax.parallel.sharding import DATA
 
 Tokens = Int[Array, "b s"] | Int[np.ndarray, "b s"]
 

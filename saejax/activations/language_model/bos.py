@@ -22,8 +22,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from saejax import plain
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 KNOWN = ("<|endoftext|>", "<|begin_of_text|>", "<bos>", "<s>")
 """Tokens that models were trained to see at the beginning of texts, the commonest first."""
@@ -192,7 +192,7 @@ def _is_id(given: Any) -> bool:
 
 
 def _shown(tokenizer: Tokenizer, token_id: int) -> str:
-    return plain.one_line(tokenizer.id_to_token(token_id))
+    return json_yaml.one_line(tokenizer.id_to_token(token_id))
 
 
 def _id(tokenizer: Tokenizer, token: str) -> int | None:

@@ -11,8 +11,8 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from saejax import plain
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def shown(value: object) -> str:
     >>> shown("32"), shown([[1] * 9])
     ("'32'", '[[1, 1, 1, 1, 1, 1, ...]]')
     """
-    return plain.one_line(_SHORT.repr(value))
+    return json_yaml.one_line(_SHORT.repr(value))
 
 
 def among(value: object, allowed: Collection[Any]) -> bool:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from saejax import plain
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -62,8 +62,8 @@ def read(path: pathlib.Path) -> GGUFHeader:
             raise ValueError("it is shorter than the head of one")
         return _Cursor(np.memmap(path, mode="r")).header()
     except (OSError, ValueError) as error:
-        reason = plain.one_line(error)
-        hint = plain.pointer_hint(path)
+        reason = json_yaml.one_line(error)
+        hint = json_yaml.pointer_hint(path)
         raise UserError(f"model={str(path)!r} is not a readable GGUF file: {reason}{hint}") from None
 
 
@@ -86,7 +86,7 @@ class _Cursor:
         for _ in range(n_keys):
             key = self.text()
             if key in metadata:
-                raise ValueError(f"the key {plain.one_line(key)!r} stands in it twice")
+                raise ValueError(f"the key {json_yaml.one_line(key)!r} stands in it twice")
             metadata[key] = self.value(self.number("I"))
         described = [self.tensor() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
@@ -96,7 +96,7 @@ class _Cursor:
         tensors = {}
         for name, shape, kind, offset in described:
             if name in tensors:
-                raise ValueError(f"the tensor {plain.one_line(name)!r} stands in it twice")
+                raise ValueError(f"the tensor {json_yaml.one_line(name)!r} stands in it twice")
             tensors[name] = GGUFTensor(shape, kind, self.rows(name, shape, kind, start, offset, alignment))
         return GGUFHeader(metadata, tensors)
 
@@ -137,7 +137,7 @@ class _Cursor:
         """The next tensor's name, shape, type and offset."""
         name, n_axes = self.text(), self.number("I")
         if not 1 <= n_axes <= _MOST_AXES:
-            raise ValueError(f"the tensor {plain.one_line(name)!r} has {n_axes} axes, allowed: 1 to {_MOST_AXES}")
+            raise ValueError(f"the tensor {json_yaml.one_line(name)!r} has {n_axes} axes, allowed: 1 to {_MOST_AXES}")
         shape = tuple(self.number("Q") for _ in range(n_axes))[::-1]
         return name, shape, gguf.GGMLQuantizationType(self.number("I")), self.number("Q")
 
@@ -153,7 +153,7 @@ class _Cursor:
         """The bytes of a tensor."""
         block, size = gguf.GGML_QUANT_SIZES[kind]
         n_bytes = math.prod(shape) // block * size
-        where = f"the tensor {plain.one_line(name)!r} of shape {shape}"
+        where = f"the tensor {json_yaml.one_line(name)!r} of shape {shape}"
         if 0 in shape or shape[-1] % block:
             raise ValueError(f"{where} cannot be stored as {kind.name}")
         if offset % alignment:

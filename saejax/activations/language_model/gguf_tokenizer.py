@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from saejax import plain
 from saejax.activations.language_model.fields import Fields, shown
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 _SPACE = "\u2581"  # SentencePiece writes a space so
 _CONTROL, _USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`
@@ -44,7 +44,7 @@ def build(metadata: Mapping[str, Any], name: str) -> Tokenizer | None:
     except UserError:
         raise
     except Exception as error:  # of no narrower type
-        raise UserError(f"{name}: its tokenizer cannot be built: {plain.one_line(error)}") from None
+        raise UserError(f"{name}: its tokenizer cannot be built: {json_yaml.one_line(error)}") from None
     tokens = fields.array("tokens", (str,), "texts")
     types = fields.array("token_type", (int,), "whole numbers", [])
     special = [token for token, type_ in zip(tokens, types, strict=False) if type_ == _CONTROL]

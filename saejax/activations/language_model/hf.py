@@ -11,9 +11,9 @@ import numpy as np
 import safetensors
 import tokenizers
 
-from saejax import plain
 from saejax.activations.language_model.fields import Fields, shown
 from saejax.errors import UserError
+from saejax.storage import json_yaml
 
 # Classes with a language-model head prefix the decoder's names; multimodal Gemma 3 nests the text model.
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.model\.|language_model\.|transformer\.|model\.)")
@@ -73,7 +73,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     file = _file(path, "config.json")
     if file is None:
         raise UserError(f"model={str(path)!r} holds no config.json; allowed: a Hugging Face directory or a .gguf file")
-    return plain.read_json(file)
+    return json_yaml.read_json(file)
 
 
 def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer | None:
@@ -91,8 +91,8 @@ def read_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer | None:
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # of no narrower type
-        hint = plain.pointer_hint(file)
-        raise UserError(f"{file} is not a readable tokenizer.json: {plain.one_line(error)}{hint}") from None
+        hint = json_yaml.pointer_hint(file)
+        raise UserError(f"{file} is not a readable tokenizer.json: {json_yaml.one_line(error)}{hint}") from None
 
 
 def read_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def read_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
     file = _file(path, "tokenizer_config.json")
     if file is None:
         return {}
-    fields = Fields(str(file), plain.read_json(file))
+    fields = Fields(str(file), json_yaml.read_json(file))
     fields.flag("add_bos_token", None)
     for key in ("bos_token", "eos_token"):
         token = fields.get(key)
@@ -140,7 +140,7 @@ def _file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
     path = folder / name
     if not os.path.lexists(path):
         return None
-    plain.inside(folder, name)
+    json_yaml.inside(folder, name)
     if not path.is_file():
         raise UserError(f"{path}: must be a file, and is a folder, a link to nothing or something else")
     return path
@@ -150,7 +150,7 @@ def _opened(file: pathlib.Path) -> Any:
     try:
         return safetensors.safe_open(file, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        reason = f"{plain.one_line(error)}{plain.pointer_hint(file)}"
+        reason = f"{json_yaml.one_line(error)}{json_yaml.pointer_hint(file)}"
         raise UserError(f"{file} is not a readable safetensors file: {reason}") from None
 
 
@@ -164,7 +164,7 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
                 f"model={str(path)!r} holds no model.safetensors; pickled weights (.bin, .pt) are not loaded"
             )
         return [single]
-    named = plain.read_json(index).get("weight_map")
+    named = json_yaml.read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise UserError(f"{index}: weight_map={shown(named)}, allowed: a mapping from each weight to its file")
     wrong = [name for name in named.values() if not isinstance(name, str)]

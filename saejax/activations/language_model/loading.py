@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax import paths, sharding
 from saejax.activations.language_model import bos, families, gguf_file, gguf_tokenizer, hf, smollm2, weights
 from saejax.activations.language_model.backend import LanguageModel
 from saejax.activations.language_model.config import ModelConfig
 from saejax.activations.language_model.file_tokenizer import FileTokenizer
 from saejax.errors import UserError
+from saejax.fields import paths
+from saejax.parallel import sharding
 
 _HASHED_BYTES = 4 * 2**30  # larger models are identified by the sizes of their files: hashing would take minutes
 

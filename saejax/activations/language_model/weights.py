@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from saejax.activations.language_model.config import ModelConfig
 from saejax.activations.language_model.model import Decoder
 from saejax.errors import UserError
-from saejax.sharding import LATENT
+from saejax.parallel.sharding import LATENT
 
 
 class TensorSource(Protocol):

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from saejax import sharding
 from saejax.activations import language_model
 from saejax.activations.language_model import backend, hooks, model
 from saejax.errors import UserError
+from saejax.parallel import sharding
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # The same float32 sums in another order (see test_families): some 1e-6 on values up to about 10.

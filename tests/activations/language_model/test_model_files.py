@@ -70,7 +70,7 @@ def test_no_damaged_file_is_read(name: str, damage: str, folder: pathlib.Path) -
 def test_no_damaged_file_is_read_by_torch_models(name: str, damage: str, tmp_path: pathlib.Path) -> None:
     """transformers would raise errors of many kinds, or go on without the tokenizer."""
     pytest.importorskip("transformers")
-    from saejax.activations import torch_source
+    from saejax.activations.language_model import torch_source
 
     folder = write_directory(tmp_path / "m", CONFIG | {"rope_scaling": None, "partial_rotary_factor": None})
     (folder / name).write_bytes(DAMAGES[damage])

@@ -1,0 +1,1 @@
+"""Experiments of the papers, superposition codes, and metrics of whole representations."""

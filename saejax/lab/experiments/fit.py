@@ -1,0 +1,189 @@
+"""Train an SAE in process: the training step of `saejax.training`, many steps per compiled call, no run directory.
+
+The loop of `saejax train` logs, saves and resumes; an experiment wants many small SAEs quickly. Step, optimiser,
+liveness and state are the same; the shuffle buffer is as small as one batch, because the rows come shuffled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from saejax.activations import normalize
+from saejax.activations.source import ActivationSource
+from saejax.errors import UserError
+from saejax.parallel import sharding
+from saejax.sae import base, model
+from saejax.training import fold, optim, settings, state, step
+
+Rows = ActivationSource | np.ndarray | jax.Array
+"""Where rows come from: a source, or an array [n, d_in] that is reshuffled every epoch."""
+
+_CHUNK_FLOATS = 4_000_000  # 16 MB of rows per compiled call
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A finished training.
+
+    Attributes:
+      sae: the trained SAE, in the data's own scale.
+      start: the same SAE before the first step, the counterpart of every "untrained" control.
+      history: means over consecutive chunks of steps, [n_chunks] float each: "step" (last of the chunk), "loss",
+        "fvu", "l0", "dead_share", and the loss terms of the architecture.
+    """
+
+    sae: model.SAE
+    start: model.SAE
+    history: dict[str, np.ndarray]
+
+
+def train(sparsifier: base.Sparsifier, rows: Rows, **kwargs: Any) -> model.SAE:
+    """The SAE alone; arguments as `fit`.
+
+    Example:
+      >>> from saejax.sae import TopK
+      >>> rows = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)
+      >>> train(TopK(d_in=8, d_sae=16, k=2), rows, n_tokens=2048, batch=64).encode(rows[:3]).shape
+      (3, 16)
+    """
+    return fit(sparsifier, rows, **kwargs).sae
+
+
+def fit(
+    sparsifier: base.Sparsifier,
+    rows: Rows,
+    *,
+    n_tokens: int,
+    batch: int = 512,
+    lr: float = 2e-3,
+    warmup_share: float = 0.0,
+    decay_share: float = 0.3,
+    clip_norm: float | None = 1.0,
+    seed: int = 0,
+    data_seed: int | None = None,
+    dead_after_tokens: int = 25_600,
+    norm: normalize.NormMode = normalize.NormMode.none,
+    b_dec_init: settings.DecoderBias = settings.DecoderBias.geometric_median,
+    resample_every_steps: int | None = None,
+) -> Fit:
+    """Train one SAE; the defaults are the run book of the benchmark SB-iid.
+
+    Args:
+      sparsifier: the architecture.
+      rows: an `ActivationSource`, or an array [n, d_in].
+      n_tokens: rows to train on, rounded down to whole batches.
+      batch: rows per step.
+      lr: peak learning rate of Adam.
+      warmup_share, decay_share: of the steps, see `optim.OptimConfig`.
+      clip_norm: of the gradient; None does not clip.
+      seed: of the parameters.
+      data_seed: of the rows (order of an array, draws of a synthetic source); None takes `seed`.
+      dead_after_tokens: window after which a latent that did not fire counts as dead.
+      norm: scaling of rows; `auto` takes what the architecture prefers.
+      b_dec_init: start of the decoder bias.
+      resample_every_steps: steps between two resamplings of dead latents; None never resamples.
+
+    Returns:
+      The trained SAE, the untrained one and the curves.
+
+    Raises:
+      UserError: an array that is no finite [n, d_in] float, holds less than a batch, or has another width.
+    """
+    mode = normalize.NormMode[sparsifier.preferred_norm] if norm is normalize.NormMode.auto else norm
+    sizes = settings.TrainConfig(
+        n_tokens=n_tokens, batch=batch, n_lanes=1, b_dec_init=b_dec_init, dead_after_tokens=dead_after_tokens
+    )
+    schedule = optim.OptimConfig(lr=lr, warmup_share=warmup_share, decay_share=decay_share, clip_norm=clip_norm)
+    chunk = max(1, min(sizes.n_steps, 250, _CHUNK_FLOATS // (batch * sparsifier.d_in)))
+    blocks = _blocks(rows, sparsifier.d_in, batch, chunk, seed if data_seed is None else data_seed)
+    first = next(blocks)
+    mesh = sharding.make_mesh(1, 1)
+    tx = optim.make(schedule, sizes.n_steps, sparsifier.lr_scales())
+    normalizing = normalize.NormalizeConfig(mode=mode)
+    # The sample that b_dec and the scale start from; the buffer itself keeps one batch of it.
+    begun = state.create(sparsifier, tx, sizes, normalizing, jnp.asarray(first)[None], seed=seed, mesh=mesh)
+    begun = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), begun)
+    now = dataclasses.replace(begun, buffer=dataclasses.replace(begun.buffer, rows=begun.buffer.rows[:, :1]))
+    start = _folded(sparsifier, now, 0)
+    advance = _chunk_of(sparsifier, schedule, sizes.n_steps, dead_after_tokens, chunk, resample_every_steps)
+    curves: list[dict[str, jax.Array]] = []
+    for done in range(0, sizes.n_steps, chunk):
+        count = min(chunk, sizes.n_steps - done)
+        now, means = advance(now, first if done == 0 else next(blocks), count)
+        curves.append({"step": jnp.asarray(done + count), **means})
+    history = {key: np.array([float(c[key]) for c in curves]) for key in curves[0]}
+    return Fit(sae=_folded(sparsifier, now, sizes.n_steps * batch), start=start, history=history)
+
+
+@functools.lru_cache(maxsize=32)
+def _chunk_of(
+    sparsifier: base.Sparsifier, config: optim.OptimConfig, n_steps: int, window: int, chunk: int, resample: int | None
+) -> Any:
+    """Compiled: (state, rows [chunk, batch, d_in], count) -> (state after `count` steps, their mean metrics)."""
+    one = step.make(
+        sparsifier,
+        optim.make(config, n_steps, sparsifier.lr_scales()),
+        dead_window_tokens=window,
+        learning_rate=optim.schedule(config, n_steps),
+        resample_every_steps=resample,
+    )
+    kept = ("loss", "fvu", "l0", "dead_share")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(now: state.TrainState, rows: Float[Array, "chunk b d_in"], count: Any) -> Any:
+        def body(i: Any, carry: Any) -> Any:
+            train_state, sums = carry
+            train_state, metrics = one(train_state, rows[i][None])
+            return train_state, {key: sums[key] + metrics[key] for key in sums}
+
+        shapes = jax.eval_shape(one, now, rows[0][None])[1]
+        terms = [key for key in shapes if key in kept or key not in ("grad_norm", "param_norm", "lr")]
+        now, sums = jax.lax.fori_loop(0, count, body, (now, {key: jnp.zeros(()) for key in terms}))
+        return now, {key: value / count for key, value in sums.items()}
+
+    return advance
+
+
+def _folded(sparsifier: base.Sparsifier, now: state.TrainState, n_tokens: int) -> model.SAE:
+    """What users hold: normalisation folded in, arrays of their own (the state's are donated)."""
+    sparsifier, params = fold.folded(sparsifier, now.params, now.normalizer)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), params)
+    return model.SAE(sparsifier, params, {"tokens": n_tokens})
+
+
+def _blocks(rows: Rows, d_in: int, batch: int, chunk: int, seed: int) -> Iterator[np.ndarray]:
+    """Endless [chunk, batch, d_in] float32."""
+    if isinstance(rows, ActivationSource):
+        if rows.d_in != d_in:
+            raise UserError(f"sae.d_in must equal the width of the source, {rows.d_in}, got {d_in}")
+        return _of_source(rows, batch, chunk, seed)
+    array = np.asarray(rows, np.float32)
+    if array.ndim != 2 or array.shape[1] != d_in or len(array) < batch:
+        raise UserError(f"rows must be [n >= batch={batch}, d_in={d_in}], got {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise UserError("rows must be finite, got NaN or infinity")
+    return _of_array(array, batch, chunk, seed)
+
+
+def _of_source(source: ActivationSource, batch: int, chunk: int, seed: int) -> Iterator[np.ndarray]:
+    stream = source.open(n_lanes=1, block_rows=batch, lanes=range(1), seed=seed)
+    while True:
+        yield np.concatenate([np.asarray(next(stream), np.float32) for _ in range(chunk)])
+
+
+def _of_array(array: np.ndarray, batch: int, chunk: int, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    order = np.empty(0, np.int64)
+    while True:
+        while len(order) < chunk * batch:
+            order = np.concatenate([order, rng.permutation(len(array))])
+        taken, order = order[: chunk * batch], order[chunk * batch :]
+        yield array[taken].reshape(chunk, batch, -1)

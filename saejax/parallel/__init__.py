@@ -1,0 +1,1 @@
+"""Processes, signals, mesh and placement of arrays."""

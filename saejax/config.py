@@ -36,10 +36,10 @@ from saejax.sae import (
     gated,
     jumprelu,
     l1,
+    layout,
     matching_pursuit,
     matryoshka,
     p_anneal,
-    sites,
     topk,
 )
 from saejax.storage import checkpoint, json_yaml, tracking
@@ -198,7 +198,7 @@ def _source_d_in(*, _root_: DictConfig) -> int:
     """The width that the SAE reads: of the whole source, or of its sites as the family says."""
     given, width = tuple(_root_.sae.get("sites") or ()), _source(_root_).d_in
     given = tuple(numeric.count(site, "sae.sites") for site in given)
-    return sum(sites.read(_root_.sae.family, given)) if given else width
+    return sum(layout.read(_root_.sae.family, given)) if given else width
 
 
 def _steps(share: float, *, _root_: DictConfig) -> int:

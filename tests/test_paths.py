@@ -144,7 +144,7 @@ DOORS = {
     "saejax.activations.store.check.describe": store.describe,
     "saejax.activations.store.check.info": store.info,
     "saejax.activations.store.check.stores_under": store.stores_under,
-    "saejax.activations.store.files.read_manifest": store.read_manifest,
+    "saejax.activations.store.manifest_schema.read_manifest": store.read_manifest,
     "saejax.activations.language_model.torch_source.write_images": lambda path: torch_source.write_images(
         None, [], "x", path
     ),

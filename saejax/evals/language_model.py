@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from saejax.errors import UserError
 from saejax.evals import metric
 from saejax.evals.result import EvalResult
-from saejax.sae.sites import Family
+from saejax.sae.layout import Family
 
 Tokens = Int[np.ndarray, "b s"]
 Keep = Callable[

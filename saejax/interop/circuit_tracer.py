@@ -22,8 +22,8 @@ from saejax.errors import UserError
 from saejax.fields import paths
 from saejax.interop import strict
 from saejax.sae import base
+from saejax.sae.layout import Family
 from saejax.sae.model import SAE
-from saejax.sae.sites import Family
 from saejax.storage import json_yaml
 
 name = "circuit_tracer"

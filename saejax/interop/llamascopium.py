@@ -28,8 +28,8 @@ from saejax.fields import paths
 from saejax.interop import saelens_fold, strict
 from saejax.kernels.row_norm import RowNorm
 from saejax.sae import base, per_row
+from saejax.sae.layout import Family
 from saejax.sae.model import SAE
-from saejax.sae.sites import Family
 from saejax.storage import json_yaml
 
 name = "llamascopium"

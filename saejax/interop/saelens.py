@@ -25,8 +25,8 @@ from saejax.interop import folder, saelens_config, saelens_fold, strict
 from saejax.interop.saelens_config import Parsed
 from saejax.kernels.row_norm import RowNorm
 from saejax.sae import base, per_row
+from saejax.sae.layout import Family
 from saejax.sae.model import SAE
-from saejax.sae.sites import Family
 from saejax.storage import json_yaml
 
 name = "saelens"

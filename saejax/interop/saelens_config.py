@@ -13,8 +13,8 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.fields import paths
 from saejax.interop import strict
+from saejax.sae.layout import Family
 from saejax.sae.model import SAE
-from saejax.sae.sites import Family
 
 VERSION = "6.54.12"
 """What we say we are compatible with; readers take anything below 6.0.0 for the older flat config."""

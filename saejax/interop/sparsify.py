@@ -16,8 +16,8 @@ import safetensors.numpy
 from saejax.errors import UserError
 from saejax.fields import paths
 from saejax.interop import folder, strict
+from saejax.sae.layout import Family
 from saejax.sae.model import SAE
-from saejax.sae.sites import Family
 from saejax.storage import json_yaml
 
 name = "sparsify"

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from saejax.errors import UserError
 from saejax.interop import torch_file
 from saejax.sae import EncoderKind, base
-from saejax.sae.sites import Family
+from saejax.sae.layout import Family
 from saejax.storage.json_yaml import one_line, read_json, read_yaml
 
 __all__ = ["one_line", "read_json", "read_yaml"]  # of saejax.storage.json_yaml, which every format reads with

@@ -14,8 +14,8 @@ from saejax.errors import UserError
 from saejax.fields import numeric
 from saejax.report import decoder, search, snippets
 from saejax.report.corpus import Corpus
+from saejax.sae.layout import Family
 from saejax.sae.model import SAE
-from saejax.sae.sites import Family
 
 _CANDIDATES = 8
 """Rows kept per snippet shown, for the best ones often lie side by side."""

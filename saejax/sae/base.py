@@ -1,31 +1,35 @@
-"""What every sparse autoencoder is: its parameters, its encoding and the methods an architecture must give.
+r"""Base class of all architectures: a `Sparsifier` is a frozen dataclass with pure methods, and its own config.
 
-The typed config object is the architecture: a `Sparsifier` is a frozen dataclass with pure methods. Training
-differentiates `Sparsifier.loss`; evaluation and users call `encode` and `decode` (through `sae.model.SAE`).
+Training differentiates `Sparsifier.loss`; evaluation and users call `encode` and `decode` (through `sae.model.SAE`).
+The loss is an architecture's objective and AuxK:
+
+.. math:: L = \text{objective} + \alpha\, s^2\, \mathrm{aux}
+
+aux is dimensionless (`aux_k`), and :math:`s^2 = E\|y - \bar y\|^2` of the targets y, from the batch and without a
+gradient, gives it the unit of mse. So with TopK the loss is that of Gao et al. (mse / s^2 + alpha aux) times s^2, alpha
+means the same at every scale of the data, and with centred data of E||x||^2 = 1 it is the loss of dictionary_learning's
+TopK trainer but for the factor min(n_dead / k_aux, 1). With `skip` the objective's target is what x W_skip leaves over,
+and the gradient flows into W_skip.
 """
 
 import abc
 import dataclasses
-import enum
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from saejax.errors import UserError
-from saejax.fields import numeric
-from saejax.fields.resume_policy import Fixed, Free
 from saejax.kernels import encode_top_k, matmul, sparse_decode, sparse_encode
-from saejax.sae import constraint, encoders, with_aux_k
-from saejax.sae import sites as sites_of
-from saejax.sae.encoders import EncoderKind
+from saejax.sae import aux_k, constraint, encoders, sites
 from saejax.sae.encoding import Encoding
-from saejax.sae.initialise import EncoderInit
+from saejax.sae.layout import EncoderKind, Family, Layout
+from saejax.sae.layout import MatmulDtype as MatmulDtype
+from saejax.sae.layout import check as check
+from saejax.sae.layout import check_enum as check_enum
 from saejax.sae.parameters import Aux as Aux
 from saejax.sae.parameters import SAEParams as SAEParams
-from saejax.sae.sites import Family
 
 ARCHITECTURES: dict[str, type["Sparsifier"]] = {}
 """Every architecture by its name in a config (`sae.type`)."""
@@ -33,15 +37,8 @@ ARCHITECTURES: dict[str, type["Sparsifier"]] = {}
 _T = TypeVar("_T", bound=type["Sparsifier"])
 
 
-class MatmulDtype(enum.Enum):
-    """Precision of the operands of the large products; results and master weights are always float32."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sparsifier(abc.ABC):
+class Sparsifier(Layout, abc.ABC):
     """One SAE architecture with its sizes and coefficients: static, hashable, all methods pure.
 
     An architecture gives `activate` and `objective`; what it adds to the parameters (`extra`), their scale
@@ -51,107 +48,6 @@ class Sparsifier(abc.ABC):
     name: ClassVar[str]
     preferred_norm: ClassVar[str] = "unit"
     """Scale of the input that its coefficients suit: unit (E||x||^2 = 1) or sqrt_d (E||x|| = sqrt(d_in))."""
-
-    d_in: Fixed[int]
-    """Width of what is read; at least 1. Of several sites it is the sum."""
-    d_sae: Fixed[int]
-    """Number of latents; at least 1. Usual: 8 to 64 times d_in."""
-    family: Fixed[Family] = Family.sae
-    """`sae`, `transcoder` (reads the first half of the sites, writes the second), `crosscoder` (reads and writes all)
-    or `clt` (cross-layer transcoder)."""
-    sites: Fixed[tuple[int, ...]] = ()
-    """Widths of the parts of a row, in order; [] is one part. Of sources with several, these."""
-    skip: Fixed[bool] = False
-    """Whether a transcoder also has a linear map from its input to its target, zero at the start."""
-    matmul_dtype: Fixed[MatmulDtype] = MatmulDtype.float32
-    """Operands of the encoder product; bfloat16 is faster, the result is float32 either way."""
-    encoder: Fixed[EncoderKind] = EncoderKind.linear
-    """`linear`, `tied` (the decoder's transpose), `mlp` (a hidden ReLU layer) or `lista` (unrolled thresholding)."""
-    encoder_hidden: Fixed[int | None] = None
-    """Hidden units of the mlp encoder, at least 1 (2 d_in where it starts as the transpose); null takes 2 d_in."""
-    encoder_steps: Fixed[int] = 3
-    """Steps of the lista encoder, at least 1; each costs two products."""
-    encoder_init: Fixed[EncoderInit] = EncoderInit.transpose
-    """Where the encoder starts: `transpose` (of the decoder; only where that writes what is read) or `independent`."""
-    decoder_init_norm: Fixed[float] = 1.0
-    """Norm of the decoder rows at the start, above 0; 1 where `unit_decoder` holds them there."""
-    subtract_b_dec: Fixed[bool] = True
-    """Whether the encoder reads x - b_dec (pre-encoder bias) or x; x for transcoders, whatever is said here."""
-    unit_decoder: Fixed[bool] = True
-    """Whether decoder rows are kept at norm 1, their gradients tangent to the sphere."""
-    aux_alpha: Free[float] = 1 / 32
-    """Weight of the AuxK loss against mse over variance, dimensionless; 0 turns it off. 1/32 as in Gao et al."""
-    k_aux: Free[int | None] = None
-    """Dead latents that explain the residual of a row, in [1, d_sae]; null takes half of d_in."""
-
-    def __post_init__(self):
-        numeric.check(self, "sae.")
-        object.__setattr__(self, "sites", tuple(self.sites))  # a YAML list arrives as a list
-        wide = all(width >= 1 for width in self.sites)  # before d_in, which presets take from their sum
-        check(wide, "sites", "must be widths of at least 1", self.sites)
-        check(self.d_in >= 1, "d_in", "must be at least 1", self.d_in)
-        check(self.d_sae >= 1, "d_sae", "must be at least 1", self.d_sae)
-        check_enum(self.family, Family, "family")
-        check_enum(self.matmul_dtype, MatmulDtype, "matmul_dtype")
-        check_enum(self.encoder, EncoderKind, "encoder")
-        check_enum(self.encoder_init, EncoderInit, "encoder_init")
-        sites_of.check(self)
-        mirrored = self.encoder is EncoderKind.mlp and self.starts_mirrored
-        least, why = (2 * self.d_in, " (2 d_in) for encoder_init=transpose") if mirrored else (1, "")
-        in_range = self.encoder_hidden is None or self.encoder_hidden >= least
-        check(in_range, "encoder_hidden", f"must be null or at least {least}{why}", self.encoder_hidden)
-        check(self.encoder_steps >= 1, "encoder_steps", "must be at least 1", self.encoder_steps)
-        check(self.decoder_init_norm > 0, "decoder_init_norm", "must be above 0", self.decoder_init_norm)
-        same = not self.unit_decoder or self.decoder_init_norm == 1
-        check(same, "decoder_init_norm", "must be 1 with unit_decoder=true", self.decoder_init_norm)
-        check(self.aux_alpha >= 0, "aux_alpha", "must be at least 0", self.aux_alpha)
-        in_range = self.k_aux is None or 1 <= self.k_aux <= self.d_sae
-        check(in_range, "k_aux", f"must be null or in [1, d_sae={self.d_sae}]", self.k_aux)
-
-    @property
-    def mirrors(self) -> bool:
-        """Whether the target is the input: `sae` and `crosscoder`."""
-        return self.family not in sites_of.HALVED
-
-    @property
-    def writes(self) -> tuple[int, ...]:
-        """Widths of the sites that are written."""
-        return sites_of.written(self.family, self.sites or (self.d_in,))
-
-    @property
-    def d_out(self) -> int:
-        """Width of the reconstruction and of a decoder row."""
-        return sum(self.writes)
-
-    @property
-    def d_row(self) -> int:
-        """Width of a training row: all sites."""
-        return self.d_in if self.mirrors else self.d_in + self.d_out
-
-    @property
-    def n_groups(self) -> int:
-        """Groups of latents that read a site each: the layers of a `clt`, else 1."""
-        return len(self.sites) // 2 if self.family is Family.clt else 1
-
-    @property
-    def centres(self) -> bool:
-        """Whether the encoder really subtracts b_dec, which only what writes its input can."""
-        return self.subtract_b_dec and self.mirrors
-
-    @property
-    def starts_mirrored(self) -> bool:
-        """Whether the encoder starts as the decoder's transpose."""
-        return self.encoder_init is EncoderInit.transpose and self.mirrors
-
-    @property
-    def n_aux(self) -> int:
-        """Dead latents per row in AuxK, with the default filled in."""
-        return min(max(self.d_in // 2, 1), self.d_sae) if self.k_aux is None else self.k_aux
-
-    @property
-    def n_hidden(self) -> int:
-        """Hidden units of an mlp encoder, with the default filled in."""
-        return 2 * self.d_in if self.encoder_hidden is None else self.encoder_hidden
 
     @property
     def k_sparse(self) -> bool:
@@ -199,7 +95,7 @@ class Sparsifier(abc.ABC):
         return {}
 
     def fold_extra(
-        self, params: SAEParams, mean: Float[Array, "d_in"], scale: Float[Array, ""]
+        self, params: SAEParams, mean: Float[Array, " d_in"], scale: Float[Array, ""]
     ) -> dict[str, jax.Array]:
         """Returns `extra()`'s parameters for x itself, trained on `(x - mean) * scale`; scale 1 where W_enc took it."""
         return {}
@@ -224,10 +120,6 @@ class Sparsifier(abc.ABC):
         biases = {"b_enc": jnp.zeros(self.d_sae), "b_dec": jnp.zeros(self.d_out)}
         skip = {"W_skip": jnp.zeros((self.d_in, self.d_out))} if self.skip else {}
         return SAEParams(W_enc=W_enc, W_dec=W_dec, **biases, extra=of_encoder | self.extra() | skip)
-
-    def split(self, rows: Float[Array, "... d_row"]) -> tuple[Float[Array, "... d_in"], Float[Array, "... d_out"]]:
-        """Returns what is read of rows, and what is to be written."""
-        return (rows, rows) if self.mirrors else (rows[..., : self.d_in], rows[..., self.d_in :])
 
     def pre_activations(
         self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None = None
@@ -279,11 +171,11 @@ class Sparsifier(abc.ABC):
         """Returns `recon` plus what goes past the latents, if anything does."""
         return recon + self.skipped(params, x) if self.skip else recon
 
-    def decoder_norms(self, params: SAEParams) -> Float[Array, "d_sae"]:
+    def decoder_norms(self, params: SAEParams) -> Float[Array, " d_sae"]:
         """Returns the norm of each decoder row; for `crosscoder` the sum of its norms in the sites."""
         if self.family is not Family.crosscoder:
             return row_norms(params.W_dec)
-        norms = [row_norms(part) for part in sites_of.parts(params.W_dec, self.writes)]
+        norms = [row_norms(part) for part in sites.parts(params.W_dec, self.writes)]
         return jnp.sum(jnp.stack(norms), axis=0)
 
     def reconstruct(
@@ -306,32 +198,72 @@ class Sparsifier(abc.ABC):
         params: SAEParams,
         rows: Float[Array, "b d_row"],
         *,
-        dead: Bool[Array, "d_sae"],
+        dead: Bool[Array, " d_sae"],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Aux]:
-        """Returns the training loss of one batch and what it was made of (`with_aux_k`)."""
-        return with_aux_k.loss(self, params, rows, dead, step)
+        """Returns the training loss of one batch and what it was made of.
+
+        Args:
+          params: Parameters.
+          rows: Normalised activations, float32.
+          dead: Latents that count as dead at this step.
+          step: Number of optimiser steps already taken, for schedules.
+        """
+        (found, aux), (read, residual, weight) = self._but_aux_k(params, rows, step)
+        if self.aux_alpha == 0:
+            return found, aux
+        weights = (params.W_enc, params.b_enc, params.W_dec)
+        term: Any = aux_k.aux_k_loss(*weights, read, residual, dead, *self._aux_k_settings())
+        return found + weight * term, dataclasses.replace(aux, terms=aux.terms | {"aux_k": term})
 
     def value_and_grad(
         self,
         params: SAEParams,
         rows: Float[Array, "b d_row"],
         *,
-        dead: Bool[Array, "d_sae"],
+        dead: Bool[Array, " d_sae"],
         step: Int[Array, ""],
     ) -> tuple[tuple[Float[Array, ""], Aux], SAEParams]:
         """Returns `loss` and its gradient: what `jax.value_and_grad` gives, AuxK's part added in place."""
-        return with_aux_k.value_and_grad(self, params, rows, dead, step)
+
+        def but_aux_k(params):
+            (found, aux), rest = self._but_aux_k(params, rows, step)
+            return found, (aux, rest)
+
+        (found, (aux, (read, residual, weight))), grads = jax.value_and_grad(but_aux_k, has_aux=True)(params)
+        if self.aux_alpha == 0:
+            return (found, aux), grads
+        own, of = ((tree.W_enc, tree.b_enc, tree.W_dec) for tree in (grads, params))
+        term, added = aux_k.added(own, of, read, residual, dead, *self._aux_k_settings(), weight)
+        grads = dataclasses.replace(grads, W_enc=added[0], b_enc=added[1], W_dec=added[2])
+        return (found + weight * term, dataclasses.replace(aux, terms=aux.terms | {"aux_k": term})), grads
+
+    def _aux_k_settings(self) -> tuple[int, str, bool, int]:
+        """`k_aux`, `dtype`, `signed` and `n_groups` of `aux_k`."""
+        return self.n_aux, self.matmul_dtype.value, self.signed, self.n_groups
+
+    def _but_aux_k(self, params: SAEParams, rows: Any, step: Any) -> Any:
+        """The loss without AuxK, and what AuxK reads with its weight, without a gradient."""
+        x, target = self.split(rows)
+        aim = target - self.skipped(params, x) if self.skip else target
+        found, aux = self.objective(params, x, aim, step)
+        read = self.encoder_inputs(params, x, step)[0] if self.aux_alpha > 0 else None
+        spread = jnp.mean(jnp.sum((target - jnp.mean(target, axis=0, keepdims=True)) ** 2, axis=1))
+        rest = lax.stop_gradient((read, aim - aux.recon, self.aux_alpha * spread))
+        return (found, dataclasses.replace(aux, recon=self.add_skip(params, aux.recon, x))), rest
 
     def constrain(self, params: SAEParams) -> SAEParams:
         """Maps parameters back onto the constraint after an optimiser step."""
+        bounded = self.constrain_extra(params)
+        if bounded:
+            params = dataclasses.replace(params, extra=params.extra | bounded)
         return constraint.constrain(self, params)
 
     def project(self, params: SAEParams, grads: SAEParams) -> SAEParams:
         """Removes from gradients what the constraint would undo; call before the optimiser."""
         return constraint.project(self, params, grads)
 
-    def fold(self, params: SAEParams, *, mean: Float[Array, "d_row"], scale: Float[Array, "..."]) -> SAEParams:
+    def fold(self, params: SAEParams, *, mean: Float[Array, " d_row"], scale: Float[Array, "..."]) -> SAEParams:
         """Turns parameters trained on `(rows - mean) * scale` into parameters that work on `rows` themselves.
 
         With one site the latents then carry the data's unit; the weights stay, biases and thresholds change. With
@@ -371,7 +303,7 @@ class Sparsifier(abc.ABC):
         return jnp.where(chosen != 0, pre_acts, 0.0)
 
 
-def row_norms(W: Float[Array, "n d"]) -> Float[Array, "n"]:
+def row_norms(W: Float[Array, "n d"]) -> Float[Array, " n"]:
     """Returns norms whose gradient at a zero row is 0, not NaN."""
     squares = jnp.sum(W**2, axis=1)
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
@@ -386,14 +318,3 @@ def register(cls: _T) -> _T:
     """Class decorator: enters an architecture under its `name`."""
     ARCHITECTURES[cls.name] = cls
     return cls
-
-
-def check(ok: bool, field: str, must: str, got: object) -> None:
-    """Raises the user's one-line error about `sae.<field>` unless `ok`."""
-    if not ok:
-        raise UserError(f"sae.{field} {must}, got {got}")
-
-
-def check_enum(value: object, kind: type[enum.Enum], field: str) -> None:
-    """Raises the user's one-line error about `sae.<field>` unless `value` is a member of `kind`."""
-    check(isinstance(value, kind), field, f"must be one of {', '.join(m.name for m in kind)}", value)

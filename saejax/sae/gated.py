@@ -24,7 +24,7 @@ from jax import lax
 from saejax.fields.resume_policy import Free
 from saejax.kernels import matmul
 from saejax.sae import base, sites
-from saejax.sae.encoders import EncoderKind
+from saejax.sae.layout import EncoderKind
 
 
 @base.register

@@ -21,8 +21,8 @@ from jax import lax
 
 from saejax.fields.resume_policy import Fixed
 from saejax.kernels import matmul, sparse_decode, sparse_encode, top_k
-from saejax.sae import base, sites
-from saejax.sae.encoders import EncoderKind
+from saejax.sae import base
+from saejax.sae.layout import EncoderKind, Family
 
 
 @base.register
@@ -48,7 +48,7 @@ class MatchingPursuit(base.Sparsifier):
         super().__post_init__()
         tied = self.encoder is EncoderKind.tied
         base.check(tied, "encoder", "must be tied: the decoder is its dictionary", self.encoder)
-        one = self.family is sites.Family.sae
+        one = self.family is Family.sae
         base.check(
             one, "family", "must be sae: the scales of several sites would change its dictionary", self.family.name
         )

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from saejax.fields.resume_policy import Fixed
 from saejax.kernels import matmul, sparse_decode, top_k
-from saejax.sae import base, selection, sites
+from saejax.sae import base, selection
+from saejax.sae.layout import Family
 
 
 class Selection(enum.Enum):
@@ -59,7 +60,7 @@ class Matryoshka(base.Sparsifier):
         object.__setattr__(self, "prefixes", tuple(self.prefixes))  # a YAML list arrives as a list
         base.check(1 <= self.k <= self.d_sae, "k", f"must be in [1, d_sae={self.d_sae}]", self.k)
         base.check_enum(self.selection, Selection, "selection")
-        nested = self.family is not sites.Family.clt
+        nested = self.family is not Family.clt
         base.check(nested, "family", "must not be clt: its first latents read the first layer alone", self.family.name)
         rising = all(a < b for a, b in zip((0, *self.prefixes), self.prefixes, strict=False))
         ok = not self.prefixes or rising and self.prefixes[-1] == self.d_sae

@@ -19,80 +19,12 @@ Sources:
 
 from __future__ import annotations
 
-import enum
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from saejax.errors import UserError
 from saejax.kernels import matmul
-
-if TYPE_CHECKING:
-    from saejax.sae.base import Sparsifier
-
-
-class Family(enum.Enum):
-    """Which sites of a row are read and which are written."""
-
-    sae = "sae"
-    """The one site is read and written."""
-    transcoder = "transcoder"
-    """The first half of the sites is read, the second half written."""
-    crosscoder = "crosscoder"
-    """All sites are read and written."""
-    clt = "clt"
-    """Cross-layer transcoder: group g of the latents reads in-site g and writes out-sites g and later."""
-
-
-HALVED = (Family.transcoder, Family.clt)
-"""Families whose target is not what they read."""
-
-
-def read(family: Family, sites: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the widths of the sites that are read."""
-    return sites[: len(sites) // 2] if family in HALVED else sites
-
-
-def written(family: Family, sites: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the widths of the sites that are written.
-
-    Example:
-      >>> written(Family.clt, (8, 8, 8, 8)), written(Family.crosscoder, (8, 4))
-      ((8, 8), (8, 4))
-    """
-    return sites[len(sites) // 2 :] if family in HALVED else sites
-
-
-def check(sparsifier: Sparsifier) -> None:
-    """Refuses sites that do not suit the family, or a family that does not suit the encoder.
-
-    Raises:
-      UserError: naming the field, its value and what is allowed.
-    """
-    family, sites = sparsifier.family, sparsifier.sites
-    _demand(all(width >= 1 for width in sites), "sites", "must be widths of at least 1", sites)
-    many = f"must be transcoder, crosscoder or clt for rows of {len(sites)} sites"
-    _demand(family is not Family.sae or len(sites) <= 1, "family", many, family.name)
-    if family in HALVED:
-        even = len(sites) >= 2 and len(sites) % 2 == 0
-        _demand(even, "sites", f"must be an even number of widths for family={family.name}", sites)
-    if family is Family.crosscoder:
-        _demand(len(sites) >= 2, "sites", "must be two widths or more for family=crosscoder", sites)
-    width = sum(read(family, sites)) if sites else sparsifier.d_in
-    must = f"must be {width}, the width that is read of sae.sites={sites}"
-    _demand(sparsifier.d_in == width, "d_in", must, sparsifier.d_in)
-    if family is Family.clt:
-        inputs = read(family, sites)
-        _demand(len(set(inputs)) == 1, "sites", "must read sites of one width for family=clt", inputs)
-        parts = f"must be a multiple of the {len(inputs)} layers for family=clt"
-        _demand(sparsifier.d_sae % len(inputs) == 0, "d_sae", parts, sparsifier.d_sae)
-    only = "must be false but for family=transcoder"
-    _demand(not sparsifier.skip or family is Family.transcoder, "skip", only, sparsifier.skip)
-    kind = sparsifier.encoder.name
-    allowed = {Family.transcoder: ("linear", "mlp"), Family.clt: ("linear",)}.get(family, (kind,))
-    _demand(kind in allowed, "encoder", f"must be {' or '.join(allowed)} for family={family.name}", kind)
+from saejax.sae.layout import Layout
 
 
 def product(
@@ -123,36 +55,36 @@ def product(
     return jnp.moveaxis(parts, 0, 1).reshape(x.shape[0], -1)
 
 
-def response(sparsifier: Sparsifier, row: Float[Array, " d_in"], W: Float[Array, "m h"]) -> Float[Array, " h"]:
+def response(layout: Layout, row: Float[Array, " d_in"], W: Float[Array, "m h"]) -> Float[Array, " h"]:
     """Returns what the product with the encoder's first matrix gives one row."""
-    n_groups = sparsifier.n_groups
+    n_groups = layout.n_groups
     return row @ W if n_groups == 1 else product(row[None, :], W, n_groups, "float32")[0]
 
 
-def spread_scale(sparsifier: Sparsifier, scale: Float[Array, " d_in"]) -> Float[Array, "m h"]:
+def spread_scale(layout: Layout, scale: Float[Array, " d_in"]) -> Float[Array, "m h"]:
     """Returns one factor of every input for each column of the encoder's first matrix (h is 1 where all agree)."""
-    if sparsifier.n_groups == 1:
+    if layout.n_groups == 1:
         return scale[:, None]
-    by_site = scale.reshape(sparsifier.n_groups, -1).T
-    return jnp.repeat(by_site, sparsifier.d_sae // sparsifier.n_groups, axis=1)
+    by_site = scale.reshape(layout.n_groups, -1).T
+    return jnp.repeat(by_site, layout.d_sae // layout.n_groups, axis=1)
 
 
-def groups(sparsifier: Sparsifier) -> Int[Array, " d_sae"]:
+def groups(layout: Layout) -> Int[Array, " d_sae"]:
     """Returns the group of each latent."""
-    return jnp.arange(sparsifier.d_sae) // (sparsifier.d_sae // sparsifier.n_groups)
+    return jnp.arange(layout.d_sae) // (layout.d_sae // layout.n_groups)
 
 
-def mask(sparsifier: Sparsifier) -> Bool[Array, "d_sae d_out"]:
+def mask(layout: Layout) -> Bool[Array, "d_sae d_out"]:
     """Returns which entries of W_dec a cross-layer transcoder has; computed, never stored.
 
     Example:
-      >>> from saejax.sae import TopK
+      >>> from saejax.sae import Family, TopK
       >>> mask(TopK(d_in=2, d_sae=2, k=1, family=Family.clt, sites=(1, 1, 2, 1))).astype(int).tolist()
       [[1, 1, 1], [0, 0, 1]]
     """
-    group = groups(sparsifier)
-    column, layer, edge = jnp.arange(sparsifier.d_out), jnp.zeros(sparsifier.d_out, jnp.int32), 0
-    for width in sparsifier.writes[:-1]:
+    group = groups(layout)
+    column, layer, edge = jnp.arange(layout.d_out), jnp.zeros(layout.d_out, jnp.int32), 0
+    for width in layout.writes[:-1]:
         edge += width
         layer = layer + (column >= edge)
     return group[:, None] <= layer[None, :]
@@ -162,8 +94,3 @@ def parts(rows: Float[Array, "... n"], widths: tuple[int, ...]) -> list[Float[Ar
     """Returns the sites of rows, one array each."""
     edges = [sum(widths[:i]) for i in range(len(widths) + 1)]
     return [rows[..., a:b] for a, b in zip(edges, edges[1:], strict=False)]
-
-
-def _demand(ok: bool, field: str, must: str, got: object) -> None:
-    if not ok:
-        raise UserError(f"sae.{field} {must}, got {got}")

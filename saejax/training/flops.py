@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.sae import base
-from saejax.sae.encoders import EncoderKind
+from saejax.sae.layout import EncoderKind
 
 PEAKS: dict[str, float] = {
     "NVIDIA B200": 2.25e15,

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from saejax.parallel import sharding
 from saejax.sae import base, encoders, sites
+from saejax.sae.layout import EncoderKind, Family
 from saejax.training import liveness, optim
 from saejax.training.state import TrainState
 
@@ -117,13 +118,13 @@ def _started(
     """Parameters in which every latent is newly made from its row."""
     centred = target - params.b_dec[None, :]
     read = centred if sparsifier.mirrors else x - jnp.mean(x, axis=0, keepdims=True)
-    if sparsifier.encoder is encoders.EncoderKind.mlp:
+    if sparsifier.encoder is EncoderKind.mlp:
         read, _ = encoders.inputs(sparsifier, params, x, lambda pre_acts: pre_acts)
     alive = alive | ~jnp.any(alive)
     n_alive = jnp.sum(alive)
     column = jnp.sum(jnp.where(alive, jnp.linalg.norm(params.W_enc, axis=0), 0)) / n_alive
     row = jnp.sum(jnp.where(alive, jnp.linalg.norm(params.W_dec, axis=1), 0)) / n_alive
-    if sparsifier.family is sites.Family.clt:
+    if sparsifier.family is Family.clt:
         by_site = read.reshape(len(x), sparsifier.n_groups, -1)
         columns = _directions(by_site[rows, sites.groups(sparsifier)])
         written = _directions(jnp.where(sites.mask(sparsifier), centred[rows], 0))

@@ -18,6 +18,7 @@ from saejax.activations.language_model.harvest import HarvestConfig, Run, harves
 from saejax.activations.language_model.live import Live
 from saejax.activations.loader import digest
 from saejax.activations.store import files as store_format
+from saejax.activations.store import manifest_schema as store_schema
 from saejax.errors import UserError
 
 HOOK = "blocks.0.hook_resid_post"
@@ -222,7 +223,7 @@ def begun(path: pathlib.Path, model: pathlib.Path, **changes: object) -> bytes:
     Returns:
       The bytes of the lost rows.
     """
-    manifest = store_format.read_manifest(path)
+    manifest = store_schema.read_manifest(path)
     last = path / store_format.shard_name(manifest["n_shards"] - 1)
     lost = last.with_suffix(".rows").read_bytes()
     for file in path.glob(f"{last.name}.*"):
@@ -253,11 +254,11 @@ def test_a_store_begun_before_goes_on_where_the_tokens_are_the_same(limit, model
     wanted = config(model, corpus, path=str(tmp_path / "out"))
     paths = harvest(wanted)
     lost = {split: begun(path, model) for split, path in paths.items()}
-    before = {split: store_format.read_manifest(path) for split, path in paths.items()}
+    before = {split: store_schema.read_manifest(path) for split, path in paths.items()}
     harvest(wanted)
     assert store.verify(wanted.path) == []
     for split, path in paths.items():
-        after = store_format.read_manifest(path)
+        after = store_schema.read_manifest(path)
         assert after["complete"] and after["fingerprint"] == before[split]["fingerprint"]
         last = path / f"{store_format.shard_name(after['n_shards'] - 1)}.rows"
         assert last.read_bytes() == lost[split]

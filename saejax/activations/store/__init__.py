@@ -1,7 +1,8 @@
 """The activation store: the one name by which the rest of the project knows its writer, reader and checks."""
 
 from saejax.activations.store.check import describe, info, is_whole, stores_under, verify
-from saejax.activations.store.files import FORMAT_VERSION, StoreDtype, read_manifest
+from saejax.activations.store.files import FORMAT_VERSION, StoreDtype
+from saejax.activations.store.manifest_schema import read_manifest
 from saejax.activations.store.reader import Origin, Reader
 from saejax.activations.store.writer import ShardWriter, Writer
 

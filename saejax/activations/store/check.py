@@ -31,7 +31,7 @@ def stores_under(path: str | os.PathLike) -> list[pathlib.Path]:
 def info(path: str | os.PathLike) -> dict:
     """Facts of one store: the manifest's, and counts over what is published so far."""
     path = paths.local(path, "path")
-    manifest = store_format.read_manifest(path)
+    manifest = store_schema.read_manifest(path)
     records = manifest["shards"]
     if not manifest["complete"]:
         records = [store_schema.read_record(path, n) for n in store_format.published(path)]
@@ -77,7 +77,7 @@ def is_whole(path: pathlib.Path, number: int, manifest: dict) -> bool:
 
 def _verify(path: pathlib.Path) -> list[str]:
     try:
-        manifest = store_format.read_manifest(path)
+        manifest = store_schema.read_manifest(path)
     except UserError as error:
         return [str(error)]
     problems = []

@@ -25,8 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.fields import paths
-from saejax.storage import atomic, json_yaml
+from saejax.storage import atomic
 
 FORMAT = "saejax-activations"
 FORMAT_VERSION = 1
@@ -125,28 +124,6 @@ def check_range(peak: float, dtype: str, hook: str) -> None:
             f"dtype is {dtype}, but |x| reaches {peak:.6g} at {hook} and {dtype} ends at "
             f"{float(ml_dtypes.finfo(numpy_dtype(dtype)).max):.6g}; use bfloat16 or float32"
         )
-
-
-def read_manifest(path: str | os.PathLike) -> dict:
-    """The manifest of the store at `path`.
-
-    Raises:
-      UserError: there is no store, or one of another format.
-    """
-    from saejax.activations.store import manifest_schema as store_schema
-
-    file = json_yaml.inside(paths.local(path, "path"), MANIFEST)
-    if not file.is_file():
-        raise UserError(f"{path} is not an activation store: it has no {MANIFEST}")
-    manifest = read_json(file)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{file}: format must be {FORMAT!r}, got {manifest.get('format')!r}")
-    if (version := manifest.get("format_version")) != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        written = f"was written by a newer saejax: this one reads up to {FORMAT_VERSION}, install a newer one; "
-        raise UserError(f"{file} {written if newer else ''}format_version must be {FORMAT_VERSION}, got {version!r}")
-    store_schema.check_manifest(file, manifest)
-    return manifest
 
 
 def read_json(file: pathlib.Path) -> dict:

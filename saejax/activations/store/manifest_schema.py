@@ -4,6 +4,7 @@ They may come from elsewhere, so nothing in them is believed that was not looked
 the files of a shard are named by its number.
 """
 
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from saejax.activations.sinks import Sink
 from saejax.activations.store import files as store_format
 from saejax.errors import UserError
+from saejax.fields import paths
 from saejax.storage import json_yaml
 
 Check = Callable[[Any], bool]
@@ -102,6 +104,30 @@ _RECORD: dict[str, Check] = {
     "sha256": _texts,
 }
 _RECORD_MAY: dict[str, Check] = {"segment_documents": _documents, "json_sha256": _checksum}
+
+
+def read_manifest(path: str | os.PathLike) -> dict:
+    """The manifest of the store at `path`.
+
+    Raises:
+      UserError: there is no store, or one of another format.
+    """
+    file = json_yaml.inside(paths.local(path, "path"), store_format.MANIFEST)
+    if not file.is_file():
+        raise UserError(f"{path} is not an activation store: it has no {store_format.MANIFEST}")
+    manifest = store_format.read_json(file)
+    if manifest.get("format") != store_format.FORMAT:
+        raise UserError(f"{file}: format must be {store_format.FORMAT!r}, got {manifest.get('format')!r}")
+    if (version := manifest.get("format_version")) != store_format.FORMAT_VERSION:
+        newer = isinstance(version, int) and version > store_format.FORMAT_VERSION
+        written = (
+            f"was written by a newer saejax: this one reads up to {store_format.FORMAT_VERSION}, install a newer one; "
+        )
+        raise UserError(
+            f"{file} {written if newer else ''}format_version must be {store_format.FORMAT_VERSION}, got {version!r}"
+        )
+    check_manifest(file, manifest)
+    return manifest
 
 
 def check_manifest(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ class Reader:
 
     def refresh(self) -> int:
         """Looks again for published shards; returns the number of rows."""
-        self.manifest = store_format.read_manifest(self.path)
+        self.manifest = store_schema.read_manifest(self.path)
         if self.manifest["complete"]:
             self._shards = self.manifest["shards"]
         else:

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int32
 
 from saejax.activations.store import check as store_check
 from saejax.activations.store import files as store_format
+from saejax.activations.store import manifest_schema as store_schema
 from saejax.errors import UserError
 from saejax.fields import paths
 from saejax.storage import atomic, lock
@@ -77,7 +78,7 @@ class Writer:
         begun = {**wanted, "complete": False, "rows": 0, "shards": []}
         file = self.path / store_format.MANIFEST
         store_format.write_json(file, begun, keep_existing=True)
-        manifest = store_format.read_manifest(self.path)
+        manifest = store_schema.read_manifest(self.path)
         try:
             check_same({key: value for key, value in wanted.items() if key != "sealed"}, manifest, self.path)
         except UserError:

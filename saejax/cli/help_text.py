@@ -113,7 +113,7 @@ def _composed(name: str, root: type) -> list[dict[str, Any]]:
 
     Interpolations and missing values stay as they are written, so that no member needs its data to be there.
     """
-    groups = [[f"{group}={member}" for member in config.GROUPS[group]] for group in _groups(root)]
+    groups = [[f"{group}={member}" for member in sorted(config.GROUPS[group])] for group in _groups(root)]
     choices = [[], *([c for c in row if c] for row in itertools.zip_longest(*groups))]
     config.register(name, root)
     config.GlobalHydra.instance().clear()
@@ -139,7 +139,7 @@ def _keys_of_root(root: type, composed: list[dict[str, Any]]) -> list[str]:
     default, *others = composed
     lines = _keys(root, default, "", skip=set(_groups(root)))
     for group in _groups(root):
-        for (name, member), values in zip(config.GROUPS[group].items(), others, strict=False):
+        for (name, member), values in zip(sorted(config.GROUPS[group].items()), others, strict=False):
             lines += ["", f"  {group}={name}: {_first_line(member)}"]
             lines += _keys(member, values.get(group, {}), f"{group}.", skip=set())
     return lines

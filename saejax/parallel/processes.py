@@ -1,4 +1,4 @@
-"""Several processes as one run: how they start, agree with one another and part. `places` says which one this is.
+"""Several processes as one run: how they start, agree with one another and part. `clusters` says which one this is.
 
 Level zero of the package, beside `sharding`. The engine is `jax.distributed`: process 0 is the coordinator, which hears
 from every other one and ends all of them when one falls silent. Nothing here touches it unless `mesh.distributed` asks.

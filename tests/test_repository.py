@@ -1,17 +1,20 @@
 """The files around the code agree with each other: versions, constraints, licence, commands."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import saejax
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip()]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -74,3 +77,33 @@ def test_local_links_of_the_documents_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def git_files(*options: str) -> list[str]:
+    """What `git ls-files` prints; skips the test outside a git checkout."""
+    listing = subprocess.run(["git", "ls-files", *options], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return listing.stdout.splitlines()
+
+
+def test_no_tracked_file_is_ignored():
+    """The build leaves out what .gitignore names, tracked or not: `runs/` there once meant `saejax/runs` too."""
+    assert not git_files("--cached", "--ignored", "--exclude-standard")
+
+
+def test_the_sdist_holds_every_tracked_file():
+    included = {name.strip("/") for name in PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    tracked = {name.split("/")[0] for name in git_files()}
+    assert tracked - included == {".gitignore", "pyproject.toml"}, "hatchling adds these two by itself"
+    assert {name for name in included if not (ROOT / name).exists()} == set()
+
+
+def test_one_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == saejax.__version__ and citation["license"] == PROJECT["license"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_forms_are_yaml(path):
+    assert isinstance(yaml.safe_load(path.read_text()), dict)

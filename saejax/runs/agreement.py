@@ -23,10 +23,10 @@ import jax
 
 import saejax
 from saejax import config
-from saejax.storage import json_yaml
-from saejax.parallel import processes
-from saejax.fields import resume_policy
 from saejax.errors import UserError
+from saejax.fields import resume_policy
+from saejax.parallel import processes
+from saejax.storage import json_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -17,18 +17,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from saejax.storage import checkpoint
-from saejax.storage import checkpoint_record
 from saejax import config
-from saejax.storage import lock
-from saejax.fields import paths
-from saejax.storage import json_yaml
-from saejax.parallel import processes
-from saejax.fields import resume_policy
-from saejax.storage import atomic
 from saejax.activations.source import ActivationSource
 from saejax.errors import UserError
+from saejax.fields import paths, resume_policy
 from saejax.fields.resume_policy import Policy
+from saejax.parallel import processes
+from saejax.storage import atomic, checkpoint, checkpoint_record, json_yaml, lock
 
 logger = logging.getLogger(__name__)
 

@@ -21,18 +21,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from saejax.runs import agreement
-from saejax.storage import checkpoint
 from saejax import config
-from saejax.storage import lock
-from saejax.fields import paths
-from saejax.parallel import processes
-from saejax.runs import run
-from saejax.parallel import sharding
-from saejax.runs import directory
-from saejax.storage import tracking
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
+from saejax.fields import paths
+from saejax.parallel import processes, sharding
+from saejax.runs import agreement, directory, run
+from saejax.storage import checkpoint, lock, tracking
 from saejax.training import ensemble, ensemble_config, flops, loop, memory, optim, settings, state
 
 logger = logging.getLogger(__name__)

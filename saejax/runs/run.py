@@ -21,22 +21,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import saejax
-from saejax.runs import agreement
-from saejax.storage import checkpoint
-from saejax.storage import checkpoint_record
 from saejax import config
-from saejax.fields import paths
-from saejax.storage import json_yaml
-from saejax.parallel import processes
-from saejax.parallel import sharding
-from saejax.runs import directory
-from saejax.storage import tracking
-from saejax.storage import atomic
 from saejax.activations import normalize
 from saejax.activations.source import RowIterator
 from saejax.errors import UserError
 from saejax.evals import evaluate
+from saejax.fields import paths
+from saejax.parallel import processes, sharding
+from saejax.runs import agreement, directory
 from saejax.sae import base, model, per_row
+from saejax.storage import atomic, checkpoint, checkpoint_record, json_yaml, tracking
 from saejax.training import (
     diagnose,
     ensemble_config,

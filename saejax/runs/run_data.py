@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from saejax import config
-from saejax.fields import paths
-from saejax.runs import directory
-from saejax.activations import array_files
-from saejax.activations import store
+from saejax.activations import array_files, store, text
+from saejax.activations.source import ActivationSource
 from saejax.activations.store import files as store_format
 from saejax.activations.store import source as store_source
-from saejax.activations import text
-from saejax.activations.source import ActivationSource
 from saejax.errors import UserError
+from saejax.fields import paths
+from saejax.runs import directory
 from saejax.sae import Family, model
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import pytest
 
 CHILD = """
 import ctypes, resource, sys
-from saejax import pages
+from saejax.cli import kept_pages as pages
 if sys.argv[1] == "keep":
     pages.keep()
 libc = ctypes.CDLL(None)

@@ -18,7 +18,9 @@ import pytest
 from saejax.errors import UserError
 from saejax.storage import lock
 
-HEAD = "import errno, fcntl, os, pathlib, subprocess, sys, time\nfrom saejax import lock\nfolder = sys.argv[1]\n"
+HEAD = (
+    "import errno, fcntl, os, pathlib, subprocess, sys, time\nfrom saejax.storage import lock\nfolder = sys.argv[1]\n"
+)
 NO_FLOCK = """
 def refused(*_):
     raise OSError(errno.ENOLCK, "No locks available")
@@ -75,6 +77,13 @@ def test_a_killed_owner_lets_in_before_it_is_buried(tmp_path, way):
     first = start(tmp_path, way, HOLD, STAY)
     first.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # a zombie still
+    lock.hold(tmp_path).release()
+    first.communicate()
+
+
+def test_an_owner_that_is_just_ending_is_waited_for(tmp_path):
+    """The kernel takes a killed process apart in its own time; until then its lock is there."""
+    first = start(tmp_path, HOLD, "time.sleep(0.2)\n", "os._exit(0)\n")
     lock.hold(tmp_path).release()
     first.communicate()
 

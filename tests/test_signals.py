@@ -113,7 +113,7 @@ def test_signals_close_together_are_one_and_a_later_one_is_the_second(number, mo
 
 IN_C = """
 import ctypes, os, sys, threading, time
-from saejax import signals
+from saejax.parallel import signals
 signals._SILENT_SECONDS = 0.3
 def later(number):
     for wait in (0.2, signals.SAME_SECONDS + 0.5):

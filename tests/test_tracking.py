@@ -39,7 +39,7 @@ def test_other_processes_log_nothing(tmp_path):
 def test_wandb_offline_needs_no_login(tmp_path):
     pytest.importorskip("wandb")
     code = (
-        "import sys; from pathlib import Path; from saejax import tracking as t\n"
+        "import sys; from pathlib import Path; from saejax.storage import tracking as t\n"
         "c = t.TrackerConfig(wandb=True, mode=t.WandbMode.offline)\n"
         "x = t.Tracker(Path(sys.argv[1]), c, {'seed': 0}); x.log(1, {'train/loss': 0.5}); x.close()"
     )

@@ -35,6 +35,7 @@ NAME = ".lock"
 """The file of a directory that is locked."""
 _NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 _ATTEMPTS = 20
+_ENDING_SECONDS = 0.5  # a killed owner keeps its lock until the kernel has taken it apart: a moment, longer under load
 _LOOK_SECONDS = 0.5  # how long a second taker waits for the first to have written who it is
 _held: list[Lock] = []  # of this process
 _made: set[Path] = set()  # folders that were made to be held, and go where nothing comes into them
@@ -120,7 +121,7 @@ class Owner:
 
 
 def hold(folder: str | os.PathLike[str], what: str = "run", *, again: bool = False, name: str = NAME) -> Lock:
-    """Takes a directory for this process alone; does not wait.
+    """Takes a directory for this process alone; waits half a second for an owner that is just ending, not longer.
 
     Args:
       folder: made if missing, and removed again by who made it if nothing is in it at the end. A link or a relative
@@ -168,6 +169,18 @@ def _taken(folder: Path, owner: Owner | None, more: str = "") -> UserError:
 
 def _flocked(file: Path, key: tuple[int, int, str], me: Owner) -> Lock | None:
     """The lock by `flock`; None where there is no such thing."""
+    until = time.monotonic() + _ENDING_SECONDS
+    while True:
+        try:
+            return _flocked_now(file, key, me)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise _taken(file.parent, _owner(file)) from None
+        time.sleep(0.02)
+
+
+def _flocked_now(file: Path, key: tuple[int, int, str], me: Owner) -> Lock | None:
+    """As `_flocked`; BlockingIOError where another has it now."""
     with _mutex:
         descriptor, lock = _opened(file), None
         try:
@@ -180,7 +193,7 @@ def _flocked(file: Path, key: tuple[int, int, str], me: Owner) -> Lock | None:
             _held.append(lock)
             return lock
         except BlockingIOError:
-            pass
+            raise
         except OSError as error:
             if error.errno in _NO_FLOCK:
                 if not os.fstat(descriptor).st_size:
@@ -191,7 +204,6 @@ def _flocked(file: Path, key: tuple[int, int, str], me: Owner) -> Lock | None:
         finally:
             if lock is None:
                 os.close(descriptor)
-    raise _taken(file.parent, _owner(file))
 
 
 def _is_named(descriptor: int, file: Path) -> bool:

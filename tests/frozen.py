@@ -30,7 +30,6 @@ from jax.sharding import PartitionSpec as P
 from saejax import cli, config
 from saejax.parallel import sharding
 from saejax.runs import run
-from saejax.training import state
 
 FIXTURES = Path(__file__).parent / "fixtures" / "frozen"
 
@@ -87,13 +86,13 @@ def made(overrides: list[str]) -> config.Config:
 def lowered(cfg: config.Config) -> str:
     """StableHLO of the training step, symbols numbered in their order and locations stripped."""
     mesh = sharding.make_mesh(*cfg.mesh.shape(jax.device_count(), n_lanes=cfg.train.n_lanes))
-    tx, step = run.learner(cfg)
+    learner = run.learner(cfg)
     rows = run.filling(cfg, np.empty(0, np.float32))
-    wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, rows, mesh=mesh)
+    wanted = learner.abstract(rows, mesh)
     lanes = NamedSharding(mesh, P(sharding.DATA))
     record = jax.ShapeDtypeStruct((rows.shape[0], *rows.shape[2:]), np.float32, sharding=lanes)
     with jax.set_mesh(mesh):
-        return canonical(jax.jit(step, donate_argnums=0).lower(wanted, record).as_text())
+        return canonical(jax.jit(learner.step, donate_argnums=0).lower(wanted, record).as_text())
 
 
 def canonical(text: str) -> str:

@@ -22,7 +22,7 @@ from saejax.errors import UserError
 from saejax.parallel import sharding
 from saejax.runs import run
 from saejax.sae import base
-from saejax.training import ensemble_config, memory, state
+from saejax.training import ensemble_config, memory
 
 DRY_RUN, DEVICE_MEMORY = "--dry-run", "--device-memory-gib="
 
@@ -91,9 +91,9 @@ def make(cfg: config.Config, limit: int | None = None) -> Plan:
     members = list(ensemble_config.members(cfg).values())
     one = members[0] if members else cfg
     copies = max(1, len(members)) // cfg.mesh.ensemble
-    tx, step = run.learner(one)
+    learner = run.learner(one)
     rows = run.filling(one, np.empty(0, _row_dtype(one)))
-    wanted = state.abstract(one.sae, tx, one.train, one.normalize, rows, mesh=mesh)
+    wanted = learner.abstract(rows, mesh)
     lanes = NamedSharding(mesh, P(sharding.DATA))
     parts = {
         "parameters": copies * _bytes(wanted.params),
@@ -104,7 +104,7 @@ def make(cfg: config.Config, limit: int | None = None) -> Plan:
         "batches, this and the next": 2 * _bytes(memory.record(wanted, lanes)),
     }
     parts = {name: size for name, size in parts.items() if size}
-    found = memory.analysed(step, wanted, lanes, mesh)[2] if here and not members else None
+    found = memory.analysed(learner.step, wanted, lanes, mesh)[2] if here and not members else None
     if found is None:
         parts["temporaries (estimate)"] = copies * temporaries(one.sae, one.train.batch, dict(mesh.shape))
     else:

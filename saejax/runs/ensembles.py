@@ -28,7 +28,7 @@ from saejax.fields import paths
 from saejax.parallel import processes, sharding
 from saejax.runs import agreement, directory, run
 from saejax.storage import checkpoint, lock, tracking
-from saejax.training import ensemble, ensemble_config, flops, loop, memory, optim, settings, state
+from saejax.training import ensemble, ensemble_config, flops, loop, memory, settings
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
     mesh = sharding.make_mesh(*shape, n_ensemble=n_axis)
     sharding.check_divides(mesh, n_lanes=cfg.train.n_lanes, d_sae=cfg.sae.d_sae)
     rows, put = run.open_stream(cfg, mesh)
-    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
+    learners = [run.learner(one) for one in cfgs]
     logger.info("%d members in one step (ensemble.form=%s)", n, form.name)
     with contextlib.ExitStack() as stack:
         owners = {path: directory.take(c, path, resume, stack) for path, c in members.items()}
@@ -170,10 +170,10 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
             stack.callback(one.close)
         records = [next(rows)] if resume else run.first_filling(cfg, rows)
         first = records[0]
-        single = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, run.filling(cfg, first), mesh=mesh)
+        single = learners[0].abstract(run.filling(cfg, first), mesh)
         run.check_room(cfg, list(members), single)
         layout = ensemble.Layout(single, n, form, mesh)
-        made = ensemble.make([ensemble.Member(c.sae, c.optim) for c in cfgs], cfg.train, form, mesh)
+        made = ensemble.make(learners, form, mesh)
         lane_sharding = NamedSharding(mesh, P(sharding.DATA))
         compiled = memory.compile_step(made, layout.abstract, lane_sharding, mesh, n_members=n)
         if resume:
@@ -182,9 +182,7 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
         else:
             filled = run.fill(cfg, records, put)
             seeds = [c.seed for c in cfgs]
-            states = state.create_many(
-                cfg.sae, tx, cfg.train, cfg.normalize, filled, seeds=seeds, data_seed=cfg.stream_seed, mesh=mesh
-            )  # fmt: skip
+            states = learners[0].create(filled, mesh, seeds=seeds, data_seed=cfg.stream_seed)
             del filled
         begun = layout.join(states)
         del states

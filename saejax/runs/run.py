@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -39,11 +38,9 @@ from saejax.training import (
     loop,
     memory,
     nonfinite,
-    optim,
-    settings,
     state,
-    step,
 )
+from saejax.training.learner import Learner
 
 logger = logging.getLogger(__name__)
 
@@ -76,21 +73,20 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     with contextlib.ExitStack() as stack:
         owner = directory.take(cfg, run_dir, resume, stack)
         rows, put = open_stream(cfg, mesh)
-        tx, make_step = learner(cfg)
+        one = learner(cfg)
         checkpoints = checkpoint.Checkpoints(run_dir, cfg.checkpoint, owner)
         stack.callback(checkpoints.close)
         records = [next(rows)] if resume else first_filling(cfg, rows)
         first = records[0]
-        wanted = state.abstract(cfg.sae, tx, cfg.train, cfg.normalize, filling(cfg, first), mesh=mesh)
+        wanted = one.abstract(filling(cfg, first), mesh)
         check_room(cfg, [run_dir], wanted)
-        compiled = memory.compile_step(make_step, wanted, NamedSharding(mesh, P(sharding.DATA)), mesh)
+        compiled = memory.compile_step(one.step, wanted, NamedSharding(mesh, P(sharding.DATA)), mesh)
         if resume:
             train_state, position = checkpoints.restore(wanted)
             rows.set_state(position)
         else:
             filled = fill(cfg, records, put)
-            seeds = {"seed": cfg.seed, "data_seed": cfg.data_seed}
-            train_state = state.create(cfg.sae, tx, cfg.train, cfg.normalize, filled, **seeds, mesh=mesh)
+            (train_state,) = one.create(filled, mesh, seeds=(cfg.seed,), data_seed=cfg.stream_seed)
         directory.begin(cfg, run_dir, owner, int(train_state.step))
         tracker = tracking.Tracker(
             run_dir,
@@ -120,19 +116,9 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Ou
     return outcome
 
 
-def learner(cfg: config.Config) -> tuple[optax.GradientTransformation, step.Step]:
-    """Optimiser and training step of a run, the step not yet compiled."""
-    tx = optim.make(cfg.optim, cfg.train.n_steps, cfg.sae.lr_scales(), d_sae=cfg.sae.d_sae)
-    made = step.make(
-        cfg.sae,
-        tx,
-        dead_window_tokens=cfg.train.dead_window_tokens,
-        learning_rate=optim.schedule(cfg.optim, cfg.train.n_steps, cfg.sae.d_sae),
-        ema_decay=cfg.train.ema_decay,
-        resample_every_steps=cfg.train.resample_every_steps,
-        skip_nonfinite=cfg.train.on_nonfinite is settings.OnNonfinite.skip,
-    )
-    return tx, made
+def learner(cfg: config.Config) -> Learner:
+    """The learner of a run."""
+    return Learner(cfg.sae, cfg.optim, cfg.train, cfg.normalize)
 
 
 def load(run_dir: str | Path, step: int | None = None) -> model.SAE:

@@ -23,9 +23,9 @@ from jaxtyping import Array, Float
 from saejax.activations import buffer, normalize
 from saejax.parallel import sharding
 from saejax.sae import base
-from saejax.training import liveness, optim, step
+from saejax.training import liveness, step
 from saejax.training.ensemble_config import KNOBS, Form
-from saejax.training.settings import TrainConfig
+from saejax.training.learner import Learner
 from saejax.training.state import TrainState
 
 _T = TypeVar("_T")
@@ -53,25 +53,11 @@ class EnsembleState:
     finite: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """What one member is told.
-
-    Attributes:
-      sparsifier: architecture.
-      optim: update rule and schedule.
-    """
-
-    sparsifier: base.Sparsifier
-    optim: optim.OptimConfig
-
-
-def make(members: Sequence[Member], config: TrainConfig, form: Form, mesh: Mesh) -> EnsembleStep:
+def make(members: Sequence[Learner], form: Form, mesh: Mesh) -> EnsembleStep:
     """Build the training step of an ensemble.
 
     Args:
       members: they differ in `KNOBS` only.
-      config: length, dead window, average, resampling.
       form: loop or vmap.
       mesh: its axis `ensemble`, where it has one, splits the members of the vmap form.
 
@@ -79,7 +65,7 @@ def make(members: Sequence[Member], config: TrainConfig, form: Form, mesh: Mesh)
       step(state, fresh) -> (state, metrics), pure and not yet jitted. Metrics are those of `training.step.make` as
       "i/name" for member i, and as "name" their means over the members that are finite: NaN where none is.
     """
-    learn_all = _unrolled(members, config) if form is Form.loop else _stacked(members, config, mesh)
+    learn_all = _unrolled(members) if form is Form.loop else _stacked(members, mesh)
 
     def ensemble_step(
         state: EnsembleState, fresh: Float[Array, "lanes rows d_row"]
@@ -97,13 +83,12 @@ def make(members: Sequence[Member], config: TrainConfig, form: Form, mesh: Mesh)
     return ensemble_step
 
 
-def _unrolled(members: Sequence[Member], config: TrainConfig) -> Callable[..., Any]:
-    learners = [_learner(member.sparsifier, member.optim, config) for member in members]
+def _unrolled(members: Sequence[Learner]) -> Callable[..., Any]:
 
     def learn_all(state: EnsembleState, x: jax.Array, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         done, metrics = [], []
-        for learn, member in zip(learners, state.members, strict=True):
-            new, measured = learn(dataclasses.replace(member, step=state.step, key=state.key), x, key)
+        for learner, member in zip(members, state.members, strict=True):
+            new, measured = learner.learn(dataclasses.replace(member, step=state.step, key=state.key), x, key)
             done.append(without_shared(new))
             # Always true, but the next member waits for it: intermediate arrays of all would need far more memory.
             x = jnp.where(new.liveness.tokens_since_fired[0] >= 0, x, 0)
@@ -113,7 +98,7 @@ def _unrolled(members: Sequence[Member], config: TrainConfig) -> Callable[..., A
     return learn_all
 
 
-def _stacked(members: Sequence[Member], config: TrainConfig, mesh: Mesh) -> Callable[..., Any]:
+def _stacked(members: Sequence[Learner], mesh: Mesh) -> Callable[..., Any]:
     knobs = _traced_knobs(members)
     largest = max(members, key=lambda member: getattr(member.sparsifier, "k", 0))
     axis = sharding.ENSEMBLE if sharding.ENSEMBLE in mesh.shape else None
@@ -123,8 +108,8 @@ def _stacked(members: Sequence[Member], config: TrainConfig, mesh: Mesh) -> Call
             sparsifier = _at(largest.sparsifier, point, "sae")
             if not aux:
                 sparsifier = with_values(sparsifier, aux_alpha=0.0)
-            learn = _learner(sparsifier, _at(largest.optim, point, "optim"), config)
-            new, measured = learn(dataclasses.replace(member, step=state.step, key=state.key), x, key)
+            learner = dataclasses.replace(largest, sparsifier=sparsifier, optim=_at(largest.optim, point, "optim"))
+            new, measured = learner.learn(dataclasses.replace(member, step=state.step, key=state.key), x, key)
             if not aux:
                 measured |= {"aux_k": jnp.zeros(())}
             return without_shared(new), dict(sorted(measured.items()))
@@ -136,24 +121,13 @@ def _stacked(members: Sequence[Member], config: TrainConfig, mesh: Mesh) -> Call
         if largest.sparsifier.aux_alpha == 0:
             mapped = jax.vmap(lambda member, point: learn_one(member, point, True), spmd_axis_name=axis)
             return mapped(state.members, knobs)
-        dead = liveness.dead(state.members.liveness, config.dead_window_tokens)
+        dead = liveness.dead(state.members.liveness, largest.train.dead_window_tokens)
         return jax.lax.cond(jnp.any(dead), lambda: all_members(True), lambda: all_members(False))
 
     return learn_all
 
 
-def _learner(sparsifier: base.Sparsifier, optimiser: optim.OptimConfig, config: TrainConfig) -> step.Learn:
-    return step.make_learn(
-        sparsifier,
-        optim.make(optimiser, config.n_steps, sparsifier.lr_scales(), d_sae=sparsifier.d_sae),
-        dead_window_tokens=config.dead_window_tokens,
-        learning_rate=optim.schedule(optimiser, config.n_steps, sparsifier.d_sae),
-        ema_decay=config.ema_decay,
-        resample_every_steps=config.resample_every_steps,
-    )
-
-
-def _traced_knobs(members: Sequence[Member]) -> dict[str, jax.Array]:
+def _traced_knobs(members: Sequence[Learner]) -> dict[str, jax.Array]:
     """Knob -> values [n] of those in which members differ; seeds have done their work by now."""
     found = {}
     for name, (part, field) in KNOBS.items():
@@ -204,7 +178,7 @@ class Layout:
     """How the states of members and that of the ensemble become each other.
 
     Args:
-      single: shapes and shardings of one member's whole state, from `state.abstract`.
+      single: shapes and shardings of one member's whole state, from `Learner.abstract`.
       n: members.
       form: loop or vmap.
       mesh: where they live.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,42 +20,35 @@ Step = Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]
 Learn = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make(
-    sparsifier: base.Sparsifier,
-    tx: optax.GradientTransformation,
-    *,
-    dead_window_tokens: int,
-    learning_rate: optax.Schedule,
-    ema_decay: float | None = None,
-    resample_every_steps: int | None = None,
-    skip_nonfinite: bool = False,
-) -> Step:
+class Settings(TypedDict, total=False):
+    """Settings of a step beside its architecture and optimiser."""
+
+    dead_window_tokens: Required[int]
+    """Tokens without firing after which a latent is dead."""
+    learning_rate: Required[optax.Schedule]
+    """The schedule inside the optimiser, for the log."""
+    ema_decay: float | None
+    """Of the average of the parameters, where the state keeps one; None takes that of the optimiser."""
+    resample_every_steps: int | None
+    """Steps between two resamplings of dead latents; None never does."""
+    skip_nonfinite: bool
+    """Whether a step that is not finite leaves all but the buffer as it was; `skipped`, 0 or 1, is then a metric."""
+
+
+def make(sparsifier: base.Sparsifier, tx: optax.GradientTransformation, **settings: Unpack[Settings]) -> Step:
     """Build the training step of one architecture.
 
     Args:
       sparsifier: architecture; its `value_and_grad`, `project`, `constrain` and `track` are used.
       tx: optimiser.
-      dead_window_tokens: tokens without firing after which a latent is dead.
-      learning_rate: the schedule inside `tx`, for the log.
-      ema_decay: of the average of the parameters, where the state keeps one; None takes that of the optimiser.
-      resample_every_steps: steps between two resamplings of dead latents; None never does.
-      skip_nonfinite: whether a step that is not finite leaves all but the buffer as it was; `skipped`, 0 or 1, is then
-        among the metrics.
+      **settings: see `Settings`.
 
     Returns:
       step(state, fresh) -> (state, metrics), pure and not yet jitted; fresh is [n_lanes, block_rows, d_row] in the
       dtype of the source. Metrics are float32 scalars: loss, each loss term, fvu, l0, dead_share, grad_norm (after
       projection, before clipping), param_norm (after the step), lr and, where latents are resampled, their number.
     """
-    learn = make_learn(
-        sparsifier,
-        tx,
-        dead_window_tokens=dead_window_tokens,
-        learning_rate=learning_rate,
-        ema_decay=ema_decay,
-        resample_every_steps=resample_every_steps,
-        skip_nonfinite=skip_nonfinite,
-    )
+    learn = make_learn(sparsifier, tx, **settings)
 
     def step(state: TrainState, fresh: Float[Array, "lanes rows d_row"]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
@@ -89,7 +82,8 @@ def make_learn(
     """The part of the step that comes after the draw, and that members of an ensemble do not share.
 
     Args:
-      sparsifier, tx, dead_window_tokens, learning_rate, ema_decay, resample_every_steps, skip_nonfinite: as in `make`.
+      sparsifier, tx: as in `make`.
+      dead_window_tokens, learning_rate, ema_decay, resample_every_steps, skip_nonfinite: see `Settings`.
 
     Returns:
       learn(state, x, key) -> (state, metrics): x [b, d_row] normalised, key that of the step. Neither the buffer nor

@@ -21,7 +21,8 @@ from saejax.activations.source import ActivationSource
 from saejax.errors import UserError
 from saejax.parallel import sharding
 from saejax.sae import base, model
-from saejax.training import fold, optim, settings, state, step
+from saejax.training import fold, optim, settings, state
+from saejax.training.learner import Learner
 
 Rows = ActivationSource | np.ndarray | jax.Array
 """Where rows come from: a source, or an array [n, d_in] that is reshuffled every epoch."""
@@ -99,21 +100,25 @@ def fit(
     """
     mode = normalize.NormMode[sparsifier.preferred_norm] if norm is normalize.NormMode.auto else norm
     sizes = settings.TrainConfig(
-        n_tokens=n_tokens, batch=batch, n_lanes=1, b_dec_init=b_dec_init, dead_after_tokens=dead_after_tokens
+        n_tokens=n_tokens,
+        batch=batch,
+        n_lanes=1,
+        b_dec_init=b_dec_init,
+        dead_after_tokens=dead_after_tokens,
+        resample_every_steps=resample_every_steps,
     )
     schedule = optim.OptimConfig(lr=lr, warmup_share=warmup_share, decay_share=decay_share, clip_norm=clip_norm)
     chunk = max(1, min(sizes.n_steps, 250, _CHUNK_FLOATS // (batch * sparsifier.d_in)))
     blocks = _blocks(rows, sparsifier.d_in, batch, chunk, seed if data_seed is None else data_seed)
     first = next(blocks)
     mesh = sharding.make_mesh(1, 1)
-    tx = optim.make(schedule, sizes.n_steps, sparsifier.lr_scales())
-    normalizing = normalize.NormalizeConfig(mode=mode)
+    learner = Learner(sparsifier, schedule, sizes, normalize.NormalizeConfig(mode=mode))
     # The sample that b_dec and the scale start from; the buffer itself keeps one batch of it.
-    begun = state.create(sparsifier, tx, sizes, normalizing, jnp.asarray(first)[None], seed=seed, mesh=mesh)
+    (begun,) = learner.create(jnp.asarray(first)[None], mesh, seeds=(seed,), data_seed=seed)
     begun = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), begun)
     now = dataclasses.replace(begun, buffer=dataclasses.replace(begun.buffer, rows=begun.buffer.rows[:, :1]))
     start = _folded(sparsifier, now, 0)
-    advance = _chunk_of(sparsifier, schedule, sizes.n_steps, dead_after_tokens, chunk, resample_every_steps)
+    advance = _chunk_of(learner, chunk)
     curves: list[dict[str, jax.Array]] = []
     for done in range(0, sizes.n_steps, chunk):
         count = min(chunk, sizes.n_steps - done)
@@ -124,17 +129,9 @@ def fit(
 
 
 @functools.lru_cache(maxsize=32)
-def _chunk_of(
-    sparsifier: base.Sparsifier, config: optim.OptimConfig, n_steps: int, window: int, chunk: int, resample: int | None
-) -> Any:
+def _chunk_of(learner: Learner, chunk: int) -> Any:
     """Compiled: (state, rows [chunk, batch, d_in], count) -> (state after `count` steps, their mean metrics)."""
-    one = step.make(
-        sparsifier,
-        optim.make(config, n_steps, sparsifier.lr_scales()),
-        dead_window_tokens=window,
-        learning_rate=optim.schedule(config, n_steps),
-        resample_every_steps=resample,
-    )
+    one = learner.step
     kept = ("loss", "fvu", "l0", "dead_share")
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -48,20 +48,6 @@ def abs_cos(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], *, block: 
     return np.minimum(out, 1.0, out=out)
 
 
-def best_cos(
-    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], *, block: int = 1024
-) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]:
-    """Returns the largest |cos| of each row of `a` to any of `b`, and the reverse; never the whole matrix."""
-    a, b = checked(a, "a"), checked(b, "b")
-    best_a, best_b = np.zeros(len(a)), np.zeros(len(b))
-    for start in range(0, len(a), block):
-        rows = slice(start, start + block)
-        similarity = abs_cos(a[rows], b, block=block)
-        best_a[rows] = similarity.max(axis=1)
-        best_b = np.maximum(best_b, similarity.max(axis=0))
-    return best_a, best_b
-
-
 def matched(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, "m"]:
     """The row matched to each column by the one-to-one assignment of largest total, or -1 (Hungarian, exact).
 

@@ -275,20 +275,6 @@ class Sparsifier(Layout, abc.ABC):
         folded = encoders.fold(self, params, mean, scale)
         return dataclasses.replace(folded, extra=folded.extra | self.fold_extra(params, self.split(mean)[0], scale))
 
-    def with_unit_decoder(self, params: SAEParams) -> SAEParams:
-        """Returns the same ReLU autoencoder with decoder rows of norm 1 and latents times the old norms.
-
-        For linear encoders whose activation scales with each latent alone.
-        """
-        norms = row_norms(params.W_dec)
-        some = jnp.where(norms > 0, norms, 1.0)
-        return dataclasses.replace(
-            params,
-            W_enc=params.W_enc * some[None, :],
-            b_enc=params.b_enc * some,
-            W_dec=params.W_dec / some[:, None],
-        )
-
     def encoder_inputs(
         self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None
     ) -> tuple[Array, Array | None]:

@@ -7,7 +7,6 @@ Where a source prints a formula with a slip, the corrected form stands here and 
 
 import math
 
-import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import gammaln, log_ndtr
 
@@ -234,24 +233,3 @@ def awgn_dims_sufficient(n_codewords: int, noise: float, *, slack: float = 0.0) 
     if not 0 <= slack < math.inf:
         raise UserError(f"slack = {slack}: a finite number of at least 0 is needed")
     return (2 / math.log1p(1 / noise) + slack) * math.log(n_codewords)
-
-
-def storage_dims(n_atoms: float, *, bits: int = 16) -> float:
-    """Dimensions that could hold the name of one atom if every bit of a coordinate were usable: log2(n) / bits.
-
-    Args:
-      n_atoms: number of atoms, at least 1.
-      bits: of one stored coordinate.
-
-    Returns:
-      Dimensions; what a decoder needs is far more.
-
-    Raises:
-      UserError: a number out of its range.
-
-    Example:
-      >>> storage_dims(2**20)
-      1.25
-    """
-    check_positive(n_atoms=n_atoms, bits=bits)
-    return float(np.log2(n_atoms)) / bits

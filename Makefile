@@ -50,7 +50,7 @@ faults: $(TEST_READY)  ## kill, cut off, flip bits, fill disks: hundreds of time
 	SAEJAX_FAULTS_TABLE=1 $(BIN)/python -m pytest -q tests/faults
 
 parity: $(PEERS)/installed  ## the same losses, steps and files as the installed peers: SAELens, sparsify, dictionary_learning
-	$(PEERS)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not faults" tests/interop
+	$(PEERS)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not faults" tests/interop
 
 lint: $(TEST_READY)  ## formatting, lint and types, scripts and Dockerfile too; changes nothing
 	$(BIN)/ruff format --check .

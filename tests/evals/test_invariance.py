@@ -13,11 +13,13 @@ from metric_examples import EXAMPLES, OF_THE_BATCH, OF_THE_STREAM
 from saejax import evals
 from saejax.errors import UserError
 from saejax.evals import metric
+from saejax.lab import metrics
 from saejax.lab.metrics.over import over
 from saejax.parallel import sharding
 
-for module in pkgutil.iter_modules(evals.__path__):
-    importlib.import_module(f"saejax.evals.{module.name}")
+for package in (evals, metrics):
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
 ROWS = 90
 RTOL = 1e-5

@@ -28,7 +28,7 @@ def test_every_function_named_in_the_errata_exists():
     named = re.findall(r"`(codes\.\w+)\.(\w+)`", ERRATA)
     assert len(named) > 5
     for module, function in named:
-        assert callable(getattr(importlib.import_module(f"saejax.{module}"), function))
+        assert callable(getattr(importlib.import_module(f"saejax.lab.{module}"), function))
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_orbax_is_not_asked_where_nothing_may_be_written(tmp_path, monkeypatch, 
         raise PermissionError("Permission denied")
 
     saver = checkpoint.Checkpoints(tmp_path, checkpoint.CheckpointConfig())
-    monkeypatch.setattr(checkpoint.whole.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(checkpoint.atomic.tempfile, "TemporaryFile", refused)
     monkeypatch.setattr(saver._checkpointer, "save_checkpointables_async", lambda *_, **__: asked.append(True))
     saver.save(1, state_on(sharding.make_mesh()), {"position": 1}, None)
     assert not asked and "CHECKPOINT NOT WRITTEN" in caplog.text

@@ -52,7 +52,7 @@ def documents():
     paths += [
         *(ROOT / "scripts").iterdir(),
         ROOT / "Dockerfile",
-        *(ROOT / "saejax" / name for name in ("cli.py", "manual.py")),
+        *(ROOT / "saejax" / name for name in ("cli/program.py", "cli/help_text.py")),
     ]
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths if path.is_file()}
 

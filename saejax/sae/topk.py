@@ -27,7 +27,7 @@ from saejax.sae import base
 class TopK(base.Sparsifier):
     """TopK sparse autoencoder.
 
-    Example:
+    Examples:
       >>> TopK(d_in=16, d_sae=64, k=999)
       Traceback (most recent call last):
       ...

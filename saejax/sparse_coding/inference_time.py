@@ -44,7 +44,8 @@ def encode(
       threshold: For method threshold.
       nonneg: Whether latents must not fall below 0; None: unless the SAE's own may.
       warm_start: Whether methods that can start from the encoder's latents do.
-      max_iterations, tolerance: As in `infer`.
+      max_iterations: As in `infer`.
+      tolerance: As in `infer`.
 
     Example:
       >>> import jax

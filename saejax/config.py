@@ -228,7 +228,7 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
         try:
             composed = compose(config_name=name, overrides=typed)
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_one_line(error, root)) from error
+            raise UserError(one_line(error, root)) from error
     made = to_object(composed)
     if isinstance(made, Config):
         check_data(made)
@@ -255,7 +255,7 @@ def override(default: Any, overrides: list[str]) -> Any:
         typed = command_line.for_dotlist(overrides, command_line.path_keys(root, {}))
         merged: Any = OmegaConf.merge(node, key_value.dotlist(typed))
     except OmegaConfBaseException as error:
-        raise UserError(_one_line(error, root)) from error
+        raise UserError(one_line(error, root)) from error
     return to_object(merged)
 
 
@@ -284,20 +284,20 @@ def to_object(composed: DictConfig) -> Any:
     except UserError:
         raise
     except (OmegaConfBaseException, TypeError, OverflowError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
 
 
-def _one_line(error: Exception, root: type = Config) -> str:
+def one_line(error: Exception, root: type = Config) -> str:
     """The message of Hydra or OmegaConf as one line: the key or choice as typed, what is wrong, what is allowed."""
     text = "\n".join(str(part) for part in (error, error.__cause__) if part)
     raised_by_us = re.search(r"UserError raised while resolving interpolation: (.*)", text)
     if raised_by_us:
         return raised_by_us[1]
-    choice = re.search(r"Could not find '(\w+)/(.*?)'\s+Available options in '\w+':\s+(.*?)\n(?:Config|$)", text, re.S)
+    choice = re.search(r"Could not find '(.*?)'\s+Available options in '([\w/]+)':\s+(.*?)\n(?:Config|$)", text, re.S)
     if choice:
         allowed = [name for name in choice[3].split() if not name.endswith("_schema")]
-        there = f"no such choice; there are {', '.join(allowed)}"
-        return f"{choice[1]}={choice[2]}: {there}{command_line.near(choice[2], allowed)}"
+        there, named = f"no such choice; there are {', '.join(allowed)}", choice[1].removeprefix(f"{choice[2]}/")
+        return f"{choice[2]}={named}: {there}{command_line.near(named, allowed)}"
     unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
     key = re.search(r"full_key: (\S+)", text)
     if unknown:
@@ -369,5 +369,5 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
         typed = command_line.for_dotlist(overrides or [], command_line.path_keys(Config, GROUPS))
         merged = OmegaConf.merge(node, saved, key_value.dotlist(typed))
     except (OmegaConfBaseException, OverflowError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
     return to_object(merged)  # pyright: ignore[reportArgumentType]

@@ -239,7 +239,7 @@ def test_every_value_as_hydra_reads_it(root, given):
                 OmegaConf.update(node, key, key_value.parsed([f"{key}={typed}"])[0].value(), merge=True)
                 config.to_object(node)
             except (UserError, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, UserError) else config._one_line(error)
+                said = str(error) if isinstance(error, UserError) else config.one_line(error)
                 assert "\n" not in said and key.rpartition(".")[2] in said, error
             else:
                 assert value not in BAD, (key, value)

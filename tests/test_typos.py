@@ -6,7 +6,7 @@ import pytest
 from test_config import ROOTS
 
 from saejax import cli, config
-from saejax.errors import UserError
+from saejax.errors import MISTAKE, UserError
 
 KEYS = [
     ("train", "train.lr=1", "unknown key train.lr; did you mean optim.lr"),
@@ -114,3 +114,19 @@ def test_figures_that_cannot_be_drawn_are_refused_before_the_experiment(tmp_path
     assert cli.main(["experiment", "synth/sb_iid", "quick=true", f"out={tmp_path / 'x'}"]) == 2
     said = capsys.readouterr().err
     assert "figures need matplotlib" in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("hydra/launcher=basicc", "hydra/launcher=basicc: no such choice; there are basic, "),
+        ("hydra/sweeper=nix", "hydra/sweeper=nix: no such choice; there are basic, "),
+        ("hydra.mode=x", "hydra.mode: Invalid value 'x', expected one of [RUN, MULTIRUN]"),
+        ("hydra.run.dirr=x", "unknown key hydra.run.dirr; did you mean hydra.run.dir?"),
+        ("hydra.searchpath=[gs://x]", "No config source registered for schema gs"),
+    ],
+)
+def test_settings_of_hydra_itself_are_one_line(word, message, capsys):
+    assert cli.main(["train", "train=smoke", word]) == MISTAKE
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"saejax train: {message}"), said

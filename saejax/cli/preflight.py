@@ -100,6 +100,7 @@ def check(arguments: list[str]) -> list[config.Config]:
     if any(a.startswith(HYDRA_ALONE) for a in arguments):
         return []
     _check_plugins(arguments)
+    _check_hydra(arguments)
     folds(arguments)
     jobs, configs = _jobs(arguments), []
     for overrides in jobs[:MAX_JOBS]:
@@ -110,6 +111,19 @@ def check(arguments: list[str]) -> list[config.Config]:
                 raise
             raise UserError(f"{error} (in the job {' '.join(overrides)}; no job was started)") from error
     return configs
+
+
+def _check_hydra(arguments: list[str]) -> None:
+    """Refuse wrong settings of Hydra itself (hydra.mode, hydra/launcher, ...), which Hydra would tell in many lines."""
+    own = [a for a in _overrides(arguments) if a.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    if not own:
+        return
+    config.register("train", config.Config)
+    try:
+        with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
+            compose("train", own, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(config.one_line(error)) from error
 
 
 def join(arguments: list[str], configs: list[config.Config]) -> list[str]:

@@ -137,10 +137,10 @@ def test_the_jobset_says_what_its_schema_allows():
     preflight.check([a for a in arguments if not a.startswith("source")])
 
 
-def test_the_workflow_runs_the_two_commands_with_pinned_actions():
+def test_the_workflow_runs_the_commands_of_a_pull_request_with_pinned_actions():
     found = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     steps = found["jobs"]["test"]["steps"]
-    assert [step["run"] for step in steps if "run" in step] == ["make lint", "make test"]
+    assert [step["run"] for step in steps if "run" in step] == ["make lint", "make test", "make docs"]
     assert all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", step["uses"]) for step in steps if "uses" in step)
     assert found["permissions"] == {"contents": "read"}
 

@@ -33,6 +33,10 @@ VALUED = ("--config-path", "--config-name", "--config-dir", "-cp", "-cn", "-cd",
 VALUED += ("--package", "-p", "--experimental-rerun")
 FLAGS = (*MULTIRUN, "--dry-run", "--device-memory-gib", "--hydra-help", "--resolve", "--shell-completion", "-sc")
 
+# Settings of Hydra itself; the groups of train.yaml that choose among them.
+HYDRA_OWN = ("hydra.", "hydra/")
+HYDRA_GROUPS = ("launcher=", "sweeper=")
+
 # Not a key of a run: whether the jobs of a sweep that can be are trained in one step.
 FOLD = "sweep.fold"
 
@@ -115,9 +119,10 @@ def check(arguments: list[str]) -> list[config.Config]:
 
 def _check_hydra(arguments: list[str]) -> None:
     """Refuse wrong settings of Hydra itself (hydra.mode, hydra/launcher, ...), which Hydra would tell in many lines."""
-    own = [a for a in _overrides(arguments) if a.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    if not own:
+    overrides = _overrides(arguments)
+    if not any(a.lstrip("+~").startswith(HYDRA_OWN) for a in overrides):
         return
+    own = [a for a in overrides if a.lstrip("+~").startswith((*HYDRA_OWN, *HYDRA_GROUPS))]
     config.register("train", config.Config)
     try:
         with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):

@@ -16,7 +16,9 @@ Sources:
   from being pushed by the whole residual, is that of SAELens.
 """
 
+import dataclasses
 import functools
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,67 +26,78 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from saejax.kernels import matmul, partition, top_k
-from saejax.sae import sites
+from saejax.sae import parameters, sites
 
 _BLOCK_BYTES = 2**25  # latents of a block of rows, of which some copies exist at once
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+class Weights(NamedTuple):
+    """The parameters that AuxK may move, in the columns and rows of dead latents; or their gradients."""
+
+    W_enc: jax.Array  # [n, d_sae]
+    b_enc: jax.Array  # [d_sae]
+    W_dec: jax.Array  # [d_sae, d_out]
+
+    @classmethod
+    def of(cls, params: parameters.SAEParams) -> Self:
+        """Returns those of all parameters, or of a gradient."""
+        return cls(params.W_enc, params.b_enc, params.W_dec)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """AuxK of one architecture: static and hashable."""
+
+    k_aux: int
+    """Dead latents used per row (fewer if fewer are dead)."""
+    dtype: str = "float32"
+    """Operands of the products."""
+    signed: bool = False
+    """Whether latents may be negative: then no ReLU, and the largest magnitudes are chosen."""
+    n_groups: int = 1
+    """Groups of latents that read a part of the encoder's input each (`sites.product`)."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def aux_k_loss(
-    W_enc: Float[Array, "n d_sae"],
-    b_enc: Float[Array, "d_sae"],
-    W_dec: Float[Array, "d_sae d_out"],
+    weights: Weights,
     read: Float[Array, "b m"],
     residual: Float[Array, "b d_out"],
-    dead: Bool[Array, "d_sae"],
-    k_aux: int,
-    dtype: str,
-    signed: bool = False,
-    n_groups: int = 1,
+    dead: Bool[Array, " d_sae"],
+    settings: Settings,
 ) -> Float[Array, ""]:
     """Returns the AuxK loss of one batch, before its coefficient; 0 without dead latents.
 
     Args:
-      W_enc, b_enc, W_dec: The parameters that it may move, in the columns and rows of dead latents.
+      weights: The parameters that it may move.
       read: What the product with W_enc reads, `x - b_dec` in a linear encoder; no gradient.
       residual: `target - recon`; no gradient.
       dead: Latents that count as dead.
-      k_aux: Dead latents used per row (fewer if fewer are dead).
-      dtype: Operands of the products.
-      signed: Whether latents may be negative: then no ReLU, and the largest magnitudes are chosen.
-      n_groups: Groups of latents that read a part of `read` each (`sites.product`).
+      settings: How many take part, and how.
     """
-    return _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed, n_groups)[0]
+    return _forward(weights, read, residual, dead, settings)[0]
 
 
-def _forward(*args):
-    return _value_and_grads(*args)
+def _forward(weights, read, residual, dead, settings):
+    return added(jax.tree.map(jnp.zeros_like, weights), weights, read, residual, dead, settings)
 
 
-def _backward(k_aux, dtype, signed, n_groups, grads, cotangent):
-    return (*(g * cotangent for g in grads), None, None, None)
+def _backward(settings, grads, cotangent):
+    return jax.tree.map(lambda grad: grad * cotangent, grads), None, None, None
 
 
 aux_k_loss.defvjp(_forward, _backward)
 
 
-def _value_and_grads(W_enc, b_enc, W_dec, read, residual, dead, k_aux, dtype, signed, n_groups):
-    zeros = jax.tree.map(jnp.zeros_like, (W_enc, b_enc, W_dec))
-    return added(zeros, (W_enc, b_enc, W_dec), read, residual, dead, k_aux, dtype, signed, n_groups)
-
-
 def added(
-    grads: tuple[jax.Array, jax.Array, jax.Array],
-    weights: tuple[jax.Array, jax.Array, jax.Array],
+    grads: Weights,
+    weights: Weights,
     read: Float[Array, "b m"],
     residual: Float[Array, "b d_out"],
-    dead: Bool[Array, "d_sae"],
-    k_aux: int,
-    dtype: str,
-    signed: bool,
-    n_groups: int,
+    dead: Bool[Array, " d_sae"],
+    settings: Settings,
     weight: Float[Array, ""] | float = 1.0,
-) -> tuple[Float[Array, ""], tuple[jax.Array, jax.Array, jax.Array]]:
+) -> tuple[Float[Array, ""], Weights]:
     """Returns the AuxK loss of `aux_k_loss`, and `grads` plus `weight` times its gradients.
 
     A loop that runs once or not at all changes its arrays in place; a conditional would copy them, and the sum of two
@@ -92,10 +105,10 @@ def added(
 
     Args:
       grads: Gradients of `weights` so far.
-      weights: W_enc, b_enc, W_dec.
-      read, residual, dead, k_aux, dtype, signed, n_groups: As in `aux_k_loss`.
+      weights, read, residual, dead, settings: As in `aux_k_loss`.
       weight: Factor on the gradients.
     """
+    k_aux, dtype, signed, n_groups = settings.k_aux, settings.dtype, settings.signed, settings.n_groups
     n_dead = jnp.sum(dead)
     centred = residual - jnp.mean(residual, axis=0, keepdims=True)
     # A residual without variance (a perfect or an empty batch) gives 0, not NaN.
@@ -118,12 +131,12 @@ def added(
         chosen = jnp.nonzero(dead, size=k_aux, fill_value=0)[0]
         real = jnp.arange(k_aux) < n_dead
         (W_enc, b_enc, W_dec), *given = held(turn)
-        part = (W_enc[:, chosen], b_enc[chosen], W_dec[chosen])
+        part = Weights(W_enc[:, chosen], b_enc[chosen], W_dec[chosen])
         groups = chosen // (dead.shape[0] // n_groups)
         loss, (g_enc, g_bias, g_dec) = jax.value_and_grad(explain)(part, real, *given, groups)
         on_enc, on_bias, on_dec = state[1]
         # Spare slots name latent 0 with gradient 0.
-        return loss, (
+        return loss, Weights(
             on_enc.at[:, chosen].add(weight * g_enc),
             on_bias.at[chosen].add(weight * g_bias),
             on_dec.at[chosen].add(weight * g_dec),

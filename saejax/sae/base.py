@@ -212,8 +212,7 @@ class Sparsifier(Layout, abc.ABC):
         (found, aux), (read, residual, weight) = self._but_aux_k(params, rows, step)
         if self.aux_alpha == 0:
             return found, aux
-        weights = (params.W_enc, params.b_enc, params.W_dec)
-        term: Any = aux_k.aux_k_loss(*weights, read, residual, dead, *self._aux_k_settings())
+        term: Any = aux_k.aux_k_loss(aux_k.Weights.of(params), read, residual, dead, self._aux_k_settings())
         return found + weight * term, dataclasses.replace(aux, terms=aux.terms | {"aux_k": term})
 
     def value_and_grad(
@@ -233,14 +232,14 @@ class Sparsifier(Layout, abc.ABC):
         (found, (aux, (read, residual, weight))), grads = jax.value_and_grad(but_aux_k, has_aux=True)(params)
         if self.aux_alpha == 0:
             return (found, aux), grads
-        own, of = ((tree.W_enc, tree.b_enc, tree.W_dec) for tree in (grads, params))
-        term, added = aux_k.added(own, of, read, residual, dead, *self._aux_k_settings(), weight)
-        grads = dataclasses.replace(grads, W_enc=added[0], b_enc=added[1], W_dec=added[2])
+        own, of = map(aux_k.Weights.of, (grads, params))
+        term, added = aux_k.added(own, of, read, residual, dead, self._aux_k_settings(), weight)
+        grads = dataclasses.replace(grads, **added._asdict())
         return (found + weight * term, dataclasses.replace(aux, terms=aux.terms | {"aux_k": term})), grads
 
-    def _aux_k_settings(self) -> tuple[int, str, bool, int]:
-        """`k_aux`, `dtype`, `signed` and `n_groups` of `aux_k`."""
-        return self.n_aux, self.matmul_dtype.value, self.signed, self.n_groups
+    def _aux_k_settings(self) -> aux_k.Settings:
+        dtype = self.matmul_dtype.value
+        return aux_k.Settings(k_aux=self.n_aux, dtype=dtype, signed=self.signed, n_groups=self.n_groups)
 
     def _but_aux_k(self, params: SAEParams, rows: Any, step: Any) -> Any:
         """The loss without AuxK, and what AuxK reads with its weight, without a gradient."""

@@ -9,6 +9,7 @@ from saejax import sae
 from saejax.sae import aux_k
 
 CONFIG = sae.TopK(d_in=16, d_sae=64, k=4, k_aux=8)
+SETTINGS = aux_k.Settings(k_aux=8)
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def dead_latents(n):
 def loss(params, x, dead):
     fixed = jax.lax.stop_gradient(x - params.b_dec[None, :])
     residual = jax.lax.stop_gradient(x - CONFIG.decode(params, CONFIG.encode(params, x)))
-    return aux_k.aux_k_loss(params.W_enc, params.b_enc, params.W_dec, fixed, residual, dead, 8, "float32")
+    return aux_k.aux_k_loss(aux_k.Weights.of(params), fixed, residual, dead, SETTINGS)
 
 
 @jax.jit
@@ -72,8 +73,8 @@ def test_gradient_reaches_dead_latents_and_nothing_else(params, x, n_dead):
 
 def test_no_gradient_through_the_target_or_the_input(params, x):
     dead = dead_latents(5)
-    rest = (params.W_enc, params.b_enc, params.W_dec)
-    aux = jax.jit(lambda fixed, residual: aux_k.aux_k_loss(*rest, fixed, residual, dead, 8, "float32"))
+    weights = aux_k.Weights.of(params)
+    aux = jax.jit(lambda fixed, residual: aux_k.aux_k_loss(weights, fixed, residual, dead, SETTINGS))
     grads = jax.grad(aux, argnums=(0, 1))(x, x)
     assert not np.any(grads[0]) and not np.any(grads[1])
 
@@ -102,9 +103,8 @@ def test_zero_when_nothing_is_dead(params, x):
 
 def test_finite_when_the_residual_has_no_variance(params):
     x = jnp.zeros((4, 16))
-    weights = (params.W_enc, params.b_enc, params.W_dec)
-    aux = jax.jit(lambda w: aux_k.aux_k_loss(*w, x, jnp.zeros_like(x), dead_latents(5), 8, "float32"))
-    value, grads = jax.value_and_grad(aux)(weights)
+    aux = jax.jit(lambda weights: aux_k.aux_k_loss(weights, x, jnp.zeros_like(x), dead_latents(5), SETTINGS))
+    value, grads = jax.value_and_grad(aux)(aux_k.Weights.of(params))
     assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in grads)
 
 

@@ -93,13 +93,16 @@ def test_aux_k_reads_each_dead_latents_own_site(n_dead):
     params, rows = moved(CLT.init(jax.random.key(0))), rows_of(CLT)
     x, residual = CLT.split(rows)
     dead = jnp.zeros(72, bool).at[np.random.default_rng(0).permutation(72)[:n_dead]].set(True)
-    rest = (params.b_enc, params.W_dec, x, residual, dead, 8, "float32", False)
+
+    def aux(W_enc, n_groups):
+        weights = aux_k.Weights(W_enc, params.b_enc, params.W_dec)
+        return aux_k.aux_k_loss(weights, x, residual, dead, aux_k.Settings(k_aux=8, n_groups=n_groups))
 
     def spread(W_enc):
         return jax.scipy.linalg.block_diag(*(W_enc[:, g * 24 : (g + 1) * 24] for g in range(3)))
 
-    found = jax.jit(jax.value_and_grad(lambda W: aux_k.aux_k_loss(W, *rest, 3)))(params.W_enc)
-    expected = jax.jit(jax.value_and_grad(lambda W: aux_k.aux_k_loss(spread(W), *rest, 1)))(params.W_enc)
+    found = jax.jit(jax.value_and_grad(lambda W: aux(W, 3)))(params.W_enc)
+    expected = jax.jit(jax.value_and_grad(lambda W: aux(spread(W), 1)))(params.W_enc)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 

@@ -1,7 +1,7 @@
-"""How work ends other than well: the error that users see without a traceback, and every exit status.
+"""Exit statuses, and the error that users see as one line without a traceback.
 
-The table stands in docs/reliability.md. It is the same for every command, so that a batch script needs one rule:
-0 is done, 128 and more is "run the same again", anything else wants a person.
+docs/reliability.md holds the table, which is the same for every command. A batch script needs one rule: 0 is done, 128
+and more means "run the same again", anything else needs a person.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import signal
 DONE = 0
 """The work was done."""
 FAILED = 1
-"""A check that was asked for did not pass (store verify, experiment), or a part of the work ended badly (a job of a
-sweep, a member of an ensemble); also any defect, with its traceback."""
+"""A requested check did not pass (store verify, experiment), or a part of the work failed (a job of a sweep, a member
+of an ensemble). Also any defect, with its traceback."""
 MISTAKE = 2
 """A `UserError`, or what a file system refuses: one line says what to mend."""
 LOST = 134
-"""Another process of the same run is gone; what JAX's own abort comes to, so that there is one number for it."""
+"""Another process of the same run is gone. JAX's own abort gives the same number."""
 
 
 def stopped_status(signum: int) -> int:

@@ -1,1 +1,1 @@
-"""Types and checks of config fields, and the text in which they are typed."""
+"""Types and checks of config fields, and the syntax in which people type them."""

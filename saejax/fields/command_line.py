@@ -1,7 +1,7 @@
-"""Command lines as people type them: paths quoted for Hydra before it parses them, and what a typo was meant to be.
+"""Command-line arguments: quotes paths for Hydra before it parses them, and suggests corrections of typos.
 
-Hydra's grammar gives `=`, `#`, `(`, `{`, commas, spaces and numbers a meaning of their own, which in a path they do
-not have. Which keys hold paths is said by the config classes, with the types of `saejax.fields.paths`.
+Hydra's grammar gives `=`, `#`, `(`, `{`, commas, spaces and numbers a special meaning, which they do not have in a
+path. The types of `saejax.fields.paths` in the config classes tell which keys hold paths.
 """
 
 from __future__ import annotations

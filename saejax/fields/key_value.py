@@ -1,6 +1,7 @@
-"""What is typed as key=value: read as Hydra's grammar reads it, or refused in one line that shows what was typed.
+"""Parser of key=value overrides: accepts what Hydra's grammar accepts, or fails in one line that shows the text.
 
-Hydra composes first and complains later, in the words of its parser; so the form of every override is looked at here.
+Hydra composes first and complains later, in the words of its parser. So saejax checks the form of every override here,
+before Hydra sees it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Numbers that a config may hold: finite, whole where they count, of a size that a device can count with.
+"""Checks of config numbers: finite, whole where they count, within the range of a device's integers.
 
-Each config class calls `check` first thing in its `__post_init__`, so that a value from a command line, from YAML or
-from Python meets the same rule, and what follows compares plain numbers: no NaN, which is below, above and equal to
-nothing. Nothing here takes an infinity; a field that is to be without limit is null.
+Each config class calls `check` first in its `__post_init__`. So values from a command line, YAML and Python obey the
+same rule, and later code compares plain numbers, never NaN. No field accepts infinity; null means "no limit".
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def check(config: Any, prefix: str = "", *, on_host: Collection[str] = ()) -> No
     """Refuse what no number field may hold; numbers of NumPy become Python's, lists of them tuples.
 
     Args:
-      config: instance of a config dataclass. Its annotations say what a field holds: int, float, either or null, or a
-        tuple of them; fields of other types are left alone. The name says how large it may be: see the constants.
+      config: instance of a config dataclass. Annotations define a field's kind: int, float, either or null, or a tuple
+        of them. Fields of other types are ignored. The name says how large it may be: see the constants.
       prefix: of the keys, for the message: "optim." and the like.
       on_host: fields that no device counts with: they may be as large as tokens may.
 

@@ -1,4 +1,4 @@
-"""Paths as they come in and go out: made absolute or refused at the door, quoted where they are printed."""
+"""Paths: makes them absolute or refuses them on entry, and quotes them in messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]+:/", re.A)
 """`gs://bucket/x`, and `gs:/bucket/x`, which is what pathlib makes of it; C:/ is the drive of a disk."""
 
 _PLAIN_FOR_HYDRA = re.compile(r"(?!(null|true|false|nan|inf)$)(\.{0,2}/|[a-z_])[\w/.\-+@%]*", re.A | re.I)
-"""What Hydra reads as a word and nothing else, no number, no null, and what its sweeper hands on as it is."""
+"""Words that Hydra reads as text (not as a number or null) and that its sweeper passes on unchanged."""
 
 
 def local(path: str | os.PathLike[str], field: str) -> Path:

@@ -1,10 +1,10 @@
-"""What may change when a run goes on: every config field says so beside its definition, as part of its type.
+"""Resume policy of config fields: each field's type says whether it may change when a run continues.
 
-    k: Fixed[int]                   another value would be another run: shapes, data, draws, the function computed
-    lr: Free[float] = 1e-3          may change from one part of a run to the next; said in the log, saved with the step
-    path: Place[str]                where and how the work is done; no effect on what is computed
+    k: Fixed[int]                   another value makes another run: shapes, data, draws, the function computed
+    lr: Free[float] = 1e-3          may change when the run continues; logged, and saved with the step
+    path: Place[str]                where and how the work happens; no effect on the result
 
-A field that says nothing is fixed.
+A field without a policy is fixed.
 """
 
 from __future__ import annotations

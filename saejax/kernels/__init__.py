@@ -1,1 +1,1 @@
-"""Top-k selection and sparse products over the active latents only, exact on any mesh."""
+"""Exact top-k selection and sparse products over the active latents, on any mesh."""

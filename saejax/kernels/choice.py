@@ -1,11 +1,12 @@
-"""Which form of a kernel runs, by operation, device and shape; the user has the last word.
+"""Choice of a kernel's form by operation, device and shape; the user can override it.
 
-A kernel asks `of` while it is traced and names the form that its own measured rule prefers. That is what it gets,
-unless the user named another: in the environment variable SAEJAX_KERNELS or through `use` (a config field). Written is
-one form for all operations ("sparse") or a form per operation ("encode=pallas,accumulate=dense"); "" is the rule.
+A kernel calls `of` while JAX traces it, and names the form that its own measured rule prefers. `of` returns that form
+unless the user named another, in the environment variable SAEJAX_KERNELS or through `use` (a config field). The syntax
+is one form for all operations ("sparse") or one per operation ("encode=pallas,accumulate=dense"). The empty string
+keeps the rule.
 
-The Pallas kernels run on NVIDIA GPUs of compute capability 9.0 (the encoder, which is written for Hopper's products)
-or above (the others). No GPU has measured them yet, so no rule prefers them.
+The Pallas kernels run on NVIDIA GPUs. The encoder needs compute capability 9.0 exactly, because it uses Hopper's
+products; the others need 9.0 or above. No GPU has measured them yet, so no rule prefers them.
 """
 
 import contextlib

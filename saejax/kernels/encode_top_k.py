@@ -1,6 +1,7 @@
-"""The k largest pre-activations of each row, without ever holding those of the whole batch.
+"""The k largest pre-activations of each row, computed in blocks of rows.
 
-Rows pass in blocks through the product and the selection, so that a block is still in the cache when it is read.
+Each block passes through the product and the selection while it is still in the cache. The pre-activations of the
+whole batch never exist at once.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""The k-th largest entry of a whole array, exact on any mesh, without a sort and without moving the entries.
+"""The k-th largest entry of a whole array: exact on any mesh, without sorting or moving entries.
 
-Non-negative floats order as their bits do, so the answer is found bit by bit: 31 counts of what lies above a
-candidate. Counts are integers, so shards add up to the same answer on any mesh.
+Non-negative floats sort like their bits, so 31 counts of the entries above a candidate find the answer bit by bit.
+Counts are integers: shards add up to the same answer on any mesh.
 """
 
 import jax

@@ -1,8 +1,8 @@
-"""The door to Pallas' Mosaic GPU backend, which is experimental: here is every name that moves between its versions.
+"""Pallas' Mosaic GPU backend: every name of this experimental interface that saejax uses.
 
-Importing this needs no Pallas; `available` says whether it is there. Kernels are written for `plgpu.kernel`, since
-`pl.pallas_call` on Mosaic and the Triton backend are both on their way out of jax. Layouts of registers are left to
-the compiler (warpgroup semantics), so that one source runs on the GPU and in the GPU interpreter on a CPU.
+Importing this module needs no Pallas; `available` says whether it is installed. Kernels use `plgpu.kernel`, since jax
+is retiring both `pl.pallas_call` on Mosaic and the Triton backend. The compiler chooses register layouts (warpgroup
+semantics), so one source runs on the GPU and in the GPU interpreter on a CPU.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""The three sparse passes of a k-sparse decoder on an NVIDIA GPU: combine, dot and accumulate rows, as Pallas kernels.
+"""Pallas kernels of a k-sparse decoder on NVIDIA GPUs: combine, dot and accumulate rows.
 
-They compute what `sparse_decode` computes on one device, without ever storing the gathered rows [b, k, d]. No atomic
-addition is used: accumulation sorts the places by latent and lets one block sum each latent's places in that order,
-so the same input gives the same bits. Unmeasured: `choice` takes them only where the user asks.
+They compute what `sparse_decode` computes on one device, and never store the gathered rows [b, k, d]. They use no
+atomic additions. Accumulation sorts the places by latent, and one block sums each latent's places in that order: the
+same input gives the same bits. They are unmeasured, so `choice` uses them only on request.
 """
 
 import jax

@@ -1,11 +1,11 @@
-"""The k largest pre-activations of each row on a Hopper GPU, without storing the pre-activations: a Pallas kernel.
+"""Pallas kernel for Hopper GPUs: the k largest pre-activations of each row, never stored as a whole.
 
-Each block multiplies a tile of rows with a tile of latents, keeps the tile in registers and writes only the best
-`kept` of each row; an exact top-k over these candidates follows. A row in which some tile may have held more of the
-winners than it wrote is done again from its whole product, 128 rows at a time. So the result is exact for any
-input; how often rows are redone only costs time. Unmeasured: `choice` takes it only where the user asks.
+Each block multiplies a tile of rows by a tile of latents, keeps the tile in registers and writes only the best `kept`
+of each row. An exact top-k over these candidates follows. If a tile may have held more winners of a row than it wrote,
+the row is computed again from its whole product, 128 rows at a time. So the result is exact for any input; redone rows
+only cost time. The kernel is unmeasured, so `choice` uses it only on request.
 
-Operands are bfloat16, sums float32. Equal values are won by the lowest index, as in `top_k`; -0 equals 0 in the tiles.
+Operands are bfloat16, sums float32. Among equal values the lowest index wins, as in `top_k`; -0 equals 0 in the tiles.
 """
 
 import functools

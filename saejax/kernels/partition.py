@@ -1,7 +1,7 @@
-"""Decides how a kernel is cut over the mesh: rows over "data", latents over "latent", or not at all.
+"""Partition of a kernel over the mesh: rows over "data", latents over "latent", or neither.
 
-Every kernel asks the context mesh (`jax.set_mesh`) here. Without a mesh, or where a size does not divide
-evenly, the kernel runs as plain code, which is always right.
+Every kernel reads the context mesh (`jax.set_mesh`) here. Without a mesh, or where a size does not divide evenly, the
+kernel runs as plain code, which is always correct.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Rows normalised one by one, as layer normalisation without weights: training reads it, and the finished SAE."""
+"""Normalisation of single rows: layer normalisation without weights, for training and for the finished SAE."""
 
 import enum
 

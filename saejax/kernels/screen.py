@@ -1,12 +1,12 @@
-"""The k largest pre-activations among candidates that a bfloat16 product names: exact, or said not to be.
+"""The k largest pre-activations among candidates that a cheap bfloat16 product selects; proves its own exactness.
 
-A bound on the error of the cheap product is added to it. Entries outside the 2 k largest bounds lie below the last of
-them; where the k-th largest exact value of the candidates lies above it, nothing was missed. With x = c + z, c the mean
-of a block of rows and hats for what was rounded to bfloat16,
+An error bound is added to each entry of the cheap product. Entries outside the 2 k largest bounds lie below the last
+of those bounds. If the k-th largest exact value of the candidates lies above it, no winner is missing. With x = c + z,
+where c is the mean of a block of rows and hats mark values rounded to bfloat16,
 
     x . w <= c . w + z^ . w^ + (|z - z^| + e (|x| + |c|)) |w| + |z| |w - w^|,
 
-by Cauchy and Schwarz, where e bounds the rounding of float32 sums. Rows that agree have a small z and a small bound.
+by Cauchy and Schwarz; e bounds the rounding of float32 sums. Rows that agree have a small z and a small bound.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Products of k-sparse codes with the rows of a dictionary that touch the active rows only.
+"""Products of k-sparse codes with a dictionary that touch only the active rows.
 
-Decoding, the gradient of the active values and the gradient of the dictionary are the three passes here; the
-encoder's gradient (`sparse_encode`) is made of the same. Each has a form for CPU and one for accelerators.
+The three passes here are decoding, the gradient of the active values and the gradient of the dictionary. The encoder's
+gradient (`sparse_encode`) consists of the same passes. Each has one form for CPUs and one for accelerators.
 """
 
 import os
@@ -191,8 +191,8 @@ def _chosen(operation: Operation, places: Array, shape: tuple[int, ...]) -> Call
 def _zero_after(values, indices):
     """A zero that the compiler must read from the data.
 
-    Buffers filled with it are filled only now, by a task of their own, which then goes on with the loop over its
-    buffer: so two accumulations run side by side on CPU. Two constant buffers would be one, and its copy.
+    A task of its own then fills the buffer and continues with the loop over it, so two accumulations run side by side
+    on a CPU. Two constant buffers would be one, and its copy.
     """
     if values.size == 0:
         return jnp.zeros(())

@@ -1,7 +1,7 @@
 """The encoder of a k-sparse autoencoder: one dense product forward, active latents only backward.
 
-`pre_activations` is the product, `top_k` selects outside of any gradient, and `with_encoder_gradient` gives
-the selected values the gradient that the dense chain would have given them.
+`pre_activations` computes the product and `top_k` selects outside of any gradient. `with_encoder_gradient` gives the
+selected values the gradient of the dense chain.
 """
 
 import jax

@@ -1,7 +1,7 @@
-"""The k largest entries of each row: exact on any mesh, ties won by the lowest index.
+"""The k largest entries of each row: exact on any mesh; the lowest index wins ties.
 
-An encoder calls it on its pre-activations. Plain jit would gather all latents of a sharded row onto every
-device; here each shard sends only its own k candidates.
+Encoders call it on their pre-activations. Plain jit would gather all latents of a sharded row onto every device; here
+each shard sends only its own k candidates.
 """
 
 import functools
@@ -91,8 +91,8 @@ def _among_unequal(
 ) -> tuple[Bool[Array, ""], Float[Array, "b k"], Int[Array, "b k"]]:
     """Whether ties had no say, and if so the top-k.
 
-    XLA's `top_k` keeps a heap. It is given the maxima first, in order, so that hardly any other entry enters it: half
-    the time of a row that comes in the order of indices.
+    XLA's `top_k` keeps a heap. The maxima enter it first, in order, so hardly any other entry does. This halves the
+    time for a row in index order.
     """
     b, _, size = groups.shape
     maxima, chosen = _side_by_side(jnp.max(groups, axis=2), k + 1)

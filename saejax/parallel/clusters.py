@@ -1,4 +1,4 @@
-"""Which process of a run this is, as its config, JAX_* variables or a scheduler say."""
+"""Number, count and coordinator of a run's processes, from the config, JAX_* variables or a scheduler."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Several processes as one run: how they start, agree with one another and part. `clusters` says which one this is.
+"""Several processes as one run: how they start, agree and leave. `clusters` tells each its number.
 
-Level zero of the package, beside `sharding`. The engine is `jax.distributed`: process 0 is the coordinator, which hears
-from every other one and ends all of them when one falls silent. Nothing here touches it unless `mesh.distributed` asks.
+The engine is `jax.distributed`: process 0 is the coordinator. It hears from every other process, and ends all of them
+when one falls silent. Nothing here touches it unless `mesh.distributed` asks.
 
-What must never differ between processes (which checkpoint is read, where the run lies, whether a save failed) is
-agreed upon through `gather`, which needs no device. How a process leaves is decided in `together`: those that end well
-wait for one another; one that fails alone does not wait, because the others hang in a collective until it is gone.
+Processes agree through `gather`, which needs no device, on everything that must not differ: which checkpoint to read,
+where the run lies, whether a save failed. `together` decides how a process leaves. Processes that end well wait for
+one another. One that fails alone does not wait, because the others hang in a collective until it is gone.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ _WORD_SECONDS = 30  # others may still be importing what this one failed in
 def gather(value: str) -> list[str]:
     """The values of all processes, in their order. All must call it, in the same order; one alone gets its own.
 
-    It waits for the slowest, say for one that still writes its part of a checkpoint; the silence of a dead one ends
-    this process (`mesh.dead_after_seconds`).
+    It waits for the slowest, for example one that still writes its part of a checkpoint. The silence of a dead process
+    ends this one (`mesh.dead_after_seconds`).
     """
     if not several():
         return [value]

@@ -1,9 +1,9 @@
-"""Several processes meet before JAX joins them: whether all come, whether all bring the same, and why one cannot come.
+"""Meeting of several processes before JAX joins them: do all come, and do all bring the same facts?
 
-JAX waits for as long as it may for a process that counts the others differently or that has failed on its own command
-line, and crashes where another program has the coordinator's port. So process 0 first listens there itself. Every other
-process sends one line, its number and what all must have alike (`Facts`), or why it cannot come; process 0 answers each
-with one line, that all go on or why all end. Then the port is JAX's.
+JAX waits as long as it may for a process that counts the others differently or has failed on its own command line. It
+crashes where another program holds the coordinator's port. So process 0 first listens on that port itself. Every other
+process sends one line: its number and the facts that must match (`Facts`), or the reason why it cannot come. Process 0
+answers each with one line: all go on, or why all end. Then JAX gets the port.
 """
 
 from __future__ import annotations

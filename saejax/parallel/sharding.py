@@ -1,8 +1,8 @@
-"""Where every array lives: the mesh, and one rule from a leaf's name to its `PartitionSpec`.
+"""Mesh and placement of arrays: one rule from a leaf's name to its `PartitionSpec`.
 
-Level zero of the package: training, evaluation and the activation side all read it, and it knows none of them.
-The mesh has two axes. `data` splits rows, `latent` splits the latents of one SAE; either may be 1. A third, `ensemble`,
-splits SAEs that are trained together; it is there only where it is above 1.
+Training, evaluation and the activation side read it, and it knows none of them. The mesh has two axes: `data` splits
+rows, `latent` splits the latents of one SAE; either may be 1. A third axis, `ensemble`, exists only above size 1 and
+splits SAEs that train together.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class MeshConfig:
     latent: Place[int] = 1
     """Devices over which the latents are split, for SAEs too wide for one device."""
     distributed: Place[processes.Distributed] = processes.Distributed.none
-    """Who says which process of the run this is: none for a single one; auto, slurm, kubernetes, tpu or manual for
-    several, of whose devices the mesh is then made."""
+    """Where this process gets its number: none for a single process; auto, slurm, kubernetes, tpu or manual for
+    several. The mesh then spans all their devices."""
     coordinator: Place[str | None] = None
     """host:port of process 0; null takes JAX_COORDINATOR_ADDRESS, or what the scheduler says."""
     num_processes: Place[int | None] = None

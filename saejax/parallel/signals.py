@@ -1,14 +1,14 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2, from the first line of a command to its last.
+"""Signal handling (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2) from the first line of a command to its last.
 
-The first signal is noted and stops the work as Ctrl-C stops Python, by `errors.Stopped`, wherever the main thread is;
-within `hold` it is only noted, for the work there has a way of its own to stop. What is noted is never lost: where the
-exception falls into a callback that cannot raise (JAX hooks the garbage collector, and compiles for minutes), or would
-fall into a compiled module that is being loaded, it is raised a moment later, and `check` raises it at the next
-boundary between two pieces of work. A second signal acts at once: a command ends, also while the main thread is inside
-of a library and runs no Python; in a program of others it does what it did there before.
+The first signal is recorded and raises `errors.Stopped` in the main thread, as Ctrl-C does in Python. Within `hold` it
+is only recorded, because that work stops in its own way. A recorded signal is never lost. If the exception falls into
+a callback that cannot raise (JAX hooks the garbage collector and compiles for minutes), or into the loading of a
+compiled module, it is raised a moment later. `check` also raises it at the next boundary between two pieces of work. A
+second signal acts at once: the command ends, even while the main thread is inside a library. Inside another program it
+does what it did there before.
 
-In a run of several processes that have joined, one of them may be the only one that is asked, and all must stop at the
-same place. There a signal is never raised: it is passed on, and `check` asks whether all of them stop here (`share`).
+In a run of several joined processes one of them may be the only one to get a signal, and all must stop at the same
+place. There saejax never raises it: it passes the signal on, and `check` asks whether all stop here (`share`).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def outer(signum: int) -> Any:
 
 
 def pass_on(signum: int) -> None:
-    """Give a signal that stopped work, now that all is safe, to a launcher that waits for it, say to queue it again.
+    """Pass a signal that stopped work to a waiting launcher, now that all is safe, so that it can queue the run again.
 
     Args:
       signum: its number; what is none is passed on to nobody.

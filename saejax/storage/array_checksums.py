@@ -1,8 +1,8 @@
-"""Checksums of arrays that do not depend on where the arrays lie: the same on one device and on any mesh.
+"""Checksums of arrays that are the same on one device and on any mesh.
 
-What is saved carries them, and what is loaded is compared with them, because a checkpoint with flipped bits loads
-without an error. They are sums of 32-bit words modulo 2^32, so devices add up their parts in any order; no array is
-gathered or copied to the host.
+Every saved array carries them and every load compares them, because a checkpoint with flipped bits loads without an
+error. They are sums of 32-bit words modulo 2^32: devices add up their parts in any order, and no array is gathered or
+copied to the host.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def of(tree: Any) -> dict[str, str]:
 
     .. math:: \\sum_i (2 i + 1) w_i \\bmod 2^{32}, \\qquad \\sum_i \\mathrm{mix}(w_i + i\\, c) \\bmod 2^{32}
 
-    The first changes with every single bit, because odd numbers have an inverse; the second mixes its words (finaliser
-    of MurmurHash3, Appleby), so that any other change passes with a probability of about 2^-32 or less.
+    The first changes with every single bit, because odd numbers have an inverse. The second mixes its words (finaliser
+    of MurmurHash3, Appleby), so any other change passes with a probability of about 2^-32 or less.
 
     Args:
       tree: Arrays of any dtype up to 32 bits, keys among them, on any devices. Dicts and dataclasses of the same

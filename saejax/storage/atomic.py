@@ -1,8 +1,7 @@
-"""A file that is there whole or not at all, whatever happens while it is written; what may be written or read.
+"""Atomic file writes: a file is there whole or not at all. Also checks what may be written or read.
 
-Everything that saejax writes under a name that others can guess goes through here. Nothing here writes through a link:
-a partial file is made anew under a name that nobody can foresee, a finished one takes the place of whatever has its
-name, and a log is not appended to a link.
+saejax writes every file with a predictable name through this module. It never writes through a link: a partial file
+gets a new, unpredictable name, a finished one replaces whatever has its name, and a log is not appended to a link.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Saving, resuming and reading runs. The only file that knows Orbax.
+"""Checkpoints: save, resume and read runs with Orbax.
 
-A checkpoint holds the whole `TrainState` and the position of the loader, so that going on is bit for bit the run
-that was never interrupted. It can be restored onto any mesh, and its parameters read on one CPU without a mesh. A
-record beside them holds the format's version and a checksum of every array, compared whenever arrays are read.
+A checkpoint holds the whole `TrainState` and the loader's position, so a resumed run equals the uninterrupted one bit
+for bit. It can be restored onto any mesh, and one CPU can read its parameters without a mesh. A record beside them
+holds the format's version and a checksum of every array; every read compares them.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, loader: dict[str, Any], fvu: float | None) -> None:
         """Start to save; returns while the bytes are still being written, and the state may be donated at once.
 
-        A save that fails, say on a full disk, is told loudly at the next one and stops nothing: earlier checkpoints
-        stay, and every save is a new try. Whoever must have the last one calls `ensure`.
+        A failed save, for example on a full disk, is logged as an error at the next one and stops nothing. Earlier
+        checkpoints stay, and every save tries again. Whoever must have the last one calls `ensure`.
 
         Args:
           step: optimiser steps taken.

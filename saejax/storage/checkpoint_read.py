@@ -1,4 +1,4 @@
-"""Reading checkpoints: which there are, their arrays for analysis, and whether they are what their place says."""
+"""Checkpoint reading: the steps in a directory, their arrays for analysis, and whether each matches its record."""
 
 from __future__ import annotations
 
@@ -159,9 +159,11 @@ def checked_record(path: Path, step: int, owner: Owner | None) -> dict[str, Any]
 
 
 def _check_metadata(path: Path, record: dict[str, Any]) -> None:
-    """What Orbax notes beside the arrays: which parts there are and how each is read, when it wrote them, how the save
-    is ranked. No checksum covers its file, so that each word is held against the others; of the times it is known only
-    that they follow each other, and nothing depends on them."""
+    """Orbax's notes beside the arrays: the parts, how to read each, when it wrote them, and the rank of the save.
+
+    No checksum covers this file, so each word is compared with the others. The times must follow each other; nothing
+    depends on them.
+    """
     noted = json.loads((path / "_CHECKPOINT_METADATA").read_text(encoding="utf-8"))
     handlers = dict(noted.get("item_handlers", {}))
     trees = {str(handlers.pop(name, None)) for name in (STATE, LOADER, RECORD)}  # all are written by one handler

@@ -1,8 +1,7 @@
-"""The record beside a saved state: which step of which run it is, and a checksum of every array.
+"""Record of a checkpoint: its step, its run, and a checksum of every array.
 
-A checkpoint that was renamed, linked or copied from elsewhere loads without an error, so does one with flipped bits.
-The record tells: it names the format, the step, the run, the config that the run had and its data, and it is compared
-whenever arrays are read.
+A checkpoint that was renamed, linked, copied from elsewhere or damaged loads without an error. The record reveals it:
+it names the format, the step, the run, the run's config and its data. Every read of arrays compares it.
 """
 
 from __future__ import annotations

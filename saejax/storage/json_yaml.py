@@ -1,7 +1,7 @@
-"""Files that say no more than JSON can: the readers of every configuration and manifest that may come from elsewhere.
+"""Safe JSON and YAML: the readers of every configuration and manifest, also of untrusted ones.
 
-No tags, no aliases, no interpolations, no endless nesting; what is not a mapping is refused in one line. The config of
-a run carries the version of its format, and what a newer saejax wrote is refused by name.
+They refuse tags, aliases, interpolations and endless nesting; a file that is not a mapping is an error of one line. A
+run's config carries the version of its format, so a config from a newer saejax is refused by name.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""One writer for a directory: a lock that dies with its owner, and a line that names the owner to whoever comes second.
+"""Directory lock: one writer at a time. The lock dies with its owner, and the second writer learns who holds it.
 
-The lock is `flock` on the open file `.lock` of the directory. The kernel gives it back when its owner ends, however it
-ends, so a restart after `kill -9` works at once; a stopped owner (SIGSTOP) keeps it. The owner removes the file at its
-end; who has locked a file looks whether it is still the one of that name, so that two never hold two of them. Programs
-that the owner starts do not keep the lock (close-on-exec), nor do children that Python forks (they close their copy).
+The lock is `flock` on the open file `.lock` of the directory. The kernel releases it when its owner ends for any
+reason, so a restart after `kill -9` works at once; a stopped owner (SIGSTOP) keeps it. The owner removes the file when
+it ends. Whoever locks a file checks that it still has that name, so two writers never hold two locks. Programs that
+the owner starts do not keep the lock (close-on-exec). Forked Python children do not either: they close their copy.
 
-Where the file system knows no `flock` (some network mounts), each taker puts a claim, a file of a name of its own, and
-owns the directory if it sees no other claim afterwards. A claim of a dead process of this machine is removed; one of
-another machine cannot be judged and is refused, with the file to remove in the line.
+Some network mounts know no `flock`. There each writer puts a claim, a file with a name of its own, and owns the
+directory if it then sees no other claim. It removes a claim of a dead process of this machine. It cannot judge a claim
+of another machine, so it refuses and names the file to remove.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""train.log: what the terminal showed of a run, kept in its directory, in whichever way it was started."""
+"""train.log: a copy of the terminal's lines in the run directory, however the run was started."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where measured values go: a JSONL file always, Weights & Biases when asked, behind one `log(step, values)`.
+"""Metric logging: always to a JSONL file, on request to Weights & Biases, through one `log(step, values)`.
 
-The only file that knows wandb.
+No other file knows wandb.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from saejax.storage import atomic
 logger = logging.getLogger(__name__)
 
 START_SECONDS, FINISH_SECONDS = 20.0, 60.0
-"""How long W&B may take to start and to send what is left at the end; a run waits no longer for either."""
+"""Seconds that W&B may take to start, and again to send the rest at the end."""
 
 
 class WandbMode(enum.Enum):

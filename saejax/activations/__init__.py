@@ -1,1 +1,1 @@
-"""Numbers in: sources of activations, the store, the loader, the shuffle buffer, the normaliser."""
+"""Activations: sources, the store, the loader, the shuffle buffer, the normaliser."""

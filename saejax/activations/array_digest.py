@@ -1,17 +1,16 @@
-"""Which data a table of rows is, wherever and in which files it lies: a hash at a cost that has a bound.
+"""Content hash of a table of rows, independent of its files, at a bounded cost.
 
-Up to `WHOLE` bytes all of them are hashed, and any change is seen. Of more, `SAMPLED` bytes are hashed: one block of
-up to `BLOCK` bytes out of each of N >= 4,096 equal stretches (fewer where a row alone has more than `BLOCK`), at a
-place that follows from the shape alone, the first and the last row among them. What that sees of a change:
+Up to `WHOLE` bytes it hashes everything and sees any change. Beyond that it hashes `SAMPLED` bytes: one block of up to
+`BLOCK` bytes out of each of N >= 4,096 equal stretches (fewer where a single row exceeds `BLOCK`). The shape alone
+decides the places; the first and the last row are among them. It then sees a change
 
 * of a stretch longer than 2 / N of the data, always: it covers one of the N;
 * of k changed blocks at random places, with probability 1 - (1 - p)^k, where p = `SAMPLED` / (bytes of the data). One
   changed block in 100 GB is seen with p = 0.0027, one block in a thousand changed (1,500) with probability 0.98.
 
-It costs about a second for each GiB up to `WHOLE`, and the reading of N places, nothing ahead of them, for what is
-larger. Where files that
-large are in Fortran order they are hashed as they lie, for a row is spread over all of its file: the same rows in the
-other order then count as other data.
+It costs about a second per GiB up to `WHOLE`, and reading N places beyond that. Large files in Fortran order are
+hashed as they lie, because a row is spread over the whole file. The same rows in the other order then count as
+different data.
 """
 
 import contextlib

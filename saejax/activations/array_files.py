@@ -1,6 +1,6 @@
-"""Array files end to end: a .npy or .safetensors file, or a directory of .npy files, as one table of rows.
+"""Array files as one table of rows: a .npy or .safetensors file, or a directory of .npy files end to end.
 
-`Table` looks at every row that it hands out, and names the first that is not finite by file and row.
+`Table` checks every row that it hands out, and names the first that is not finite by file and row.
 """
 
 import functools
@@ -104,7 +104,7 @@ class Table:
         if raw.dtype.itemsize > piece.dtype.itemsize and not piece.any() and raw.any():
             raise UserError(
                 f"{self.field} = {label}: rows from {first} on hold nothing above {np.abs(raw).max():.6g}, which "
-                f"{piece.dtype.name} takes for 0; scale the array up"
+                f"{piece.dtype.name} rounds to 0; scale the array up"
             )
 
 
@@ -150,7 +150,7 @@ def _table(files: tuple[Stamp, ...], tensor: str, field: str) -> Table:
 
 
 def find(root: pathlib.Path, field: str) -> list[pathlib.Path]:
-    """The files of a path, those of a directory at all depths in the order of their names; hidden ones are left out.
+    """The files of a path. In a directory: at all depths, in name order, without hidden ones.
 
     Links are followed, also to directories; what was met already is not met again.
 

@@ -1,7 +1,7 @@
-"""One array file as a memory map: a .npy file, or a tensor of a .safetensors file.
+"""Memory map of one array file: a .npy file, or a tensor of a .safetensors file.
 
-What cannot be read is refused in one line that names the file and says what it is instead. Nothing in a file is run or
-unpickled, and nothing that its header says is believed before the file is long enough for it.
+An unreadable file ends in one line that names the file and what it is instead. Nothing in a file is run or unpickled.
+saejax trusts no header until the file is long enough for it.
 """
 
 import functools
@@ -75,7 +75,7 @@ def _refuse_others(file: pathlib.Path, where: str, wanted: str) -> None:
     with file.open("rb") as stream:
         start = stream.read(32)
     if not start:
-        raise UserError(f"{where}: not a readable {wanted} file, for it is empty")
+        raise UserError(f"{where}: not a readable {wanted} file, because it is empty")
     for prefix, what in _OTHERS:
         if start.startswith(prefix):
             raise UserError(f"{where}: not a readable {wanted} file, but {what}")
@@ -90,7 +90,7 @@ def _map_npy(file: pathlib.Path, where: str) -> np.ndarray:
         try:
             dtype, order, shape = _npy_header(stream)
         except Exception:  # a damaged header surfaces as one of many kinds, whose messages say nothing of files
-            raise UserError(f"{where}: not a readable .npy file, for its header is damaged") from None
+            raise UserError(f"{where}: not a readable .npy file, because its header is damaged") from None
         begin = stream.tell()
     if dtype.hasobject:
         raise UserError(f"{where}: not a readable .npy file of numbers: it holds Python objects, which are not loaded")

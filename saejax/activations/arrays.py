@@ -1,7 +1,7 @@
-"""Arrays on disk as a source: activations of any network, recordings of neurons, anything [n, d_in].
+"""Arrays on disk as a source: activations of any network, recordings of neurons, any [n, d_in].
 
-A `.npy` file, a tensor of a `.safetensors` file, or a directory of `.npy` files, at all depths, read end to end in the
-order of their names. Everything is memory-mapped; rows are touched when a batch needs them.
+It reads a `.npy` file, a tensor of a `.safetensors` file, or a directory of `.npy` files at all depths, end to end in
+name order. Everything is memory-mapped; a batch touches only its own rows.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
-"""The shuffle buffer: mixes rows on the devices, lane by lane, inside the compiled step.
+"""Shuffle buffer: mixes rows on the devices, lane by lane, inside the compiled step.
 
-Third station of the data path. Blocks arrive as contiguous rows, which come from the same documents; the
-buffer spreads them over many batches. Every swap takes `block_rows` rows at random out of each lane and puts
-the new block into the slots they leave: the buffer is always full, and no row is lost or seen twice.
+Third station of the data path. Blocks arrive as contiguous rows of the same documents; the buffer spreads them over
+many batches. Every swap takes `block_rows` random rows out of each lane and puts the new block into their slots. The
+buffer is always full, and no row is lost or seen twice.
 
-A lane never looks at another lane, and its random bits depend on (key, lane) only: with the lane axis sharded
-over "data" no swap communicates, and every mesh yields the same rows.
+Lanes never look at each other, and a lane's random bits depend on (key, lane) only. With the lane axis sharded over
+"data" no swap communicates, and every mesh yields the same rows.
 
-Rows wait as integers of their width. A swap then touches the rows that it moves and no others: a CPU has no bfloat16
-of its own, and XLA would widen the whole buffer to float32 and back to write a few of its rows.
+The buffer stores rows as integers of their width, so a swap touches only the rows that it moves. A CPU has no bfloat16
+of its own: XLA would widen the whole buffer to float32 and back to write a few rows.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ def draw_slots(key: PRNGKeyArray, *, n_lanes: int, n_batches: int, block_rows: i
     """Which of its `n_batches` candidates leaves for every row position of every lane: uniform, independent.
 
     Row i of a block always lives in stratum i, one of `n_batches` slots, and each step empties one slot of
-    every stratum. So the slots of a step are distinct without a sort, every row leaves a given step with
-    probability 1 / n_batches, and rows of one block leave independently of each other.
+    every stratum. So a step's slots are distinct without a sort. Every row leaves a given step with probability 1 /
+    n_batches, and rows of one block leave independently of each other.
     """
 
     def of_lane(lane: Int[Array, ""]) -> Int[Array, "block_rows"]:

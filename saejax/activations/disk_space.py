@@ -1,4 +1,4 @@
-"""Whether what will be written has room, asked before the work that makes it."""
+"""Free-space check before the work that fills a disk."""
 
 import pathlib
 import shutil

@@ -1,10 +1,9 @@
-"""Blocks of rows in shuffled order, with a position that is one integer: Grain's only door.
+"""Data loader (Grain): shuffled blocks of rows, with a position that is one integer.
 
-Second station of the data path. Grain shuffles block numbers, repeats epochs (each in a new order) and deals
-`n_lanes` blocks to a step; only then are rows read, straight from the memory map, and only those of the lanes
-this process holds. A record number therefore names the rows of every lane, whatever the number of processes,
-and resuming costs nothing. Rows are mixed later, in the buffer on the devices: reading single rows in random
-order costs far more than reading blocks.
+Second station of the data path. Grain shuffles block numbers, repeats epochs (each in a new order) and deals `n_lanes`
+blocks to a step. Only then are rows read, straight from the memory map, and only for the lanes of this process. So a
+record number names the rows of every lane for any number of processes, and resuming costs nothing. The buffer on the
+devices mixes rows later: reading single rows in random order costs far more than reading blocks.
 """
 
 import functools

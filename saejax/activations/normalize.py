@@ -1,10 +1,10 @@
-"""Normalisation of the data, estimated once at the start of a run and saved with its state.
+"""Normalisation of the data: estimated once when a run starts, saved with its state.
 
-Fourth station of the data path, between the buffer and the train step. Usually one offset and one scalar for all
-dimensions, so that directions keep their meaning; or a whitening, or a normalisation of every row by itself. The
-finished SAE takes all of it back in, so that it works in the data's own scale: offset, scalar and whitening go into
-its weights, rows are normalised in `sae.per_row`. Rows of several sites get one scalar for each site, found from that
-site alone: otherwise the site with the largest activations would be the only one that counts.
+Fourth station of the data path, between the buffer and the train step. Usually it is one offset and one scalar for all
+dimensions, so directions keep their meaning. It may also be a whitening, or a normalisation of every row by itself.
+The finished SAE absorbs all of it and works in the data's own scale: its weights take offset, scalar and whitening;
+`sae.per_row` normalises rows. Rows of several sites get one scalar per site, estimated from that site alone. Otherwise
+the site with the largest activations would dominate.
 """
 
 import dataclasses
@@ -145,8 +145,8 @@ def estimate(
 def trouble(rows: Float[Array, "n d_in"] | np.ndarray, what: str = "the data") -> str | None:
     """Says why nothing can be learned from rows, or no scale be found for them.
 
-    Squares and their sums must be numbers of float32: with a mean square norm below 2^108 2^20 rows of them add up,
-    and where the mean square about the mean is at least 2^-106 what float32 takes for 0, up to 2^-126, is 2^-20 of it.
+    Squares and their sums must fit float32. With a mean square norm below 2^108, 2^20 rows add up. With a mean square
+    about the mean of at least 2^-106, what float32 rounds to 0 (up to 2^-126) is 2^-20 of it.
 
     Args:
         rows: [n, d_in], any float dtype; may be sharded.

@@ -1,10 +1,9 @@
-"""How tokenised documents become rows of fixed length: short ones share a row, long ones are cut.
+"""Packing of tokenised documents into rows of fixed length: short ones share a row, long ones are cut.
 
-Second station of the harvest: `text` -> packing -> language model -> store. A row of `context_length` tokens
-holds one or more segments, numbered 1, 2, ... from the left, and padding (segment 0) at its end. A segment is
-one piece of one document; attention never crosses segments and positions restart in each. A piece is as long
-as it can be: a document is cut only where it exceeds the row. What is left of a long document, like every
-short document, goes into the first row that is still open and has room.
+Second station of the harvest: `text` -> packing -> language model -> store. A row of `context_length` tokens holds one
+or more segments, numbered 1, 2, ... from the left, then padding (segment 0). A segment is one piece of one document;
+attention never crosses segments, and positions restart in each. A document is cut only where it exceeds the row. The
+rest of a long document, like every short document, goes into the first open row with room.
 """
 
 import dataclasses
@@ -199,6 +198,6 @@ def report(surveys: Mapping[str, Survey], limits: Mapping[str, tuple[str, int | 
     for split, (key, limit) in limits.items():
         if limit is not None and surveys[split].n_tokens < limit:
             logger.warning(
-                "%s=%d is more than the text has: all of its %d tokens %s are taken",
+                "%s=%d exceeds the text: taking all of its %d tokens %s",
                 key, limit, surveys[split].n_tokens, names[split],
             )  # fmt: skip

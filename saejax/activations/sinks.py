@@ -1,10 +1,9 @@
-"""Which tokens have no row: attention sinks, the few tokens whose activations are huge and all alike.
+"""Attention sinks: the few tokens with huge, similar activations, which get no row.
 
-In most language models the first token of a sequence, whatever it is, and a few early tokens serve
-attention as a place to look at when there is nothing to see. Their activations are a hundred times longer
-than the others and hold most of the variance, so that an autoencoder trained with them learns little else.
-The same rule must hold wherever activations are used: the harvest fixes it once, the store's manifest
-carries it, evaluation and splicing read it.
+In most language models the first token of a sequence and a few early tokens absorb attention that has no other target.
+Their activations are a hundred times longer than the others and hold most of the variance. An autoencoder trained on
+them learns little else. The same rule must hold wherever activations are used. So the harvest fixes it once, the
+store's manifest records it, and evaluation and splicing read it.
 """
 
 import dataclasses
@@ -24,8 +23,7 @@ class Sink:
     """The rule: what counts as a sink at one hook of one model, or at any of several."""
 
     factor: float | None = 10.0
-    """A token is a sink if its norm exceeds `factor` x `median_norm`, at any hook where there are several; None keeps
-    tokens of any norm."""
+    """A token is a sink if its norm exceeds `factor` x `median_norm` at any hook. None keeps tokens of any norm."""
 
     median_norm: float | tuple[float, ...] | None = None
     """Median norm at the hook, or at each of several, measured by `calibrate`; needed unless `factor` is None."""
@@ -78,7 +76,7 @@ def keep_mask(
         medians, at_hooks = (median, norms) if isinstance(median, tuple) else ((median,), (norms,))
         if norms.ndim - positions.ndim != isinstance(median, tuple):
             raise UserError(
-                f"the sink rule is of {len(medians)} hooks, the norms are {norms.shape}: one array for each"
+                f"the sink rule has {len(medians)} hooks, the norms have shape {norms.shape}: give one array for each"
             )
         for one, at_hook in zip(medians, at_hooks, strict=True):
             keep = keep & ~(at_hook > sink.factor * one)

@@ -1,12 +1,11 @@
-"""What every source of activations offers: an endless, checkpointable stream, and held-out rows.
+"""Activation source interface: an endless, checkpointable stream, and held-out rows.
 
-First station of the data path (source -> loader -> shuffle buffer -> normaliser -> train step). A source is a
-frozen config object; nothing is read before it is asked for something.
+First station of the data path (source -> loader -> shuffle buffer -> normaliser -> train step). A source is a frozen
+config object that reads nothing until asked.
 
-The stream is cut into `n_lanes` lanes, a number of the run and not of the machine. Each step takes
-`block_rows` rows of every lane, so a batch holds `n_lanes * block_rows` rows. A process reads only the lanes
-that its devices hold, and because what a lane yields depends on nothing but (source, n_lanes, block_rows,
-seed), any mesh and any number of processes see the same batches.
+The stream is cut into `n_lanes` lanes, a number of the run and not of the machine. Each step takes `block_rows` rows
+of every lane, so a batch holds `n_lanes * block_rows` rows. A process reads only the lanes of its devices. A lane
+depends on (source, n_lanes, block_rows, seed) alone, so any mesh and any number of processes see the same batches.
 """
 
 import abc

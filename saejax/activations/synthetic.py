@@ -1,8 +1,8 @@
-"""Activations with a known answer: sparse sums of known feature directions plus noise.
+"""Synthetic activations with known features: sparse sums of feature directions plus noise.
 
-A source for tests, first runs and benchmarks of dictionary recovery. Row x = sum_i z_i f_i + noise, where
-the f_i are unit vectors and z is sparse and non-negative. Every block is generated from (seed, lane, block
-number) alone, so the stream needs no files, has no end, and its position is one integer.
+A source for tests, first runs and benchmarks of dictionary recovery. Row x = sum_i z_i f_i + noise, where the f_i are
+unit vectors and z is sparse and non-negative. Each block depends on (seed, lane, block number) alone. So the stream
+needs no files, has no end, and its position is one integer.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Which text the language model reads: corpora of documents in a fixed order, split into train and held-out.
+"""Text corpora: documents in a fixed order, split into train and held-out.
 
-First station of the harvest: documents leave here as plain strings, `packing` turns them into rows of tokens.
-The split is by document and follows from the document's text alone, so that a corpus that grows keeps its
-held-out documents, and two copies of one document never stand on both sides. A corpus of one document is split by
-stretches of it. What is no Unicode text, half of a surrogate pair, is read as U+FFFD.
+First station of the harvest: it yields documents as plain strings, which `packing` turns into rows of tokens. The
+split is by document and follows from the document's text alone. So a growing corpus keeps its held-out documents, and
+two copies of one document are on the same side. A corpus of one document is split by stretches. Half of a surrogate
+pair, which is not Unicode text, is read as U+FFFD.
 """
 
 import abc
@@ -27,7 +27,7 @@ Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 READING = 2
-"""Version of how files are found and read, which the stores of their text record; those that do not say it are of 1."""
+"""Version of the rules for finding and reading files. Stores record it; a store without it has version 1."""
 
 
 class Document(NamedTuple):

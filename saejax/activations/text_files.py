@@ -1,8 +1,8 @@
-"""Text files: which ones a path means, and the documents in them; what cannot be read is one line with file and line.
+"""Text files: the files that a path means, and their documents; an unreadable one is named with its line.
 
-Beside `text`, whose corpora are made of them. A path is a file or a folder before it is a pattern. Folders are searched
-at all depths, also through links: each folder once, by its own name where it lies in the tree itself, and none through
-a link that lies in it. Links to files are files. The order is that of the names.
+`text` builds corpora from them. saejax tries a path as a file or a folder before it tries it as a pattern. It searches
+folders at all depths, also through links. It enters each folder once: under its own name where it lies in the tree,
+and never through a link inside itself. Links to files count as files. The order is by name.
 """
 
 import fnmatch

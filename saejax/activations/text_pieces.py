@@ -1,16 +1,15 @@
-"""One document on both sides of the split: which stretches of a single text are held out.
+"""Train and held-out stretches of a corpus that is one document, such as a book in one .txt file.
 
-Beside `text`, for a corpus of one document, say a book in one .txt file. The text is cut into pieces of about equal
-length, where a paragraph, else a line, a sentence or a word ends. As many pieces as the share says, at least one, are
-held out: those whose hash is smallest, so that they lie anywhere in the text. What lies between them stays in one
-stretch, so that no context is lost but at their edges.
+`text` uses it. The text is cut into pieces of about equal length, at the end of a paragraph, else a line, a sentence
+or a word. The pieces with the smallest hashes are held out, so they lie anywhere in the text: as many as the share
+asks, at least one. The text between them stays in one stretch, so it loses context only at its edges.
 """
 
 import hashlib
 import itertools
 
 _PIECE = 2**13
-"""Characters in a piece of a long text: a few of them are a fair sample, and hold context of a thousand tokens."""
+"""Characters in a piece of a long text. A few pieces are a fair sample, and each has context of a thousand tokens."""
 _SHORTEST = 2**6
 _ENDS = ("\n\n", "\n", ". ", " ")
 

@@ -1,5 +1,5 @@
-"""Judging: one file per family of metrics, and the jitted, sharded loop that fills them.
+"""Evaluation: one file per family of metrics, and the jitted, sharded loop that fills them.
 
-Fifth station of the pipeline. Every metric is a monoid of sums, so any batching, padding, order of merging or number of
-devices gives the same value; every key that a metric produces carries its exact definition in one sentence.
+Fifth station of the pipeline. Every metric is a monoid of sums. So any batch size, padding, order of merging or number
+of devices gives the same value. Every key that a metric produces carries its exact definition in one sentence.
 """

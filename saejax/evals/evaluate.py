@@ -1,9 +1,9 @@
-"""The evaluation loop: rows in, every metric's sums on the devices, numbers once at the end.
+"""Evaluation loop: adds up every metric's sums on the devices and returns numbers once at the end.
 
-One compiled update serves every batch: the last one is padded with rows of weight 0. Rows are split over the mesh
-axis `data`, and what leaves the update is replicated, so the partial sums of the shards are added inside the compiled
-program. Over a few batches these sums are float32 and int32; the host merges such chunks in float64 and int64, one
-chunk late, so that neither the size of the data nor the precision of the devices shows in the result.
+One compiled update serves every batch; rows of weight 0 pad the last one. Rows are split over the mesh axis `data`.
+The update's results are replicated, so the compiled program adds the shards' partial sums. Over a few batches these
+sums are float32 and int32. The host merges such chunks in float64 and int64, one chunk late. So neither the size of
+the data nor the precision of the devices shows in the result.
 """
 
 import contextlib
@@ -272,9 +272,9 @@ def evaluate(
 
     Args:
       sae: With `config` and `params`, in the data's own scale.
-      activations: An array [..., d_row]; or a source, of which the held-out rows are used and, where it knows its true
-        features, the recovery of the dictionary is measured too; or an iterable of arrays [..., d_row].
-        d_row is d_in but for transcoders, whose rows hold what is read and then what is to be written.
+      activations: An array [..., d_row], an iterable of such arrays, or a source. Of a source the held-out rows are
+        used; if it knows its true features, the recovery of the dictionary is measured too. d_row is d_in, except for
+        transcoders: their rows hold the input and then the target.
       batch_rows: Rows per compiled call.
       max_rows: Rows to use at most; None for all of them.
       metrics: None for `default_metrics()`.

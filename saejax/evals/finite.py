@@ -1,4 +1,4 @@
-"""Rows that somebody hands over are looked at before they are measured: one NaN would make every figure NaN."""
+"""Finiteness check of a user's rows before they are measured: one NaN would make every figure NaN."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -1,7 +1,7 @@
-r"""Where a trade-off curve bends: the knee of (L0 or a coefficient, FVU) of a sweep, and how sure that is.
+r"""Knee of a trade-off curve, such as FVU against L0 in a sweep, with its uncertainty.
 
-The curve is made monotone (its lower envelope along the direction in which it falls), both axes are scaled to [0, 1],
-and the knee is the point farthest below the straight line between the ends.
+The curve is made monotone (its lower envelope along the direction in which it falls), and both axes are scaled to [0,
+1]. The knee is the point farthest below the straight line between the ends.
 
 Source: Satopaa et al., Finding a "kneedle" in a haystack, 2011.
 """

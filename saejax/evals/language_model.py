@@ -1,11 +1,11 @@
-"""What a reconstruction does to the language model that the activations come from.
+"""Splice evaluation: the effect of a reconstruction on the language model behind the activations.
 
-The reconstruction is spliced in at the hook, and the model's predictions are compared to its own and to those after the
-kept activations were replaced by zero or by their mean. The score "loss recovered" depends on that choice, so its name
-carries it. The lower half of the model runs once per batch, the upper half once per variant.
+The reconstruction replaces the activation at the hook. The model's predictions are compared with its own, and with
+those after zero or the mean replaced the same activations. The score "loss recovered" depends on that choice, so its
+name says it. The lower half of the model runs once per batch, the upper half once per variant.
 
-Positions that were left out of training (the first of each segment, attention sinks) stay as they are in every variant:
-what an SAE makes of an activation it never saw says nothing about it, and one wrong sink spoils a whole sequence.
+Positions that training leaves out (the first of each segment, attention sinks) stay as they are in every variant. An
+SAE's output for an activation it never saw says nothing about it, and one wrong sink spoils a whole sequence.
 """
 
 from collections.abc import Callable, Iterable
@@ -62,8 +62,8 @@ def evaluate_language_model(
       backend: With `lower(tokens, segments, hook) -> h` and `upper(h, tokens, segments, hook) -> logits`.
       batches: Pairs (tokens, segments), int32 [b, s]; segment 0 is padding, others are documents.
       hook: Where to splice.
-      keep: (norms of h, positions in the segment, segments), each [b, s] -> True where the activation is replaced; the
-        mask under which the activations were harvested. None keeps every position but 0 of each segment.
+      keep: (norms of h, positions in the segment, segments), each [b, s] -> True where the activation is replaced. This
+        is the mask of the harvest. None keeps every position but 0 of each segment.
       mean: What mean ablation puts in; None for the mean of the kept activations, which costs one more pass through
         the lower half.
 

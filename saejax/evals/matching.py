@@ -1,7 +1,7 @@
-"""Which direction belongs to which: unit rows, |cos| in blocks, the best one-to-one matching. No metric.
+"""Matching of two dictionaries: unit rows, |cos| in blocks, the best one-to-one assignment. No metric.
 
-Two dictionaries of 16,384 rows give a matrix of 1 GB in float32; it is computed in blocks of rows and solved in place.
-Random directions are the hard case of the matching, learnt dictionaries that agree are 10 to 20 times faster.
+Two dictionaries of 16,384 rows give a matrix of 1 GB in float32, computed in blocks of rows and solved in place.
+Random directions are the hard case; learnt dictionaries that agree are 10 to 20 times faster.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
-"""What a metric is: a batch to look at, a state that merges, numbers read once at the end.
+"""Metric interface: a batch to look at, a state that merges, numbers computed once at the end.
 
-Every file of metrics imports this one and no other metric's file. `evals.evaluate` runs those that look at an SAE's
-reconstructions (`EvalBatch`); `evals.over` runs any metric over arrays that are already there.
+Every file of metrics imports this one and no other metric's file. `evals.evaluate` runs the metrics of an SAE's
+reconstructions (`EvalBatch`); `evals.over` runs any metric over existing arrays.
 """
 
 import abc
@@ -60,7 +60,7 @@ class Metric(abc.ABC):
     where the states are numpy arrays in float64 and int64, so it uses only operators that both kinds of array have.
     `merge` is associative and `init` its neutral element. Ratios are formed once, in `compute`.
 
-    A batch is a struct with `weight` [b], 1 for a real row and 0 for padding, whose other fields have one entry per row
+    A batch is a struct with `weight` [b], 1 for a real row and 0 for padding. Its other fields have one entry per row,
     except those named in its class attribute `shared`. What padding holds never counts: every `update` is given zeros
     there (see `without_padding`).
     """

@@ -1,11 +1,11 @@
-r"""How well activations are rebuilt: squared error, the share of variance left, direction.
+r"""Reconstruction metrics: squared error, fraction of variance unexplained (fvu), cosine.
 
-With \(c\) the mean of all evaluated rows, which is what "predicting the mean" predicts:
+With \(c\) the mean of all evaluated rows, the value of "predicting the mean":
 
 .. math:: \mathrm{FVU} = \frac{\sum_i \|x_i - \hat x_i\|^2}{\sum_i \|x_i - c\|^2}
 
-Sums of squares about the mean are merged as (count, mean, sum of squares) after Chan, Golub and LeVeque (1983), so that
-data whose mean is far larger than its spread lose nothing in float32.
+Sums of squares about the mean merge as (count, mean, sum of squares) after Chan, Golub and LeVeque (1983). So data
+whose mean is far larger than its spread lose no precision in float32.
 """
 
 import dataclasses

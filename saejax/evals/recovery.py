@@ -1,7 +1,7 @@
-"""Whether a dictionary holds the true features, where these are known: matching, and the level of chance.
+"""Dictionary recovery: how many known true features an SAE's dictionary holds, beside chance.
 
-Directions are compared by |cos|. The scores therefore do not change when latents are permuted, rescaled or flipped in
-sign. A latent of an SAE is never negative, so a flipped direction is worth a look at `match_cos`, which keeps the sign.
+Directions are compared by |cos|, so the scores do not change when latents are permuted, rescaled or flipped in sign. A
+latent of an SAE is never negative; `match_cos` keeps the sign and shows a flipped direction.
 
 Sources:
   O'Neill and Klindt, Compute optimal inference and provable amortisation gap in sparse autoencoders, 2024

@@ -1,4 +1,4 @@
-"""What an evaluation hands over: numbers by flat key, arrays, definitions, and the file `eval.json`."""
+"""Result of an evaluation: numbers by flat key, arrays, definitions, and the file `eval.json`."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-r"""Whether reconstructions are too short, and by how much each latent should be scaled to mend it.
+r"""Shrinkage metrics: how much too short reconstructions are, and the scale of each latent that would mend it.
 
-Three different numbers for the same codes, and none of them is called just "shrinkage":
+Three different numbers for the same codes; none is called just "shrinkage":
 
 .. math:: \gamma = \frac{\sum_i \|\hat x_i\|^2}{\sum_i \langle x_i, \hat x_i\rangle},\qquad
    \mathrm{l2\_ratio} = \mathrm{mean}_i \frac{\|\hat x_i\|}{\|x_i\|},\qquad

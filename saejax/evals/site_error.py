@@ -1,4 +1,4 @@
-r"""The share of variance left in each site that an SAE writes: a crosscoder may explain one and ignore another.
+r"""Fraction of variance unexplained per site: a crosscoder may explain one site and ignore another.
 
 .. math:: \mathrm{FVU}_s = \frac{\sum_i \|x_i^s - \hat x_i^s\|^2}{\sum_i \|x_i^s - c^s\|^2}
 

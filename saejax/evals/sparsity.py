@@ -1,8 +1,8 @@
-"""How often latents fire: L0 and its quantiles, firing rates, density histogram, dead and dense shares, L1.
+"""Sparsity metrics: L0 and its quantiles, firing rates, density histogram, dead and dense shares, L1.
 
-Dead shares in windows need more than counts. For each latent the state keeps the silent run it starts with, the one it
-ends with, and the number of silent windows in between; two states join by joining the end of one to the start of the
-other. That is exact for any cut of the stream, and every one of the `rows - w + 1` windows counts, not one in w.
+Dead shares in windows need more than counts. For each latent the state keeps its silent run at the start, the one at
+the end, and the number of silent windows between them. Two states merge by joining the end of one to the start of the
+other. This is exact for any cut of the stream: all `rows - w + 1` windows count, not one in w.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""Other people's formats, one file each: `export` writes one, `load` finds out which one it was given.
+"""Formats of other tools, one file each: `export` writes one, `load` recognises and reads one.
 
-On top of everything else. A format is a module with
+A format is a module with
 
-* `name`: what `format=` and messages call it;
-* `detect(path) -> bool`: whether a file or directory looks like it, from names and cheap looks inside, never raising;
-* `load(path) -> SAE`: reads it, refusing whatever is not understood (`strict` has the checks);
-* `export(sae, path) -> path`, or `export = None` where it is only read;
+* `name`: its name in `format=` and in messages;
+* `detect(path) -> bool`: whether a file or directory looks like it, from names and cheap looks inside; never raises;
+* `load(path) -> SAE`: reads it and refuses whatever it does not understand (`strict` has the checks);
+* `export(sae, path) -> path`, or `export = None` for a format that is only read;
 
-and is entered into FORMATS.
+and an entry in FORMATS.
 """
 
 import logging
@@ -145,8 +145,8 @@ CHECKED_ROWS = 65_536
 def self_check(sae: SAE, activations: Any, max_rows: int | None = CHECKED_ROWS) -> dict[str, float]:
     """Measures an imported SAE on activations that it was made for.
 
-    An fvu near 0 and an L0 near what its source says mean that hook, scale and biases are right; an fvu near or
-    above 1 means that something is not.
+    An fvu near 0 and an L0 near the published one mean that hook, scale and biases are right. An fvu near or above 1
+    means that one of them is wrong.
 
     Args:
       sae: The SAE.

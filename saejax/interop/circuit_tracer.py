@@ -1,10 +1,10 @@
-r"""circuit-tracer's transcoders: `layer_<i>.safetensors` of one layer, or a directory of a cross-layer transcoder.
+r"""circuit-tracer transcoders: `layer_<i>.safetensors` for one layer, a directory for a cross-layer transcoder.
 
 .. math:: f = \mathrm{act}(x W_{enc}^T + b_{enc}), \quad \hat y = f W_{dec} + b_{dec} \;(+\; x W_{skip}^T)
 
-A cross-layer one is `W_enc_<i>.safetensors` (W_enc_i [n, d], b_enc_i, b_dec_i, perhaps threshold_i) and
-`W_dec_<i>.safetensors` (W_dec_i [n, layers - i, d], for layer i and later ones) of every layer. With thresholds act is
-JumpReLU, else ReLU; a config.yaml beside a single layer may say topk.
+A cross-layer transcoder has `W_enc_<i>.safetensors` (W_enc_i [n, d], b_enc_i, b_dec_i, perhaps threshold_i) and
+`W_dec_<i>.safetensors` (W_dec_i [n, layers - i, d], for layer i and later ones) for every layer. With thresholds act
+is JumpReLU, else ReLU. A config.yaml beside a single layer may say topk.
 
 Sources:
   circuit-tracer at 4bb8c0ea (Hanna, Piotrowski), `load_transcoder`, `load_clt`; SAELens 6.54,

@@ -1,7 +1,7 @@
-"""The dictionary_learning format: a directory with ae.pt (a state dict) and config.json, one for each trainer.
+"""The dictionary_learning format: a directory per trainer with ae.pt (a state dict) and config.json.
 
-A checkpoint of a run (`checkpoints/ae_1000.pt` below such a directory) is read too. Which class the weights belong to
-is said by config.json alone: two classes of the same keys infer differently.
+It also reads a run's checkpoint (`checkpoints/ae_1000.pt` below such a directory). Only config.json names the class of
+the weights: two classes with the same keys infer differently.
 
 Sources:
   dictionary_learning (Marks, Karvonen, Mueller), `dictionary.py` and the `config` of every trainer.
@@ -65,8 +65,8 @@ def detect(path: pathlib.Path) -> bool:
 def load(path: str | os.PathLike) -> SAE:
     """Reads a trainer's directory, or one checkpoint of it, of any class in KEYS.
 
-    Latents are those of the class as saved: `AutoEncoder.from_pretrained` alone would first scale decoder rows to
-    norm 1 and latents by the old norms.
+    Latents are those of the class as saved. Only `AutoEncoder.from_pretrained` would first scale decoder rows to norm 1
+    and latents by the old norms.
 
     Raises:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN; no config.

@@ -1,4 +1,4 @@
-"""The directory that an export fills: with all of it or nothing, and never with something else already there."""
+"""Export directory: filled completely or not at all, and never mixed with other files."""
 
 import contextlib
 import fcntl

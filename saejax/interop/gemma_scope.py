@@ -1,10 +1,11 @@
-r"""Gemma Scope: `params.npz` of the first release, `params.safetensors` with `config.json` of the second.
+r"""Gemma Scope: `params.npz` (first release), `params.safetensors` with `config.json` (second release).
 
-All are JumpReLU and read x itself, in the data's own scale. A transcoder of the second release may add
-:math:`x\,` `affine_skip_connection` ([d_in, d_out], as `W_skip` here). Its cross-layer transcoders are directories of
-`params_layer_<i>.safetensors`, each with a decoder [d_sae, layers, d] that writes layer i and later ones; its
-crosscoders are the same with in-sites that are the out-sites, and so become a `clt` too. Read as published: the first
-release's SAEs of token embeddings are for embeddings before the model multiplies them by the root of their width.
+All are JumpReLU and read x itself, in the data's own scale. A transcoder of the second release may add :math:`x\,`
+`affine_skip_connection` ([d_in, d_out], `W_skip` here). Its cross-layer transcoders are directories of
+`params_layer_<i>.safetensors`. Each file has a decoder [d_sae, layers, d] that writes layer i and later ones. Its
+crosscoders are the same with equal in-sites and out-sites, so they become a `clt` too. Weights are read as published:
+the first release's SAEs of token embeddings expect embeddings before the model multiplies them by the root of their
+width.
 
 Sources:
   Lieberum et al., Gemma Scope, 2024 (arXiv:2408.05147), and the weights of its tutorial; Gemma Scope 2, 2025, the
@@ -47,8 +48,8 @@ def detect(path: pathlib.Path) -> bool:
 def load(path: str | os.PathLike) -> SAE:
     """Reads one autoencoder, transcoder, cross-layer transcoder or crosscoder.
 
-    What has no config.json (all of the first release) is a transcoder where the name of the release in
-    its path says so (gemma-scope-2b-pt-transcoders).
+    Without a config.json (the whole first release), the name of the release in the path tells a transcoder
+    (gemma-scope-2b-pt-transcoders).
 
     Raises:
       UserError: a key is missing or unknown, a wrong shape, a NaN, or a skip of a cross-layer transcoder.

@@ -1,4 +1,4 @@
-"""Goodfire's autoencoders of Llama 3: one `.pt` or `.pth` file, a ReLU between two linear layers.
+"""Goodfire autoencoders of Llama 3: one `.pt` or `.pth` file, a ReLU between two linear layers.
 
 Sources:
   SAELens 6.54, `get_goodfire_huggingface_loader`, and its test against the class of the model card.

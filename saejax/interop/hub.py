@@ -1,7 +1,7 @@
-"""Upload of a written folder to a Hugging Face hub: only where somebody asks for it, and the folder stays.
+"""Upload of an exported folder to a Hugging Face hub, on request only; the folder stays.
 
-The only file that knows `huggingface_hub` (extra `hub`). The token is the one that `hf auth login` stored or HF_TOKEN
-holds; HF_ENDPOINT names another hub.
+No other file knows `huggingface_hub` (extra `hub`). The token comes from `hf auth login` or HF_TOKEN; HF_ENDPOINT
+names another hub.
 """
 
 import importlib

@@ -1,12 +1,11 @@
-r"""Llama Scope as published in 2024: hyperparams.json with checkpoints/final.safetensors, one threshold for all.
+r"""Llama Scope (2024): hyperparams.json with checkpoints/final.safetensors, one threshold for all latents.
 
 .. math:: u = (x W^T + b s_{in}^{-1}) \odot n, \quad f = u\, 1[u > \theta], \quad
     \hat x = \sum_i f_i\, d_i / \|d_i\| + c\, s_{out}^{-1}
 
-with :math:`s = \sqrt d /` (average norm of the hook's rows), d_i the columns of the decoder and n_i = ||d_i||
-s_in / s_out. The loader of that time folds the two scales into the weights first, then the norms of the decoder
-(n = 1 where `sparsity_include_decoder_norm` is false), and only then looks at the threshold: it is in the unit of the
-data.
+with :math:`s = \sqrt d /` (average norm of the hook's rows), d_i the columns of the decoder and n_i = ||d_i|| s_in /
+s_out. The original loader folds the two scales into the weights first, then the decoder norms (n = 1 where
+`sparsity_include_decoder_norm` is false). Only then does it apply the threshold, which is in the unit of the data.
 
 Sources:
   He et al., Llama Scope, 2024 (arXiv:2410.20526); OpenMOSS/Language-Model-SAEs at 4ec6f0aa (October 2024),

@@ -3,13 +3,13 @@ r"""Llamascopium (Language-Model-SAEs) since 2025: config.json with sae_weights.
 .. math:: u = (s_{in}\, x) W_E + b_E, \quad f = \mathrm{act}(u \odot n) / n, \quad \hat x = (f W_D + b_D) / s_{out},
     \qquad n_i = \|W_{D,i}\|
 
-(n = 1 where `sparsity_include_decoder_norm` is false), with :math:`s = \sqrt d /` the average norm of a hook's rows
-where `norm_activation` is dataset-wise, and :math:`\sqrt d / \|x\|` where it is token-wise. Both are folded here or
-kept, and decoder rows that gate are scaled to norm 1 in the unit of training, latents times the old norms.
+(n = 1 where `sparsity_include_decoder_norm` is false). Here :math:`s = \sqrt d /` the average norm of a hook's rows
+where `norm_activation` is dataset-wise, and :math:`\sqrt d / \|x\|` where it is token-wise. Both are folded or kept.
+Decoder rows that gate are scaled to norm 1 in the unit of training, and latents by the old norms.
 
-A crosscoder lets every site gate with its own norms, :math:`f^s = \mathrm{act}(u \odot n^s)/n^s`. With ReLU the sites
-agree, and a latent is one of ours; with JumpReLU they do not, and latent i of site s becomes our latent s d_sae + i,
-which reads all sites and writes one. In a cross-layer transcoder the norm is that of all that a latent writes.
+In a crosscoder every site gates with its own norms, :math:`f^s = \mathrm{act}(u \odot n^s)/n^s`. With ReLU the sites
+agree, so one of their latents is one of ours. With JumpReLU they do not: latent i of site s becomes our latent s d_sae
++ i, which reads all sites and writes one. In a cross-layer transcoder the norm covers everything that a latent writes.
 
 Sources:
   OpenMOSS/Llamascopium 2.0.0b34 (formerly Language-Model-SAEs, 95281ac7), `models/sparse_dictionary.py`,

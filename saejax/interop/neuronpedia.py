@@ -1,4 +1,4 @@
-"""A folder that is ready to be handed over: what SAELens loads from a hub, and what Neuronpedia asks a release for.
+"""Neuronpedia release folder: what SAELens loads from a hub and what Neuronpedia asks of a release.
 
     <folder>/README.md               model card, with the figures that were measured
     <folder>/pretrained_saes.yaml    the entry for SAELens' list of releases, which Neuronpedia's tools read

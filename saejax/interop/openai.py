@@ -1,7 +1,7 @@
-"""OpenAI's autoencoders of GPT-2 small and the like: one `.pt` file, TopK or ReLU.
+"""OpenAI autoencoders of GPT-2 small and similar: one `.pt` file, TopK or ReLU.
 
-A TopK one normalises every row first (mean off, divided by the unbiased deviation + 1e-5) and undoes it at the end; a
-ReLU one does not. The file says so by the name of the activation alone.
+A TopK one normalises every row first (subtracts the mean, divides by the unbiased deviation + 1e-5) and undoes it at
+the end; a ReLU one does not. The name of the activation alone tells which.
 
 Sources:
   openai/sparse_autoencoder, `sparse_autoencoder/model.py` (`Autoencoder.from_state_dict`, `LN`, `TopK`).

@@ -1,7 +1,7 @@
-"""Qwen Scope: `layer<i>.sae.pt` for every layer of a model, TopK, with one config.json for all of them.
+"""Qwen Scope: TopK, `layer<i>.sae.pt` for every layer of a model, one config.json for all.
 
-k is in config.json; where it is missing, in the name of the release (`...-L0_50`), which some directory above the
-file must then have.
+k is in config.json. If it is missing there, a directory above the file must carry the name of the release
+(`...-L0_50`).
 
 Sources:
   The model cards and config.json of Qwen/SAE-Res-*; SAELens 6.54, `qwen_scope_sae_huggingface_loader`.
@@ -33,8 +33,8 @@ def detect(path: pathlib.Path) -> bool:
 def load(path: str | os.PathLike) -> SAE:
     """Reads one layer's file.
 
-    The model card keeps the k largest pre-activations of a row as they are; here, as in SAELens, those below 0 become
-    0, which differs only where a row has fewer than k positive ones.
+    The model card keeps the k largest pre-activations of a row as they are. Here, as in SAELens, those below 0 become
+    0. That differs only where a row has fewer than k positive ones.
 
     Raises:
       UserError: the file would run code; a key is missing or unknown; a wrong shape; a NaN; nothing says k.

@@ -1,7 +1,7 @@
-"""An SAE as the PyTorch module that SAEBench evaluates: the same numbers, unit decoder rows, its config's fields.
+"""SAEBench wrapper: an SAE as a PyTorch module with the same numbers, unit decoder rows and config fields.
 
-What SAEBench reads of an SAE is decided by its `BaseSAE` and `CustomSAEConfig`; nothing of it is imported here. The
-weights are those that `saelens.converted` writes, so that both ways out of saejax agree. Needs the extra `torch`.
+SAEBench's `BaseSAE` and `CustomSAEConfig` define what it reads; nothing of it is imported here. The weights equal
+those of `saelens.converted`, so both exports agree. It needs the extra `torch`.
 
 Source:
   Karvonen et al. 2025, SAEBench, arXiv 2503.09532; `sae_bench/custom_saes/base_sae.py` of version 0.6.

@@ -1,9 +1,9 @@
-"""The SAELens format, version 6 and later: a directory with cfg.json and sae_weights.safetensors.
+"""SAELens format, version 6 and later: a directory with cfg.json and sae_weights.safetensors.
 
-What is written is in the data's own scale (`normalize_activations` is none, unless single rows are normalised) and,
-where that changes no selection, in the form that dashboards expect: decoder rows of norm 1, which changes latents by
-a factor and reconstructions not at all. What is read, an inference file or a training checkpoint, is refused unless
-every key and every shape is understood and every number is finite.
+Written weights work in the data's own scale (`normalize_activations` is none, unless single rows are normalised).
+Where no selection changes, decoder rows get norm 1, as dashboards expect; this scales latents and leaves
+reconstructions unchanged. Inference files and training checkpoints are read only if every key and shape is understood
+and every number is finite.
 
 Sources:
   SAELens 6.54 (Bloom, Tigges, Duong, Chanin), `SAE.save_model` and `SAE.load_from_disk`, for the keys.

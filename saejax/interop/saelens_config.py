@@ -1,4 +1,4 @@
-"""The cfg.json of SAELens 6 and later: which keys an architecture has, what they may say, what we write.
+"""cfg.json of SAELens 6 and later: the keys of each architecture, their allowed values, and what saejax writes.
 
 Sources:
   SAELens 6.54 (Bloom, Tigges, Duong, Chanin), `SAEConfig` and `TrainingSAEConfig` of every architecture.

@@ -1,6 +1,6 @@
-"""SAELens' normalisations and decoder norms, moved into the weights so that an SAE works on the data itself.
+"""Folding of SAELens' normalisations and decoder norms, so that an SAE works on the data itself.
 
-Latents and reconstructions after folding are those of SAELens after its own folding.
+After folding, latents and reconstructions equal SAELens' after its own folding.
 
 Sources:
   SAELens 6.54, `SAE.fold_activation_norm_scaling_factor`, `fold_activation_whitening`, `fold_W_dec_norm`.

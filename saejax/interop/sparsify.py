@@ -1,4 +1,4 @@
-"""The sparsify format: a directory with cfg.json and sae.safetensors, for each hook of a run.
+"""The sparsify format: a directory with cfg.json and sae.safetensors for each hook of a run.
 
 Sources:
   sparsify 1.3.3 (EleutherAI), `SparseCoder.save_to_disk` and `load_from_disk`, for the keys.

@@ -1,4 +1,4 @@
-"""What every format checks: files that parse, keys that are known, shapes that fit, numbers that are finite.
+"""Checks shared by all formats: files parse, keys are known, shapes fit, numbers are finite.
 
 Every function raises a UserError of one line that names the file and the key.
 """

@@ -1,10 +1,10 @@
-"""Reads the tensors of a PyTorch `.pt` or `.pth` file without PyTorch and without running anything in it; writes one.
+"""PyTorch `.pt` and `.pth` files, read without PyTorch and without running code; also writes one.
 
-Such a file is a zip archive: a pickle that describes containers and tensors, and one raw file per storage. A
-pickle may name any function to be called while it is read; here it may name those of ALLOWED, and gets stand-ins that
-build dictionaries and tensors and that nothing can be done to. What is read takes a small multiple of the file's
-size: nothing may be compressed, no instruction of the pickle may reserve memory, and a tensor is a view of its storage.
-The legacy format (a bare pickle, before PyTorch 1.6) and tar archives are refused.
+Such a file is a zip archive: a pickle that describes containers and tensors, and one raw file per storage. A pickle
+may name any function to call. This reader allows only the names in ALLOWED, and gives them inert stand-ins that build
+dictionaries and tensors. Reading takes a small multiple of the file's size: nothing may be compressed, no instruction
+may reserve memory, and a tensor is a view of its storage. It refuses tar archives and the legacy format (a bare
+pickle, before PyTorch 1.6).
 
 Sources:
   PyTorch 2.13, `torch/serialization.py` (archive layout) and `torch/_utils.py` (`_rebuild_tensor_v2`).

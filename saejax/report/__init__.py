@@ -1,4 +1,4 @@
-"""Run directories to pages that a person enjoys reading: `build` for one run, `build_sweep` for a sweep."""
+"""HTML reports of run directories: `build` for one run, `build_sweep` for a sweep."""
 
 from saejax.report.latents import Examples, LatentPage, collect
 from saejax.report.page import build

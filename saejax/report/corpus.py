@@ -1,6 +1,6 @@
-"""Rows that know their text: what the page of latents asks for, and how an activation store gives it.
+"""Rows with their text, for the page of latents; an activation store provides them.
 
-Beside search.py (which reads the rows in order) and snippets.py (which reads the text around a few of them).
+search.py reads the rows in order; snippets.py reads the text around a few of them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Turns the lines of metrics.jsonl into panels: one per quantity, with training and held-out series.
+"""Panels of training curves from metrics.jsonl: one per quantity, with training and held-out series.
 
 Second step of a report: Run.rows -> panels -> plot.line_chart.
 """

@@ -1,8 +1,8 @@
-"""Every latent as Neuronpedia shows it: `batch-N.json` files in the form that SAEDashboard writes.
+"""Neuronpedia dashboards of every latent: `batch-N.json` files as SAEDashboard writes them.
 
-Two passes over a corpus for a few thousand latents at a time: the first finds the rows (search.py), the second reads
-the activations around them and their histograms. What the form holds beyond that, correlations with neurons and with
-other latents, stays empty, which its readers allow.
+It makes two passes over a corpus for a few thousand latents at a time. The first finds the rows (search.py), the
+second reads the activations around them and their histograms. The format's correlations with neurons and other latents
+stay empty, which its readers allow.
 
 Source:
   SAEDashboard (Lin, Bloom, Chanin), `neuronpedia_dashboard.py`, for the names; Neuronpedia's converter reads them all.

@@ -1,6 +1,6 @@
-"""Geometry of the decoder: how close each latent's direction is to the nearest other one, against chance.
+"""Decoder geometry: the cosine of each latent's direction to its nearest neighbour, against chance.
 
-Read by page.py (histogram) and latents.py (neighbours of one latent).
+page.py (histogram) and latents.py (neighbours of one latent) read it.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""What a person looks at to understand single latents: text, decoder neighbours, effect on the logits.
+"""Views of single latents: text, decoder neighbours, effect on the logits.
 
-Part of a report: SAE, and where there is one a corpus -> Examples -> page.py. A few dozen latents stand for
-all: one from each stretch of the range of firing rates.
+Part of a report: SAE, and a corpus where the run has one -> Examples -> page.py. A few dozen latents represent all:
+one from each stretch of the range of firing rates.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ def choose(rate: Float[np.ndarray, "d_sae"], n: int, seed: int) -> Int[np.ndarra
 def _check(sae: SAE, corpus: Corpus | None, rate: np.ndarray | None, unembedding: Array | None) -> None:
     d_in, d_sae = sae.sparsifier.d_in, sae.sparsifier.d_sae
     if not shows(sae):
-        raise UserError(f"report: latents are shown of family=sae, this is family={sae.sparsifier.family.name}")
+        raise UserError(f"report: the page of latents needs family=sae, got family={sae.sparsifier.family.name}")
     if corpus is None and rate is None:
         raise UserError("report: latents need rows or firing rates; `saejax evaluate run=...` measures the rates")
     if rate is not None and rate.shape != (d_sae,):

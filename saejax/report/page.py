@@ -1,8 +1,7 @@
-"""One run directory -> one HTML file that needs nothing else: no network, no other file.
+"""HTML page of one run directory: a single file that needs no network and no other file.
 
-Last step of a report: gathers what records.py, curves.py, decoder.py and latents.py give, and renders
-templates/run.html. Escaping is on for every value; only charts are marked safe, and plot.py escapes
-their texts.
+Last step of a report. It gathers the results of records.py, curves.py, decoder.py and latents.py and renders
+templates/run.html. Every value is escaped. Only charts are marked safe, and plot.py escapes their texts.
 """
 
 import datetime

@@ -1,6 +1,6 @@
-"""Charts as inline SVG that take their colours from the page: sharp at any size, light or dark, no files.
+"""Inline SVG charts that take their colours from the page: sharp at any size, light or dark.
 
-Called by page.py and sweep.py. A series' colour is the CSS variable --s0, --s1, ...; every text is escaped.
+page.py and sweep.py call it. A series' colour is the CSS variable --s0, --s1, ...; every text is escaped.
 """
 
 import dataclasses

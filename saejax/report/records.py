@@ -1,4 +1,4 @@
-"""What a run directory says about its run: the only reader of its files here. Nothing missing is an error.
+"""Reader of a run directory's files for reports. A missing file is not an error.
 
 First step of a report: run directory -> Run -> page.py (one run) or sweep.py (many runs).
 """

@@ -1,7 +1,7 @@
-"""Finds the rows that show what a latent is about: one jitted pass over a corpus.
+"""Search for the rows that show a latent's meaning: one jitted pass over a corpus.
 
-Between corpus.py and snippets.py. For each chosen latent it keeps the strongest rows and a fair random draw
-of the rows where it is active, for the strongest alone flatter a latent.
+Between corpus.py and snippets.py. For each chosen latent it keeps the strongest rows and a random draw of the rows
+where it is active, because the strongest alone flatter a latent.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
-"""Cuts the text around given rows and puts the activation of one latent on every token of it.
+"""Text around given rows, with the activation of one latent on every token.
 
-After search.py (which rows) and before page.py (how it looks).
+It follows search.py (which rows) and precedes page.py (how they look).
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""A directory of runs -> one HTML page: a table of all runs and sparsity against faithfulness.
+"""HTML page of a sweep: a table of all runs, and sparsity against faithfulness.
 
-Beside page.py; reads each run through records.py. Failed and missing runs are listed, never hidden.
+It reads each run through records.py. Failed and missing runs are listed, never hidden.
 """
 
 import dataclasses

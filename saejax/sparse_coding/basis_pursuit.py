@@ -1,8 +1,8 @@
 r"""Basis pursuit: :math:`\min_z \|z\|_1` subject to :math:`zD = y`, signed or non-negative, by ADMM.
 
-Alternates the projection onto the codes that reproduce the signal exactly (one pseudo-inverse of the dictionary serves
-all rows and steps) with the soft threshold, whose level follows the size of the row's codes. The dictionary may span
-less than the space: atoms that repeat, atoms of zeros, fewer atoms than dimensions.
+It alternates two steps: the projection onto the codes that reproduce the signal exactly, and the soft threshold. One
+pseudo-inverse of the dictionary serves all rows and steps. The threshold's level follows the size of the row's codes.
+The dictionary need not span the space: atoms may repeat or be zero, or be fewer than the dimensions.
 """
 
 import functools
@@ -34,9 +34,9 @@ def basis_pursuit(
 ) -> Solution:
     r"""Returns the exact code of least l1 norm (non-negative: with no entry below 0).
 
-    `Solution.gap` is the larger of the primal and dual residuals of ADMM, each relative to its own scale, and infinite
-    where the signal does not lie in the span of the atoms, so that no code reproduces it (the code is then that of its
-    projection). A row has converged where the gap is within `tolerance` and the signal is reproduced.
+    `Solution.gap` is the larger of the primal and dual residuals of ADMM, each relative to its own scale. It is
+    infinite where the signal does not lie in the span of the atoms; the code is then that of its projection. A row has
+    converged where the gap is within `tolerance` and the signal is reproduced.
 
     Source: Chen, Donoho and Saunders, Atomic decomposition by basis pursuit, 1998; Boyd et al., Distributed
     optimization and statistical learning via ADMM, 2011.

@@ -1,4 +1,4 @@
-"""The one door to the solvers with a fixed dictionary: checks its input, then runs a pure jitted function."""
+"""`infer`: the common entry to all solvers with a fixed dictionary; checks its input, then runs a jitted function."""
 
 import dataclasses
 import math
@@ -66,8 +66,8 @@ def infer(
       y: Signals, real and finite.
       dictionary: One atom per row, of norm 1.
       method: A name in `METHODS`.
-      k: For omp atoms per signal, at most d (more are linearly dependent); for top_k latents, at most n_atoms; for mp
-        and gradient_pursuit steps, which may take an atom again, so that the support has at most k.
+      k: For omp: atoms per signal, at most d (more are linearly dependent). For top_k: latents, at most n_atoms. For mp
+        and gradient_pursuit: steps; a step may take an atom again, so the support has at most k.
       l1_coef: Weight of the l1 norm against half the squared error; for ista and fista.
       threshold: Level of the correlations to keep; for threshold.
       nonneg: Whether codes must not fall below 0.

@@ -1,6 +1,6 @@
-"""Inference-time optimisation: the decoder of a trained SAE as a dictionary, its encoder replaced by a solver.
+"""Inference-time optimisation: a solver replaces the encoder of a trained SAE and keeps its dictionary.
 
-Splits an SAE's error into what its encoder loses and what its dictionary loses.
+It splits an SAE's error into the encoder's part and the dictionary's part.
 """
 
 import warnings

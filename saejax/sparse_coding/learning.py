@@ -1,12 +1,12 @@
-r"""Dictionary learning: alternate sparse codes of a batch (FISTA) with a better dictionary for them.
+r"""Dictionary learning: alternates sparse codes of a batch (FISTA) with a better dictionary for them.
 
 .. math:: \min_{D, Z}\ \frac1n \sum_i \tfrac12 \|y_i - z_i D\|^2 + \lambda \|z_i\|_1, \qquad \|d_j\| = 1
 
-Both methods keep two averages over the batches seen, :math:`A \leftarrow \rho_t A + Z^\top Z / b` and
-:math:`B \leftarrow \rho_t B + Z^\top Y / b`, and forget the oldest: :math:`\rho_t = (1 - 1/t)^{\text{decay}}`, so their
-memory is about t / decay batches. `online` improves one atom after another with the others fixed; `mod` solves for all
-atoms at once. An atom that no code has used for some batches, or that has become the twin of another, starts anew from
-a row that is explained badly. This is the baseline without an encoder that a sparse autoencoder has to beat.
+Both methods keep two averages over the batches, :math:`A \leftarrow \rho_t A + Z^\top Z / b` and :math:`B \leftarrow
+\rho_t B + Z^\top Y / b`. They forget the oldest, :math:`\rho_t = (1 - 1/t)^{\text{decay}}`, so their memory is about t
+/ decay batches. `online` improves one atom after another with the others fixed; `mod` solves for all atoms at once. An
+atom that no code has used for some batches, or that duplicates another, restarts from a badly explained row. This is
+the baseline without an encoder that a sparse autoencoder has to beat.
 
 Sources:
   Mairal et al., Online learning for matrix factorization and sparse coding, 2010 (online); Engan et al., Method of

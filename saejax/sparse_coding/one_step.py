@@ -1,6 +1,6 @@
-"""One product and a choice: the decoders that do not iterate.
+"""One-step decoders: one product and a selection, no iteration.
 
-They are what an encoder with tied weights does, and the baseline of every iterative solver.
+An encoder with tied weights does the same. They are the baseline of every iterative solver.
 """
 
 import functools

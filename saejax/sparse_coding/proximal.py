@@ -1,7 +1,7 @@
 r"""Proximal gradient for the Lasso: :math:`\min_z \frac12\|y - zD\|^2 + \lambda\|z\|_1`, signed or non-negative.
 
-The dual point is the residual scaled into the dual's feasible set, so the gap bounds the distance from the optimum
-and a row stops as soon as its own gap is small. Products are linear: one pair per step serves the gradient at the
+The dual point is the residual scaled into the dual's feasible set. So the gap bounds the distance from the optimum,
+and a row stops when its own gap is small. Products are linear: one pair per step serves the gradient at the
 extrapolated point and the gap at the iterate.
 """
 
@@ -46,8 +46,8 @@ def fista(
 ) -> Solution:
     r"""ISTA with Nesterov's momentum, restarted per row where it points uphill.
 
-    A dictionary of many more atoms than dimensions is first solved on working sets, whose steps count as iterations;
-    the gap is always that of the whole problem, and plain FISTA goes on where working sets do not close it.
+    With many more atoms than dimensions, working sets come first; their steps count as iterations. The gap is always
+    that of the whole problem. Plain FISTA continues where working sets do not close it.
 
     Stops where the duality gap is within `tolerance` of :math:`\frac12\|y\|^2`; `Solution.gap` is that ratio.
 

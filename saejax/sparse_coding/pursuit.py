@@ -1,7 +1,7 @@
-"""Greedy pursuits: one atom at a time, the one that correlates most with the residual.
+"""Greedy pursuits: add one atom at a time, the one that correlates most with the residual.
 
-A step costs one product of the residuals with the dictionary; all else touches chosen atoms only. Non-negative
-pursuits choose by correlation, signed ones by magnitude, and the former stop where no correlation is above 0.
+A step costs one product of the residuals with the dictionary; the rest touches chosen atoms only. Non-negative
+pursuits choose by correlation and stop where none is above 0. Signed ones choose by magnitude.
 """
 
 import functools
@@ -35,8 +35,8 @@ def omp(
     r"""Orthogonal matching pursuit: after each choice, least squares on all chosen atoms; never the same atom twice.
 
     The residual is orthogonal to the chosen atoms (non-negative: to those above 0). Stops early where the residual is
-    within `tolerance` of the signal's norm or no correlation is left; and, not converged, where the best atom depends
-    on those chosen as far as float32 can tell.
+    within `tolerance` of the signal's norm or no correlation is left. It also stops, not converged, where the best atom
+    depends on the chosen ones to float32 precision.
 
     Source: Pati, Rezaiifar and Krishnaprasad, Orthogonal matching pursuit, 1993.
     """

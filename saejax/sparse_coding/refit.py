@@ -1,6 +1,6 @@
-"""Debiasing: the support stays, its values become the least-squares ones.
+"""Debiasing: keeps the support and replaces its values by the least-squares ones.
 
-Takes the shrinkage out of an L1 code, and tells an encoder's choice of latents from its amplitudes.
+It removes the shrinkage of an L1 code, and separates an encoder's choice of latents from its amplitudes.
 """
 
 import functools
@@ -25,8 +25,8 @@ def refit(y: Float[Array, "b d"], dictionary: Float[Array, "n d"], solution: Sol
       nonneg: Whether the values must not fall below 0 (some may end there).
 
     Returns:
-      A k-sparse solution with the same account of iterations; `converged` is False, and the row as it
-      was, where the atoms of a row are linearly dependent.
+      A k-sparse solution with the same count of iterations. Where the atoms of a row are linearly dependent,
+      `converged` is False and the row is unchanged.
 
     Raises:
       UserError: signals, dictionary and solution do not fit, hold NaN, or a row has more than d atoms.

@@ -1,7 +1,7 @@
-"""Signals in blocks of rows, so that [rows, n_atoms] fits the cache (CPU) or a small part of memory (accelerators).
+"""Blocks of rows for the solvers, so that [rows, n_atoms] fits the cache (CPU) or a small part of memory.
 
-Every solver goes through here: it is written for one block and never sees the whole batch. Blocks stop on their own,
-so a hard signal holds up only its neighbours. On a mesh with a "data" axis each device takes its share of the rows.
+Every solver runs through it: a solver handles one block and never sees the whole batch. Blocks stop on their own, so a
+hard signal delays only its neighbours. On a mesh with a "data" axis each device takes its share of the rows.
 """
 
 from collections.abc import Callable

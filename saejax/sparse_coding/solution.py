@@ -1,6 +1,6 @@
-"""What every solver returns: the code, and how far the solver got.
+"""Solution of a solver: the code, and how far the solver got.
 
-A solver that stopped before its goal says so here; nothing is silent.
+A solver that stopped before its goal says so here; none fails silently.
 """
 
 import jax

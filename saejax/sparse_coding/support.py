@@ -1,11 +1,11 @@
 """Least squares on a given support, signed or non-negative: small Gram systems, one per row.
 
-Unused slots of a support are masked: their rows and columns of an inverse are 0. Inverses are kept, not factors: an
-atom more is an update of rank one, and all steps are products that run over the rows of a block at once. What the
-inverse loses in float32 (the Gram matrix squares the condition) one step of refinement in signal space gives back.
+Unused slots of a support are masked: their rows and columns of an inverse are 0. Keeping inverses instead of factors
+makes a new atom an update of rank one, and all steps products over the rows of a block. The inverse loses precision in
+float32, because the Gram matrix squares the condition number. One refinement step in signal space restores it.
 
-No LAPACK here: XLA's batched Cholesky inside a loop blocks the thread pool of a machine with two cores for ever
-(jaxlib 0.10.2), and sweeps over the whole block are as fast.
+LAPACK is avoided: XLA's batched Cholesky inside a loop deadlocks the thread pool of a machine with two cores (jaxlib
+0.10.2). Sweeps over the whole block are as fast.
 """
 
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""The Lasso on the few atoms that matter: a head start for FISTA on large dictionaries.
+"""Working sets: the Lasso on the few atoms that matter, a head start for FISTA on large dictionaries.
 
-The atoms in use and those that correlate most with the residual make up the working set of a row; on it the problem
-is small and well conditioned. Whether that solved the whole problem is for the caller's duality gap to say.
+A row's working set consists of its atoms in use and those that correlate most with the residual. On it the problem is
+small and well conditioned. The caller's duality gap tells whether that solved the whole problem.
 
 Source: Massias, Gramfort and Salmon, Celer: a fast solver for the Lasso with dual extrapolation, 2018.
 """
@@ -39,7 +39,7 @@ def solve(
     nonneg: bool,
     m: int,
 ) -> Float[Array, "b n"]:
-    """Returns codes that are near optimal on the working sets; a row with more than m atoms in use stays as it is.
+    """Returns codes that are near optimal on the working sets. A row with more than m atoms in use is unchanged.
 
     Args:
       y: Signals.

@@ -100,7 +100,7 @@ DAMAGED_NPY = {
     "nan": (npy(np.where(np.arange(40)[:, None] == 39, np.nan, ROWS)), "row 39 holds NaN or an infinity"),
     "infinite": (npy(np.where(np.arange(40)[:, None] == 38, -np.inf, ROWS)), "row 38 holds NaN or an infinity"),
     "beyond float32": (npy(np.full((40, 6), 1e200)), "holds 1e.200, and float32 ends at 3.40282e.38; scale"),
-    "below float32": (npy(np.full((40, 6), 1e-200)), "nothing above 1e-200, which float32 takes for 0; scale"),
+    "below float32": (npy(np.full((40, 6), 1e-200)), "nothing above 1e-200, which float32 rounds to 0; scale"),
 }
 """What lies in a file called .npy, and what is said of it."""
 

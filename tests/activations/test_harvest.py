@@ -180,7 +180,7 @@ def test_keep_mask_is_one_rule_for_numpy_and_jit():
     double = dataclasses.replace(rule, median_norm=[1.0, 3.0])
     both = jax.jit(lambda *arrays: sinks.keep_mask(*arrays, double))(np.stack([norms, 4 * norms]), positions, segments)
     assert np.array_equal(both, brute & (4 * norms <= 6)) and double.median_norm == (1.0, 3.0)
-    with pytest.raises(UserError, match=r"the sink rule is of 2 hooks, the norms are \(5, 40\)"):
+    with pytest.raises(UserError, match=r"the sink rule has 2 hooks, the norms have shape \(5, 40\)"):
         sinks.keep_mask(norms, positions, segments, double)
     with pytest.raises(ValueError, match="median was not measured"):
         sinks.keep_mask(norms, positions, segments, sinks.Sink(factor=2.0))

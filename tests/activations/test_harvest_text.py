@@ -207,8 +207,8 @@ def test_how_much_text_there_is_and_that_it_is_less_than_asked_for(door, small_m
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     key = "source." if door == "live" else ""
     assert [
-        f"{key}n_tokens=1000000 is more than the text has: all of its {n['train']} tokens for training are taken",
-        f"{key}heldout_tokens=100000 is more than the text has: all of its {n['heldout']} tokens held out are taken",
+        f"{key}n_tokens=1000000 exceeds the text: taking all of its {n['train']} tokens for training",
+        f"{key}heldout_tokens=100000 exceeds the text: taking all of its {n['heldout']} tokens held out",
     ] == [line for line in warned if "tokens=" in line]
 
 

@@ -131,7 +131,7 @@ def test_what_a_file_carries_changes_no_token(door, carried, model, corpus, capl
     assert tokens(run) == expected
     assert run.packer.bos_id == TEXT
     assert run.common["special_token_policy"]["left_out"] == [carried]
-    assert f"the tokenizer's file carries {carried}: without effect here" in caplog.text
+    assert f"ignoring {carried} of the tokenizer's file" in caplog.text
     if door is not by_backend:  # what programs take from a loaded model
         read = run.backend.tokenizer
         assert [e.ids for e in read.encode_batch([WORD, WORD * 8, WORD])] == whole
@@ -273,7 +273,7 @@ def test_a_store_begun_with_another_bos_keeps_it_in_both_splits(model, corpus, t
     wanted = config(model, corpus, path=str(tmp_path / "out"))
     with caplog.at_level(logging.WARNING):
         harvest(wanted)
-    assert f"going on with bos_id {END}, as begun; bos=auto gives {TEXT} today" in caplog.text
+    assert f"continuing with bos_id {END}, as begun; bos=auto now gives {TEXT}" in caplog.text
     assert store.verify(wanted.path) == []
     assert [store.Reader(path).manifest["special_token_policy"]["bos_id"] for path in paths.values()] == [END, END]
     last = store_format.shard_name(store.Reader(paths["train"]).manifest["n_shards"] - 1)

@@ -1,4 +1,4 @@
-"""Language models whose activations are harvested and spliced: `load` gives a `LanguageModel`."""
+"""Language models to harvest and splice: `load` returns a `LanguageModel`."""
 
 from saejax.activations.language_model.backend import LanguageModel, LMBackend
 from saejax.activations.language_model.config import ModelConfig

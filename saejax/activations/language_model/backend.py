@@ -1,9 +1,8 @@
-"""What harvesting and evaluation ask of a language model, and the JAX model that answers.
+"""Interface of a language model for harvesting and evaluation, and its JAX implementation.
 
-`LMBackend` is the contract; `torch_source.py` answers its `capture` for models that have no JAX form.
-`LanguageModel` compiles the forward pass of `model.py`: only the layers below the highest hook run,
-activations come back sharded over `data`, and a batch that does not divide over the mesh is padded on the
-way in and cut on the way out.
+`LMBackend` is the contract; `torch_source.py` implements its `capture` for models without a JAX form. `LanguageModel`
+compiles the forward pass of `model.py`. It runs only the layers below the highest hook and returns activations sharded
+over `data`. It pads a batch that does not divide over the mesh, and cuts the result.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""Which token begins a text, decided from what a model's files say, and why.
+"""Beginning-of-text token: decides which one begins a text from a model's files, and says why.
 
-`bos=auto` asks in this order, and the first answer holds:
+`bos=auto` asks these in order; the first answer holds:
 
-1. the template of the tokenizer (`post_processor` of tokenizer.json): what it puts *before* the text, never what it
-   puts after it;
+1. the tokenizer's template (`post_processor` of tokenizer.json): the token before the text, never one after it;
 2. tokenizer_config.json: `add_bos_token` with `bos_token`, then a `bos_token` alone;
 3. config.json: a `bos_token_id` that the tokenizer marks as special;
 4. the vocabulary: a token known to begin texts.
 
-A token that files name as the end of a text begins none, unless the template or `add_bos_token` says so, or it is one
-known to do both (GPT-2's `<|endoftext|>`) and is named as both. A GGUF file answers by itself, as llama.cpp reads it:
-`tokenizer.ggml.add_bos_token` says whether, `tokenizer.ggml.bos_token_id` which.
+A token that the files name as the end of a text does not begin one. There are two exceptions: the template or
+`add_bos_token` says so, or it is known to do both and is named as both (GPT-2's `<|endoftext|>`). A GGUF file decides
+alone, as in llama.cpp: `tokenizer.ggml.add_bos_token` says whether, `tokenizer.ggml.bos_token_id` which.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a decoder-only transformer is, as one set of switches; every supported family is a point in it.
+"""Configuration of a decoder-only transformer: one set of switches covers every supported family.
 
-`families.py` fills it from a Hugging Face `config.json`, `gguf_file.py` from GGUF metadata, `model.py`
-computes with it. It is hashable, so that it can be a static argument of compiled functions.
+`families.py` fills it from a Hugging Face `config.json`, `gguf_file.py` from GGUF metadata; `model.py` computes with
+it. It is hashable, so it can be a static argument of compiled functions.
 """
 
 from __future__ import annotations

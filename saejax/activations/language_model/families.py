@@ -1,8 +1,7 @@
-"""Reads a Hugging Face `config.json` into `ModelConfig`, ignoring no field that would change the numbers.
+"""Hugging Face `config.json` to `ModelConfig`; no field that changes the numbers is ignored.
 
-One row of `_FAMILIES` per rotary family says what its files leave out; GPT-2 has its own reader. GGUF
-metadata is translated to the same keys first (`gguf_file.py`), so every rule about a family stands here
-once.
+`_FAMILIES` has one row per rotary family with the defaults that its files leave out; GPT-2 has its own reader. GGUF
+metadata is translated to the same keys first (`gguf_file.py`), so each rule about a family is written once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Fields of a file that somebody else wrote, each read as the type that it must have.
+"""Typed fields of an untrusted model file, for `config.json` and GGUF metadata alike.
 
-One mechanism for `config.json` and for the metadata of GGUF files: what is missing, of another type, not finite or out
-of range ends in one line that names the file, the field, its value and what is allowed. Nothing is converted: 32.0,
-"32" and true are no whole numbers.
+A missing value, a wrong type, a value that is not finite or out of range ends in one line. It names the file, the
+field, its value and what is allowed. Nothing is converted: 32.0, "32" and true are not integers.
 """
 
 from __future__ import annotations

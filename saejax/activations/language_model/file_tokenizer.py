@@ -1,8 +1,8 @@
-"""A tokenizer as it comes out of a model's files, with what they carry for other uses taken off.
+"""Tokenizer of a model's files, without the settings that would change the text.
 
-tokenizer.json may hold truncation and padding, which whoever saved it had switched on, a dropout that draws merges
-anew at every call, and a template that repeats or drops the text. All of that would change the data without a word;
-none of it is a part of the language model. The tokens of a text are then a function of the text alone, all of it.
+tokenizer.json may hold truncation and padding, which its last user switched on. It may also hold a dropout that draws
+merges anew at every call, or a template that repeats or drops the text. All of that would silently change the data and
+is no part of the language model. Without it, the tokens of a text depend on the text alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A GGUF file as a source: metadata under Hugging Face's keys, tensors dequantised.
+"""GGUF file reader: metadata under Hugging Face's keys, tensors dequantised.
 
-The file names tensors its own way, stores llama's query and key rows permuted, GPT-2's matrices transposed
-and Gemma's norm gains with 1 added; all of that is undone here, so that nothing after this file knows the
-format.
+GGUF has its own tensor names. It permutes llama's query and key rows, transposes GPT-2's matrices and adds 1 to
+Gemma's norm gains. This module undoes all of it, so no later code knows the format.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The head of a GGUF file: its metadata, and where each tensor lies.
+"""GGUF header parser: metadata and the place of each tensor.
 
-Every count, length and offset is compared with the bytes that are there before it is believed. The reader of the
-library `gguf` follows them wherever they lead: an array of 2^60 numbers is an endless loop to it, and a string that is
-cut off is a shorter string. Its table of types is used here, and its dequantisation in `gguf_file.py`.
+It compares every count, length and offset with the bytes of the file before using it. The library `gguf` does not: an
+array of 2^60 numbers is an endless loop to it, and a string that is cut off is a shorter string. saejax uses its table
+of types here, and its dequantisation in `gguf_file.py`.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

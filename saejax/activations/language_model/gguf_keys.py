@@ -1,7 +1,7 @@
-"""GGUF metadata as the `config.json` of the same model would say it; no key that changes the numbers is passed over.
+"""GGUF metadata to `config.json` keys; every key that changes the numbers is read or refused.
 
-A key is read here, means nothing (with any value, or with one), or ends in one line that names it. What llama.cpp
-assumes where a key is absent is assumed here.
+Each key is read here, is known to mean nothing (for any value, or for one), or ends in one line that names it. Absent
+keys take llama.cpp's defaults.
 
 Sources, llama.cpp of 2026: `src/llama-model.cpp` (load_hparams), `src/llama-context.cpp` (what scales the rotation),
 `src/models/{llama,qwen2,qwen3,gemma2,gemma3,gpt2}.cpp`, and `conversion/*.py` for what files of these families hold.

@@ -1,4 +1,4 @@
-"""Rebuilds the tokenizer that a GGUF file carries as lists, with the `tokenizers` library."""
+"""Tokenizer of a GGUF file, rebuilt from its lists with the `tokenizers` library."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""From text and a language model to two activation stores, `<path>/train` and `<path>/heldout`.
+"""Harvest: text and a language model to two activation stores, `<path>/train` and `<path>/heldout`.
 
-The first command of the data path: `text` -> `packing` -> `language_model` -> `sinks` -> `store`. The
-device computes one batch while the host writes the one before. What a shard holds depends only on the
-settings, so a harvest that was stopped is continued by the same command, and several processes share one
-harvest by taking turns in shards.
+First command of the data path: `text` -> `packing` -> `language_model` -> `sinks` -> `store`. The device computes one
+batch while the host writes the batch before. A shard's content depends only on the settings. So the same command
+continues a stopped harvest, and several processes share one harvest by taking turns in shards.
 """
 
 import contextlib
@@ -48,7 +47,7 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
       harvest, the stores are complete when the last of them returns.
 
     Raises:
-      UserError: a setting cannot be, a split has no text, a store was begun with other settings, the dtype would
+      UserError: a setting is invalid, a split has no text, a store was begun with other settings, the dtype would
         overflow, or the disk is full.
       KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on `signals.SIGNALS`. What is published
         stays, the same call continues.

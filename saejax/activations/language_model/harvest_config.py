@@ -1,4 +1,4 @@
-"""What a harvest can be told: `HarvestConfig`, the settings of `saejax harvest`."""
+"""`HarvestConfig`: the settings of `saejax harvest`."""
 
 import dataclasses
 import enum

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a source of weights, configuration and tokenizer; safetensors only."""
+"""Hugging Face directory reader: weights (safetensors only), configuration and tokenizer."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Names of the places in a model that can be read or replaced, as TransformerLens names them.
+"""Hook names: the places in a model that can be read or replaced, in TransformerLens' naming.
 
-`blocks.{layer}.{site}`. A block touches its sites in the order of `SITES`; `model.py` calls them,
+The form is `blocks.{layer}.{site}`. A block visits its sites in the order of `SITES`; `model.py` calls them,
 `backend.py` reads and replaces them.
 
-`ln1.hook_normalized` (input of attention) and `ln2.hook_normalized` (input of the MLP) hold what TransformerLens
-holds there in a model whose norms are not folded into the next weights: under an RMS norm x / rms(x), BEFORE the gain;
-under GPT-2's layer norm its output, gain and bias INCLUDED. A transcoder made elsewhere with a folded GPT-2 read rows
-without gain and bias.
+`ln1.hook_normalized` (input of attention) and `ln2.hook_normalized` (input of the MLP) hold TransformerLens' values
+for a model whose norms are not folded into the next weights. Under an RMS norm that is x / rms(x), BEFORE the gain.
+Under GPT-2's layer norm it is the output, gain and bias INCLUDED. A transcoder trained elsewhere on a folded GPT-2
+expects rows without gain and bias.
 """
 
 from __future__ import annotations

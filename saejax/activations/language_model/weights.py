@@ -1,8 +1,8 @@
-"""Fills a model's parameters from files, leaf by leaf and shard by shard, straight onto the mesh.
+"""Weight loading: fills a model's parameters leaf by leaf and shard by shard, straight onto the mesh.
 
-A file format gives a `TensorSource`: tensors under the names that Hugging Face gives them (`hf.py` reads
-safetensors, `gguf_file.py` dequantises). The tables here say which of them make up each of our leaves and
-how a leaf is sharded. No host ever holds more than one leaf's local shards.
+A file format provides a `TensorSource`: tensors under their Hugging Face names (`hf.py` reads safetensors,
+`gguf_file.py` dequantises). The tables here say which tensors make up each leaf and how a leaf is sharded. No host
+ever holds more than one leaf's local shards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The activation store: the one name by which the rest of the project knows its writer, reader and checks."""
+"""Activation store: writer, reader and checks under one name."""
 
 from saejax.activations.store.check import describe, info, is_whole, stores_under, verify
 from saejax.activations.store.files import FORMAT_VERSION, StoreDtype

@@ -1,4 +1,4 @@
-"""Looks at a store as a whole: what it holds (`info`, `describe`) and whether it is sound (`verify`)."""
+"""Inspection of a whole store: its content (`info`, `describe`) and its integrity (`verify`)."""
 
 import hashlib
 import math

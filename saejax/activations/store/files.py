@@ -1,4 +1,4 @@
-"""What lies on disk in an activation store, format version 1: names, shapes, and how a file is published.
+"""On-disk format of an activation store, version 1: names, shapes, and how a file is published.
 
 A store is a directory of shards and `manifest.json`; `docs/formats.md` describes it to other programs.
 Shard 3 is

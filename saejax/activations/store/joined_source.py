@@ -1,8 +1,7 @@
-"""Stores of the same tokens side by side: layers that were harvested apart, or two models with one tokenizer.
+"""Stores of the same tokens side by side: layers harvested apart, or two models with one tokenizer.
 
-A row is the rows of all stores at one token, in the order of the paths. Whether the tokens are the same is not
-guessed: the index of a store says for every row which token it was read at, and the checksums of all shards of the
-index must agree.
+A row joins the rows of all stores at one token, in the order of the paths. saejax verifies that the tokens are the
+same: a store's index names the token of every row, and the index checksums of all shards must agree.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""What a store's manifest and its shards' records must say before anything is made of it: fields, types, ranges.
+"""Schema of a store's manifest and of its shards' records: fields, types, ranges.
 
-They may come from elsewhere, so nothing in them is believed that was not looked at, and no name in them becomes a path:
-the files of a shard are named by its number.
+The files may come from elsewhere, so every value is checked before use, and no name in them becomes a path: a shard's
+number names its files.
 """
 
 import os
@@ -131,10 +131,10 @@ def read_manifest(path: str | os.PathLike) -> dict:
 
 
 def check_manifest(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Refuses a manifest that lacks a field, in which one cannot be what it is, or that is not as it was written.
+    """Refuses a manifest that lacks a field, holds an impossible value, or was changed since it was written.
 
-    The `fingerprint` holds for all that the store is made of, from the first moment on; the `sha256` of a complete
-    manifest for the table of shards too. Complete manifests of the first stores have none, and no checksum of the
+    The `fingerprint` covers the store's settings from the start; the `sha256` of a complete manifest also covers the
+    table of shards. Complete manifests of the first stores have none, and no checksum of the
     shards' records either: those are then read and compared.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Reads an activation store through memory maps: rows, blocks, and the way from a row back to its token.
+"""Activation store reader: memory-mapped rows and blocks, and the way from a row back to its token.
 
-The loader's end of the data path. A file whose checksum is not that of the harvest is refused by name when it is first
-opened, so nothing damaged is ever handed out. A store may be read while it grows: its rows are those of the longest
-unbroken run of published shards from shard 0, so a row keeps its number however many shards follow.
+The loader reads through it. On first opening, a file whose checksum differs from the harvest's is refused by name, so
+damaged data never reaches training. A store may be read while it grows. Its rows are those of the longest unbroken run
+of shards from shard 0, so a row keeps its number as shards follow.
 """
 
 import bisect

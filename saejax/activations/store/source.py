@@ -1,4 +1,4 @@
-"""A harvested activation store as a source: `train/` to learn from, `heldout/` to be judged by.
+"""Activation store as a source: `train/` for training, `heldout/` for evaluation.
 
 The two lie side by side under one path and hold different documents.
 """

@@ -1,9 +1,9 @@
-"""Writes an activation store shard by shard, so that a harvest may be killed at any moment and continued.
+"""Activation store writer: shard by shard, so a harvest may be killed at any moment and continued.
 
-Third station of the harvest, after the language model. A shard is a fixed range of sequences, so its
-content does not depend on which process writes it or when: process p of P takes shards p, p + P, ... A
-shard that is published is never written again, one that is not leaves no trace in the store; hence no
-duplicates. Writers share a store only as different p of one P; whoever comes otherwise is refused.
+Third station of the harvest, after the language model. A shard is a fixed range of sequences, so its content does not
+depend on which process writes it or when: process p of P takes shards p, p + P, ... A published shard is never written
+again, and an unpublished one leaves no trace, so there are no duplicates. Writers share a store only as different p of
+one P; any other writer is refused.
 """
 
 import contextlib

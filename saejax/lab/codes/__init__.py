@@ -1,7 +1,7 @@
-"""Superposition codes: how many sparse features d dimensions can carry, and which decoder reads them back.
+"""Superposition codes: how many sparse features d dimensions can carry, and which decoder recovers them.
 
-A code is a dictionary `[n_atoms, d]` of unit rows f_i and a set of k active atoms; its signal is the plain sum
-x = sum_{i in set} f_i. The laboratory asks when a decoder finds the set again.
+A code is a dictionary `[n_atoms, d]` of unit rows f_i and a set of k active atoms; its signal is the plain sum x =
+sum_{i in set} f_i. The laboratory measures when a decoder finds the set again.
 
 * `dictionaries`  random and optimised dictionaries, whole or implicit (rows made on demand)
 * `subsets`       exact uniform k-subsets
@@ -11,5 +11,5 @@ x = sum_{i in set} f_i. The laboratory asks when a decoder finds the set again.
 * `coherence`     interference of a dictionary and the bounds it obeys
 * `awgn`          a single codeword in white noise
 
-Arrays only: knows `sparse_coding`, nothing of training, activations or files.
+It handles arrays only and knows `sparse_coding`, but nothing of training, activations or files.
 """

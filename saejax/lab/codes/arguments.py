@@ -1,4 +1,4 @@
-"""Checks of the arguments of this package: one line that names argument, value and what is allowed."""
+"""Argument checks of the codes package: one line with the argument, its value and what is allowed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""One codeword in white Gaussian noise: how many dimensions a random codebook needs in practice."""
+"""Random codebooks in white Gaussian noise: the dimensions that one codeword needs in practice."""
 
 from functools import partial
 

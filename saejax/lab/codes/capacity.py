@@ -1,8 +1,8 @@
 """Closed forms of superposition codes: entropy, capacity, convex decoding, rules of thumb.
 
-Throughout, a code has n_atoms atoms in d dimensions, k of them active with coefficient 1. Host arithmetic in float64.
-`gaussian` holds the success probabilities of one-step decoders, `rules` the questions asked backwards.
-Where a source prints a formula with a slip, the corrected form stands here and the docstring says so.
+A code has n_atoms atoms in d dimensions; k of them are active with coefficient 1. Host arithmetic in float64.
+`gaussian` holds the success probabilities of one-step decoders, `rules` the inverse questions. Where a source
+misprints a formula, the code uses the corrected form and the docstring says so.
 """
 
 import math

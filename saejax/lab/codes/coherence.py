@@ -1,6 +1,6 @@
-"""Interference of a dictionary, and the bounds that hold for every or for random dictionaries.
+"""Coherence of a dictionary (interference between atoms), and the bounds on it.
 
-The dictionary's rows are atoms; nothing of size [n_atoms, n_atoms] is ever formed.
+Atoms are the dictionary's rows; nothing of size [n_atoms, n_atoms] is ever formed.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Decoders: from a signal x = sum of k atoms back to which atoms, and how often each.
+"""Decoders of superposition codes: a signal x = sum of k atoms to the count of each atom.
 
-Every decoder returns integer counts `[b, n_atoms]`, so success has one meaning for all of them: the counts equal
-the 0/1 code. `DECODERS` are the decoders of this package; the solvers of `saejax.sparse_coding` join them through
-a rounding rule, by their own names.
+Every decoder returns integer counts `[b, n_atoms]`, so success means the same for all: the counts equal the 0/1 code.
+`DECODERS` holds the decoders of this package; the solvers of `saejax.sparse_coding` join them through a rounding rule,
+under their own names.
 """
 
 import dataclasses

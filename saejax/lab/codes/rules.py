@@ -1,8 +1,8 @@
 """Rules of thumb side by side: dimensions needed, features that fit, active features that fit.
 
-Every rule answers "how many dimensions for n_atoms and k?" for one decoder. The same rules asked backwards say how
-many features d dimensions can hold. They disagree by tens of orders of magnitude, because a bound for the best
-conceivable decoder says little about a matched filter: read the column of the decoder in use.
+Each rule gives the dimensions that one decoder needs for n_atoms and k. Inverted, it gives the features that d
+dimensions can hold. The rules disagree by tens of orders of magnitude: a bound for the best conceivable decoder says
+little about a matched filter. Read the column of the decoder in use.
 """
 
 import dataclasses

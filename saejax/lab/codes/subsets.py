@@ -1,4 +1,4 @@
-"""Uniform k-subsets: which atoms of a code are active."""
+"""Uniform random k-subsets: the active atoms of a code."""
 
 from functools import partial
 

@@ -1,11 +1,11 @@
-"""How often a decoder recovers the exact set: success curves over the dimension.
+"""Success curves: how often a decoder recovers the exact set, over the dimension.
 
-One-step decoders are judged by two numbers per trial, the weakest active score and the strongest inactive score,
-found while streaming over blocks of an implicit dictionary: n_atoms = 2^20 needs memory for one block only. Other
-decoders run on whole dictionaries of moderate size. Trials are split over the mesh axis "data".
+Two numbers per trial judge a one-step decoder: the weakest active score and the strongest inactive score. Blocks of an
+implicit dictionary stream past, so n_atoms = 2^20 needs memory for one block only. Other decoders run on whole
+dictionaries of moderate size. Trials are split over the mesh axis "data".
 
-The random rows are nested: a code in fewer dimensions is a prefix of the same rows, so one pass measures a whole
-curve, and the curve is smoother than its points are certain.
+The random rows are nested: a code in fewer dimensions is a prefix of the same rows. So one pass measures a whole
+curve, and the curve is smoother than the certainty of its points.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""The papers' claims, each as one program that ends in a figure and a table of passes and failures.
+"""Experiments: each tests a claim of the papers and ends in a figure and a table of passes and failures.
 
-Sixth station: everything below may be used, nothing below knows of it. `all_experiments()` finds every one.
+Sixth station: an experiment may use every package below it, and none of them knows it. `all_experiments()` lists them.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""Is a representation additive, f(A and B) = f(A) + f(B), on real images: two digits on one canvas.
+"""Additivity of representations on real images: f(A and B) = f(A) + f(B) for two digits on one canvas?
 
-A cosine near 0.9 is what an untrained ReLU network gives as well. So trained and untrained networks stand side by
-side with affine controls, and each cosine beside the shuffled pairs, the better single image, R2, and retrieval.
+An untrained ReLU network also gives a cosine near 0.9. So trained and untrained networks stand side by side with
+affine controls. Each cosine stands beside the shuffled pairs, the better single image, R2, and retrieval.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Two bottlenecks taken apart: what an SAE loses through its encoder, and what through its dictionary.
+"""Amortisation gap and dictionary gap: what an SAE loses through its encoder, and what through its dictionary.
 
-Every dictionary (the true one, those that SAEs and dictionary learning find) meets every inference (one product, OMP,
-FISTA) on the benchmark SB-iid. Down a column only the dictionary changes, along a row only the inference.
+On the benchmark SB-iid every dictionary (the true one, those of SAEs and of dictionary learning) meets every inference
+(one product, OMP, FISTA). Down a column only the dictionary changes, along a row only the inference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Does a sum of parts keep what belongs to what? A red square and a blue disc, or a blue square and a red disc.
+"""Binding problem: does a sum of parts keep which colour belongs to which shape?
 
-Scenes hold two objects, each a role (its shape, its place) and a filler (its colour). A sum code adds a vector per
-role and a vector per filler, so swapping the fillers changes nothing: no sparse code can bring the pairing back. A
-role-filler code adds the outer product of each pair, the tensor product representation, and is the positive control.
+Scenes hold two objects, each a role (its shape or place) and a filler (its colour). A sum code adds a vector per role
+and a vector per filler. Swapping the fillers changes nothing, so no sparse code can recover the pairing. A role-filler
+code adds the outer product of each pair, the tensor product representation; it is the positive control.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Does measured sparsity follow the complexity of the data? L0 at one reconstruction quality, as more features fire.
+"""Sparsity calibration: does measured L0 follow the number of active features, at one reconstruction quality?
 
-L0 depends on how much error one accepts, so it is compared at a fixed FVU: per data set a dictionary is learnt, and the
-weight of the l1 norm is chosen so that the held-out codes leave that share unexplained. The control is a code that is
-not sparse: the number of principal components that leave the same share, which cannot see how many features fire.
+L0 depends on the accepted error, so it is compared at a fixed FVU. Each data set gets its own learnt dictionary, and
+the weight of the l1 norm is chosen so that the held-out codes reach that FVU. The control is a dense code: the number
+of principal components that reach it, which does not depend on how many features fire.
 """
 
 from __future__ import annotations

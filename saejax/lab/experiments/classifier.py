@@ -1,7 +1,7 @@
-"""Small networks: a fixed one that hides the latents, and trained classifiers, the subjects of several experiments.
+"""Small networks: a fixed one that hides the latents, and trained classifiers, for several experiments.
 
-`MLP` and `Classifier` are static descriptions with pure methods; `minimise` is a whole training as one jitted
-`lax.scan`. Used by the identifiability and additivity experiments; not an experiment itself.
+`MLP` and `Classifier` are static descriptions with pure methods; `minimise` runs a whole training as one jitted
+`lax.scan`. The experiments on identifiability and additivity use them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""One codeword in white noise: a random codebook turns at the Shannon limit, not where Proposition 3 was printed."""
+"""Random codebook in white noise: success turns at the Shannon limit, not at Proposition 3 as printed."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The capacity calculator: how many features fit d dimensions when k are active, by every rule there is."""
+"""Capacity calculator: how many features fit d dimensions with k active, by every rule."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What the experiments on superposition codes share: reference results and the mesh of their trials.
+"""Reference results of the experiments on superposition codes, and the mesh of their trials.
 
 The dimensions were measured by an independent NumPy run: exact recovery of the set, Rademacher dictionaries, 100
 subsets per dictionary; d50 and d90 are where the isotonic success curve crosses 0.5 and 0.9.

@@ -1,6 +1,6 @@
-"""How many dimensions each decoder needs as the number of active features grows, at a million features.
+"""Dimensions that each decoder needs as the number of active features grows, at a million features.
 
-Closed forms at full size, Monte Carlo at a size that a laptop can hold; the same formulas serve both.
+Closed forms run at full size, Monte Carlo at a size for a laptop; the same formulas serve both.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Optimised dictionaries meet the Welch bound, and in superposition that hardly helps."""
+"""Optimised dictionaries reach the Welch bound; in superposition that hardly helps."""
 
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Self

@@ -1,4 +1,4 @@
-"""The best fixed threshold: capacity per dimension, and how close finite codes come to it."""
+"""Best fixed threshold: capacity per dimension, and how close finite codes come to it."""
 
 import dataclasses
 import math

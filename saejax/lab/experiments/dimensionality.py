@@ -1,9 +1,9 @@
-"""Are there enough dimensions for the features said to be in them? One margin per decoder, and never a proof.
+"""Dimension margins of a dictionary: are there enough dimensions for its features? One margin per decoder.
 
-From rows and a dictionary come estimates of what the rules ask for: K, the features active at once (mean L0 of the
-inferred codes), N, the features in use (atoms that ever fire), and M, the dimensions. Each rule then says how many
-dimensions its decoder needs. A margin below 1 warns about that decoder where M < N, and says nothing where M >= N:
-features need no superposition there. A margin above 1 forbids nothing and proves nothing.
+Rows and a dictionary give estimates for the rules: K, the features active at once (mean L0 of the inferred codes), N,
+the features in use (atoms that ever fire), and M, the dimensions. Each rule then gives the dimensions that its decoder
+needs. A margin below 1 warns about that decoder where M < N. It says nothing where M >= N, because features need no
+superposition there. A margin above 1 forbids nothing and proves nothing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One style for all figures of the experiments: readable in black and white, with units on the axes.
+"""Figure style of all experiments: readable in black and white, with units on the axes.
 
 Every series differs in marker and dash as well as in colour (the palette of Okabe and Ito, safe for colour-blind
-readers). Only `matplotlib.figure.Figure` is used: no window system, no global state. This is matplotlib's door,
-together with the experiments themselves.
+readers). Only `matplotlib.figure.Figure` is used, so there is no window system and no global state. Besides the
+experiments only this module imports matplotlib.
 """
 
 from __future__ import annotations

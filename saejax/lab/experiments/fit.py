@@ -1,7 +1,7 @@
-"""Train an SAE in process: the training step of `saejax.training`, many steps per compiled call, no run directory.
+"""In-process SAE training for experiments: many steps per compiled call, no run directory.
 
-The loop of `saejax train` logs, saves and resumes; an experiment wants many small SAEs quickly. Step, optimiser,
-liveness and state are the same; the shuffle buffer is as small as one batch, because the rows come shuffled.
+The loop of `saejax train` logs, saves and resumes; an experiment trains many small SAEs quickly. Step, optimiser,
+liveness and state are the same. The shuffle buffer is as small as one batch, because the rows come shuffled.
 """
 
 from __future__ import annotations

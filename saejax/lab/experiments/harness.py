@@ -1,7 +1,7 @@
-"""What an experiment is: a config that runs, the checks of its numbers against what is expected, and its files.
+"""Experiment base class: a config that runs, the checks of its numbers against expectations, and its files.
 
-An experiment module defines frozen dataclasses derived from `Experiment` and decorated with `register`; it imports
-matplotlib and scikit-learn inside functions only, so that listing all experiments is quick.
+An experiment module defines frozen dataclasses derived from `Experiment` and decorated with `register`. It imports
+matplotlib and scikit-learn only inside functions, so that listing all experiments is quick.
 """
 
 from __future__ import annotations

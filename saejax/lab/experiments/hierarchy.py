@@ -1,7 +1,8 @@
-"""Absorption: a parent's latent falls silent where a child's latent has swallowed the parent's direction.
+"""Absorption on a hierarchy: a child's latent takes over its parent's direction, and the parent's falls silent.
 
-On SB-hier a child never fires without its parent, so a sparser code exists in which the child's latent stands for both.
-Sparse coding with a learnt dictionary finds it too: absorption is what sparsity asks for, and is always read beside L0.
+On SB-hier a child never fires without its parent, so a sparser code lets the child's latent stand for both. Sparse
+coding with a learnt dictionary finds it too. So sparsity itself asks for absorption, and absorption is always read
+beside L0.
 """
 
 from __future__ import annotations

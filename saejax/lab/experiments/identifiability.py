@@ -1,9 +1,9 @@
-"""Step 1 of the argument: a network trained to classify finds the latents behind its input, up to a linear map.
+"""Identifiability: a classifier finds the latents behind its input, up to a linear map (step 1 of the argument).
 
 Latents lie on a sphere, in von Mises-Fisher clusters, one per class; the network sees them through a fixed nonlinear
 map. Theory: at the global minimum of the cross-entropy the representation is linear in the latents. So each arm shows
-how far it is from that minimum (the Bayes cross-entropy is known exactly) beside the R2 of a linear probe, and what
-the probe reads from the input itself and from the untrained network.
+its distance from that minimum (the Bayes cross-entropy is known exactly) beside the R2 of a linear probe. It also
+shows what the probe reads from the input itself and from the untrained network.
 """
 
 from __future__ import annotations

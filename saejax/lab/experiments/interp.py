@@ -1,7 +1,7 @@
-"""Can a score that asks neither human nor language model tell interpretable units from others?
+"""Interpretability scores without people or language models: do they tell interpretable units from others?
 
-Step 3 of the argument, on the benchmark SB-iid: which features an item truly has is its descriptor, so intruder and
-2AFC scores of true latents, SAE latents, polysemantic sums, neurons and random directions have a known order.
+Step 3 of the argument, on the benchmark SB-iid. An item's true features are its descriptor. So the intruder and 2AFC
+scores of true latents, SAE latents, polysemantic sums, neurons and random directions have a known order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Scores of found codes where the codes that made the data are known, and the inferences that are compared by them.
+"""Scores of found codes against known true codes, and the inferences that they compare.
 
-Shared by the experiments on amortisation, shifted combinations and hierarchy; no experiment lives here.
+The experiments on amortisation, shifted combinations and hierarchy share this module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Latents that are no vectors: is an angle linearly identified, or only its embedding?
+"""Non-Euclidean latents: is an angle linearly identified, or only its embedding?
 
 Latents on a circle, a torus, or the rotations of space cluster around classes with density exp(kappa <E(c), E(z)>),
 E the usual embedding (cosine and sine; nine matrix entries). The best logits are linear in E(z), so a classifier can

@@ -1,11 +1,11 @@
-"""Do codes survive new combinations of known features? One feature meets partners it never fired with in training.
+"""Out-of-distribution codes: one feature meets partners that it never fired with in training.
 
-Signals are y = z D without noise, k of n features active with amplitudes U(0, 1). In distribution (ID), feature 0
-fires in about half of the signals, then together with k - 1 features of the first half; the other signals hold k of the
-features 1 .. n - 1. Out of distribution (OOD), feature 0 fires in every signal, together with k - 1 of the second half.
-Everything is learnt on ID signals, everything is scored on signals that were not learnt from, and the matching of
-latents to features is found on ID signals and kept. (The paper matches anew on OOD signals, and scores dictionary
-learning on the signals it learnt from.)
+Signals are y = z D without noise: k of n features are active with amplitudes U(0, 1). In distribution (ID), feature 0
+fires in about half of the signals, together with k - 1 features of the first half; the other signals hold k of the
+features 1 .. n - 1. Out of distribution (OOD), feature 0 fires in every signal, together with k - 1 of the second
+half. Everything is learnt on ID signals and scored on signals outside the training set. The matching of latents to
+features is found on ID signals and kept. (The paper matches anew on OOD signals, and scores dictionary learning on the
+signals it learnt from.)
 """
 
 from __future__ import annotations

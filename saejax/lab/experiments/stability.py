@@ -1,8 +1,8 @@
-"""E10: do two trainings find the same latents? And the trap of starting both from the same weights.
+"""E10, stability: do two trainings find the same latents? Includes the trap of equal initial weights.
 
 PW-MCC compares two dictionaries by the mean |cos| of their best one-to-one matching. Two SAEs with the same initial
-weights agree before they have learnt anything, so agreement at the end proves nothing: what counts is how much of it
-training brought about (stabilisation = PW-MCC at the end minus PW-MCC at the start).
+weights agree before they have learnt anything, so final agreement proves nothing. Only the agreement gained in
+training counts (stabilisation = PW-MCC at the end minus PW-MCC at the start).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""E4: latents that die in training, and what brings them back. Data: the benchmark SB-iid."""
+"""E4, dead latents: how many die in training, and what revives them. Data: the benchmark SB-iid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""E2 and E2b: does sparse coding find known features out of superposition, and what does the number of latents change?
+"""E2 and E2b, recovery: does sparse coding find known features, and how does the number of latents matter?
 
 Data: the benchmark SB-iid (`activations.synthetic`), 256 features in 64 dimensions, 4 of them active in the mean row.
 """

@@ -1,7 +1,7 @@
-"""E3: what the penalty of an L1 SAE costs. Relative reconstruction bias against closed forms, and the knee of a sweep.
+"""E3, shrinkage: the cost of an L1 penalty. Relative reconstruction bias against closed forms, and the knee.
 
-Two settings. Over an orthonormal dictionary every code is soft-thresholded, so the bias has a closed form: an oracle
-and trained SAEs are held against it. On the benchmark SB-iid, in superposition, there is none: the sweep shows bias
+There are two settings. Over an orthonormal dictionary every code is soft-thresholded, so the bias has a closed form;
+an oracle and trained SAEs are compared with it. The benchmark SB-iid, in superposition, has none: the sweep shows bias
 and reconstruction against the penalty, and where the latter begins to spike.
 """
 

@@ -1,7 +1,7 @@
-"""Latents on the unit sphere: an exact von Mises-Fisher sampler, and the mean that it must have.
+"""Von Mises-Fisher sampler: latents on the unit sphere, and the mean that they must have.
 
-The data of the experiment `ident/vmf`; not an experiment itself. Everything is numpy in float64 on the host: the
-samples are the ground truth.
+It makes the data of the experiment `ident/vmf`. Everything is numpy in float64 on the host: the samples are the ground
+truth.
 """
 
 import numpy as np

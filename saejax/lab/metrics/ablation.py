@@ -1,13 +1,13 @@
-r"""What goes away with a few latents, and what a reconstruction costs whoever reads it.
+r"""Ablation metrics: targeted perturbation of a concept's latents, removal of spurious concepts, loss recovered.
 
-Targeted perturbation: the `n` latents that say most of a concept to its probe are taken out of the activation, x minus
-what they add to the reconstruction. A good dictionary then loses this concept and no other:
+Targeted perturbation removes the `n` latents that tell a probe most about a concept: x minus their part of the
+reconstruction. A good dictionary then loses this concept and no other:
 
 .. math:: a_{cj} = (\bar f_j^{c} - \bar f_j^{\neg c}) \langle d_j, w_c \rangle, \qquad
    \mathrm{tpp} = \mathrm{mean}_c\, \Delta_{cc} - \mathrm{mean}_{c \neq p}\, \Delta_{cp}
 
-with `Delta_cp` the accuracy that probe p loses when concept c is ablated. Removal of a spurious concept:
-(after - before) / (oracle - before). Loss recovered: (L_ablated - L_spliced) / (L_ablated - L_clean).
+where `Delta_cp` is the accuracy that probe p loses when concept c is ablated. Removal of a spurious concept: (after -
+before) / (oracle - before). Loss recovered: (L_ablated - L_spliced) / (L_ablated - L_clean).
 
 Sources:
   Karvonen et al., Evaluating sparse autoencoders on targeted concept erasure tasks, 2024 (arXiv:2411.18895); Marks et

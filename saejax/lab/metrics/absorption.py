@@ -1,4 +1,4 @@
-r"""Absorption: a latent stays off where its concept is there, because another latent has taken over its direction.
+r"""Absorption: a latent stays off where its concept is present, because another latent took over its direction.
 
 Two forms. With known features (a parent and its children): how often the parent's latent is off while parent and child
 are on, beside the same where the parent is alone. With a probe \(p\) for a concept, of unit length, and the latents

@@ -1,10 +1,10 @@
-r"""Whether a representation adds: is f of two things together the sum of f of each?
+r"""Additivity of a representation: is f of two things together the sum of f of each?
 
 .. math:: f(AB) - f_0 \overset{?}{=} (f(A) - f_0) + (f(B) - f_0), \qquad f_0 = f(\text{nothing})
 
 A raw cosine near 0.9 says little: an untrained ReLU network gives it too. So each cosine stands beside two controls,
-the mean over all wrong pairs (`_shuffled`) and the better of A and B alone (`_single`); R2 sees lengths, which
-cosines do not; and retrieval asks whether the sum is closer to its own pair than to any other.
+the mean over all wrong pairs (`_shuffled`) and the better of A and B alone (`_single`). R2 sees lengths, which cosines
+do not. Retrieval asks whether the sum is closer to its own pair than to any other.
 
 Sources:
   Klindt et al., From superposition to sparse codes, 2025: the test f(A) + f(B) = f(A + B).

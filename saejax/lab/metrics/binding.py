@@ -1,9 +1,9 @@
-r"""Whether a representation keeps what belongs to what: a red square and a blue disc, or a blue square and a red disc.
+r"""Binding: does a representation keep which colour belongs to which shape?
 
 .. math:: \mathrm{binding\_distance} = \mathrm{mean}\; \frac{\|f(ax, by) - f(ay, bx)\|}{\|f(ax, by)\|}
 
-A code that adds one vector for each part cannot tell the two scenes apart: the distance is exactly 0, and no sparse
-code of it can bring back what is lost. The distance between unrelated scenes says what is far.
+A code that adds one vector per part cannot tell the two scenes apart: the distance is exactly 0, and no sparse code
+can recover the loss. The distance between unrelated scenes gives the scale.
 
 Sources:
   Klindt et al., From superposition to sparse codes, 2025, on the binding problem of additive codes.

@@ -1,4 +1,4 @@
-r"""What the error of an SAE is made of: a constant, a part linear in the input, and the rest.
+r"""Error decomposition of an SAE: a constant, a part linear in the input, and the rest.
 
 With \(e = x - \hat x\) and the least-squares map \(e \approx B (x - \bar x) + \bar e\), all sums over all rows,
 
@@ -6,7 +6,7 @@ With \(e = x - \hat x\) and the least-squares map \(e \approx B (x - \bar x) + \
    \underbrace{\sum \|B(x - \bar x)\|^2 / S}_{\mathrm{linear}} + \underbrace{\mathrm{rest} / S}_{\mathrm{nonlinear}},
    \qquad S = \sum \|x - \bar x\|^2
 
-The map comes from the normal equations, and so needs no second pass.
+The map comes from the normal equations, so it needs no second pass.
 
 Source: Engels, Riggs and Tegmark, Decomposing the dark matter of sparse autoencoders, 2024 (arXiv:2410.14670).
 """

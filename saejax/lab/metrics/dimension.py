@@ -1,4 +1,4 @@
-r"""How many dimensions the data fill, and whether they suffice for the codes that are said to live in them.
+r"""Effective dimension of the data, and margins: do the dimensions suffice for the codes?
 
 .. math:: d_{\mathrm{eff}} = \frac{(\mathrm{tr}\, C)^2}{\mathrm{tr}\, C^2} \in [1, d]
 

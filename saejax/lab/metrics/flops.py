@@ -1,7 +1,7 @@
-"""What one inference costs: floating-point operations as the compiler counts them.
+"""Cost of one inference: floating-point operations as the compiler counts them.
 
-The compiler counts the body of a loop once, however often it runs. A solver that loops is therefore compiled with its
-loop unrolled or counted per iteration; `loops` says when that applies.
+The compiler counts the body of a loop once, however often it runs. So a solver that loops is compiled with its loop
+unrolled, or counted per iteration; `loops` marks the latter.
 """
 
 from collections.abc import Callable

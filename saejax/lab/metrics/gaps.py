@@ -1,6 +1,6 @@
-r"""What is lost where: by the encoder, by the dictionary, by a change of the data.
+r"""Gaps: the loss due to the encoder, to the dictionary, and to a change of the data.
 
-On one dictionary, with one loss, an encoder is compared to the best codes a solver finds:
+On one dictionary, with one loss, an encoder is compared with the best codes of a solver:
 
 .. math:: \mathrm{amortisation\_gap} = E[\ell(\mathrm{enc}(y)) - \min_z \ell(z)] \ge 0,\qquad
    \ell(z) = \tfrac12 \|y - z D\|^2 + \lambda \|z\|_1

@@ -1,4 +1,4 @@
-r"""Whether a representation holds the latents that made the data, up to a linear map.
+r"""Identifiability: does a representation hold the latents that made the data, up to a linear map?
 
 A linear map with intercept is fitted to the train rows and judged on the test rows:
 
@@ -6,8 +6,8 @@ A linear map with intercept is fitted to the train rows and judged on the test r
    \mathrm{orthogonality\_mae} = \mathrm{mean}_j \left|\frac{s_j}{\bar s} - 1\right|,\qquad
    \mathrm{ce\_gap} = \mathrm{CE} - \mathrm{CE}_\mathrm{Bayes}
 
-with s the singular values of the map without intercept. An R2 means something beside those of the network's input and
-of the untrained network: an input that is nearly linear in the latents proves nothing. The theory speaks of the global
+where s are the singular values of the map without intercept. Read an R2 beside those of the network's input and of the
+untrained network: an input that is nearly linear in the latents proves nothing. The theory concerns the global
 optimum, so `ce_gap` belongs beside it.
 
 Sources:

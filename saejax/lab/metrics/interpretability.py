@@ -1,10 +1,10 @@
-r"""Whether a unit's activations mean one thing, judged without people: intruders and two-alternative choices.
+r"""Interpretability without people: does a unit mean one thing? Intruder and two-alternative tests.
 
-Both scores look at a descriptor of every row (labels, pixels, another model) that must be independent of the layer
-under test: described by the layer's own activations, neurons, random directions and latents cannot be told apart.
+Both scores read a descriptor of every row (labels, pixels, another model). It must be independent of the layer under
+test: if the layer's own activations describe the rows, neurons, random directions and latents look alike.
 
-Intruder: `n_top` rows among a unit's strongest and one on which it is silent; the row least similar to the others is
-called the intruder. Two-alternative choice: reference rows from both ends, one query from each end,
+Intruder: take `n_top` of a unit's strongest rows and one on which it is silent; the row least similar to the others is
+the guess. Two-alternative choice: take reference rows from both ends and one query from each end,
 
 .. math:: \mathrm{evidence} = \overline{s}(\mathrm{top}, q^+) + \overline{s}(\mathrm{bottom}, q^-)
    - \overline{s}(\mathrm{top}, q^-) - \overline{s}(\mathrm{bottom}, q^+)

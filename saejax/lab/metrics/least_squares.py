@@ -1,7 +1,7 @@
-"""Least squares from sums: moments that merge exactly, the line fitted to some rows and judged on others.
+"""Least squares from mergeable moments: a line fitted to some rows and judged on others.
 
-Moments are kept about the mean (Chan's merging), in float64: with uncentred sums a constant part of the
-representation, which most networks have, would eat the digits that the fit needs.
+Moments are kept about the mean (Chan's merging), in float64. Most networks have a constant part; in uncentred sums it
+would consume the digits that the fit needs.
 """
 
 import numpy as np

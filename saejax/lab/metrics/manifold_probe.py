@@ -1,8 +1,8 @@
-r"""Linear probes of latents that do not live on a line: angles and rotations.
+r"""Linear probes of latents on a circle or among rotations.
 
-An angle is cut somewhere by every chart, so a linear probe of the raw angle fails although the representation may hold
-the circle. The probe is therefore asked for (cos, sin), or for the entries of a rotation matrix; its answer is brought
-back onto the circle (atan2) or the rotations (singular value decomposition), and its error is a true angle.
+Every chart cuts an angle somewhere, so a linear probe of the raw angle fails even where the representation holds the
+circle. So the probe predicts (cos, sin), or the entries of a rotation matrix. Its answer is projected back onto the
+circle (atan2) or the rotations (singular value decomposition), and its error is a true angle.
 
 Sources:
   Klindt et al., From superposition to sparse codes, 2025, on latents of non-Euclidean geometry.

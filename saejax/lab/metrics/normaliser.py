@@ -1,4 +1,4 @@
-r"""Whether a normaliser can be undone: \(\max |\mathrm{denorm}(\mathrm{norm}(x)) - x|\), at most 1e-5 of the data."""
+r"""Round-trip error of a normaliser: \(\max |\mathrm{denorm}(\mathrm{norm}(x)) - x|\), at most 1e-5 of the data."""
 
 import dataclasses
 from typing import Any, ClassVar

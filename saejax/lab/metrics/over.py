@@ -1,7 +1,7 @@
-"""Any metric over arrays that are already there: cut into blocks, summed on the devices, merged on the host.
+"""Metrics over whole arrays: cut into blocks, summed on the devices, merged on the host.
 
-`evals.evaluate` streams rows through an SAE; here the batch of the metric (true codes beside found ones, pairs of
-inputs, labels) is given whole, and its rows may be split over devices.
+`evals.evaluate` streams rows through an SAE. Here the caller passes a metric's batch (true codes beside found ones,
+pairs of inputs, labels) as a whole, and its rows may be split over devices.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
-r"""Latents against labels: how many labels a unit tells, and how many latents a label needs.
+r"""Probes of latents against labels: AUROC of a unit, and how many latents a label needs.
 
 A unit of one meaning has AUROC near 1 for one label and near 1/2 for all others:
 
 .. math:: \mathrm{AUROC} = P(f_i > f_j) + \tfrac12 P(f_i = f_j), \qquad i \text{ with the label}, j \text{ without}
 
-A label that one latent holds can be read from one latent: a logistic classifier on the k latents of largest mean
-difference, against the same on the k best coordinates of the activations and on all of them.
+If one latent holds a label, that latent alone predicts it. A logistic classifier on the k latents of largest mean
+difference is compared with the same on the k best coordinates of the activations, and on all of them.
 
 Sources:
   Gurnee et al., Finding neurons in a haystack: case studies with sparse probing, 2023 (arXiv:2305.01610); Karvonen et

@@ -1,8 +1,8 @@
-"""Rows that a metric keeps: in any order and in any blocks they arrive, the same random choices are made.
+"""Row storage of metrics that need all rows: same random choices for any order and any blocks.
 
-Some scores need all rows at once (ranks, retrieval, triplets). Their metrics keep rows on the host, put them in the
-order of `row_id` at the end, and draw by a hash of `row_id`, so that neither the order of the rows, nor the size of a
-batch, nor the number of devices shows in the result. Row ids are distinct and in [0, 2^31).
+Some scores need all rows at once (ranks, retrieval, triplets). Their metrics keep rows on the host, sort them by
+`row_id` at the end, and draw by a hash of `row_id`. So the order of the rows, the batch size and the number of devices
+do not show in the result. Row ids are distinct and in [0, 2^31).
 """
 
 from typing import Any, ClassVar

@@ -1,8 +1,8 @@
-"""Whether a classifier answers by a cue that merely goes along with the label.
+"""Shortcut learning: does a classifier answer by a cue that merely correlates with the label?
 
-Rows are grouped by label and cue. A classifier that leans on the cue is right where the cue agrees with the label and
-wrong where it does not, so its worst group tells what its mean hides. `dependence` takes the scores of two networks,
-trained without and with the correlation, and says what the correlation cost.
+Rows are grouped by label and cue. A classifier that relies on the cue is right where the cue agrees with the label and
+wrong where it does not. So its worst group reveals what its mean hides. `dependence` compares the scores of two
+networks, trained without and with the correlation, and gives its cost.
 
 Sources:
   Sagawa et al., Distributionally robust neural networks for group shifts, 2020 (arXiv:1911.08731), for the worst group.

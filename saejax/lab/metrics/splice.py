@@ -1,7 +1,7 @@
-"""What a reconstruction costs any model that goes on with it, by a callable that says the loss of each row.
+"""Splice for any model: the cost of a reconstruction, by a callable that returns the loss of each row.
 
-The same scores as for language models (`evals.language_model`), for a model of any kind: what an ablation by zero or by
-the mean costs is the scale, and the key says which.
+The scores equal those for language models (`evals.language_model`). The cost of an ablation by zero or by the mean
+sets the scale, and the key says which.
 
 Sources:
   Bricken et al., Towards monosemanticity, 2023, for the loss recovered.

@@ -1,8 +1,8 @@
-"""Whether SAEs agree: over seeds, over encoder and decoder, over the course of training, over widths.
+"""Stability: agreement of SAEs over seeds, over encoder and decoder, over training, over widths.
 
-Dictionaries are rows, `W_dec` [d_sae, d_in] and `W_enc.T`. All similarities are |cos|, in blocks; every score has
-that of random directions. Agreement is not correctness: two SAEs with the same seed agree before they learn anything,
-which is what `stabilisation` guards against.
+Dictionaries are rows, `W_dec` [d_sae, d_in] and `W_enc.T`. All similarities are |cos|, in blocks; every score stands
+beside that of random directions. Agreement is not correctness: two SAEs with the same seed agree before they learn
+anything. `stabilisation` guards against that.
 
 Sources:
   Song et al., Position: mechanistic interpretability should prioritize feature consistency in SAEs, 2025, pairwise MCC;

@@ -1,9 +1,9 @@
-"""Which rows drive a latent: the strongest ones, and a fair sample of all strengths.
+"""Top-activating rows of a latent, beside a fair sample of all strengths.
 
-The strongest rows alone flatter a latent: what it does at a tenth of its maximum may be something else. So the table
-comes with a uniform sample of the rows on which the latent fires, sorted and cut into ten groups of equal size.
-Row ids lead back to the text; equal activations are ordered by row id, and the sample is drawn by its hash, so the
-tables are the same for any batches, order of rows and number of devices.
+The strongest rows alone flatter a latent: at a tenth of its maximum it may respond to something else. So the table
+also holds a uniform sample of the rows on which the latent fires, sorted and cut into ten groups of equal size. Row
+ids lead back to the text. Row ids order equal activations, and a hash of them draws the sample, so the tables do not
+depend on batches, order of rows or number of devices.
 
 Sources:
   Bills et al., Language models can explain neurons in language models, 2023, for top and random excerpts; Cohen, Size-

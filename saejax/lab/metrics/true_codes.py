@@ -1,12 +1,12 @@
-r"""Found latents against the true features behind the data: correlation, support, size.
+r"""True-code metrics: found latents against known features, by correlation, support and size.
 
-Here the codes are compared, row by row; `evals.recovery` compares the directions. With matching \(\pi\) (one latent per
-feature) learnt on rows A and scored on rows B,
+The codes are compared here, row by row; `evals.recovery` compares the directions. The matching \(\pi\) (one latent per
+feature) is learnt on rows A and scored on rows B,
 
 .. math:: \mathrm{code\_mcc} = \mathrm{mean}_j\, |\mathrm{corr}_B(z_j, \hat z_{\pi(j)})|,\qquad
    \pi = \arg\max_\pi \sum_j |\mathrm{corr}_A(z_j, \hat z_{\pi(j)})|
 
-Which rows are A and which B is a field of the batch, so it stays with a row wherever that row goes.
+A field of the batch says which rows are A and which are B, so it stays with a row wherever that row goes.
 
 Sources:
   Hyvarinen and Morioka, Unsupervised feature extraction by time-contrastive learning, 2016, matched correlation;

@@ -1,7 +1,7 @@
-"""Typed configuration: from YAML and overrides to one frozen `Config`, checked before any device work.
+"""Typed configuration: YAML and overrides to one frozen `Config`, checked before any device work.
 
-Dataclasses that live beside the code they configure are the schema; the files under conf/ set values; nothing in
-them names a Python path. What comes out is plain objects: `config.sae` is the architecture itself.
+The schema consists of the dataclasses beside the code that they configure. The files under conf/ set values and never
+name a Python path. The result is plain objects: `config.sae` is the architecture itself.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Config:
 
 
 def check_data(config: Config) -> None:
-    """Refuse what only a look at the machine can tell: an SAE that does not fit its rows, a tracker that is not there.
+    """Refuse what only the machine can tell: an SAE that does not fit its rows, a tracker that is not installed.
 
     Opens the source, which a config alone never does.
 

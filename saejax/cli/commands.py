@@ -1,4 +1,4 @@
-"""The commands that start from a finished run: evaluate, export, report. Each is a config class and a function."""
+"""Commands on finished runs: evaluate, export, report. Each is a config class and a function."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`saejax train --dry-run`: the memory that a run would take on each device, without taking any.
+"""`saejax train --dry-run`: the memory of a run on each device, without allocating any.
 
-Sizes follow from shapes and shardings, on any mesh, also one of devices that do not exist here. What the step needs
-besides is the compiler's figure where the mesh exists, and elsewhere an estimate, named so.
+Sizes follow from shapes and shardings, on any mesh, even one whose devices do not exist here. Where the mesh exists,
+the compiler says what the step needs besides; elsewhere an estimate does, and the output calls it one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The help text of a command: every key with its documentation from the config classes and its value from conf/."""
+"""Help text of a command: every key with its documentation from the config classes and its value from conf/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that a step gives back stays with the process, where the allocator is glibc's."""
+"""glibc allocator setting: memory that a step frees stays with the process."""
 
 import ctypes
 import sys
@@ -10,8 +10,8 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def keep() -> None:
     """Let the allocator keep what is freed, for the whole process, whose memory then stays at its peak.
 
-    XLA on CPU takes its temporary arrays from the system and gives them back in every step; clearing those pages anew
-    was a fifth of the time of a step. Only what comes before any thread sees all of it: call it before NumPy or JAX are
+    XLA on CPU requests its temporary arrays from the system and returns them in every step. Clearing those pages anew
+    took a fifth of a step. Only what comes before any thread sees all of it: call it before NumPy or JAX are
     imported.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none

@@ -1,4 +1,4 @@
-"""Every job of a command line composed and checked before the first one starts, sweeps included."""
+"""Preflight: composes and checks every job of a command line, sweeps included, before the first one starts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`saejax <command> [overrides]`: what a person or a cluster script calls.
+"""`saejax <command> [overrides]`: the program that people and cluster scripts call.
 
-A user's mistake ends in one line and status 2, work that was stopped by a signal in 128 plus its number, and 0 means
-that the work was done: `saejax.errors` has the table.
+A user's mistake ends in one line and status 2. A signal ends work with 128 plus its number, and 0 means success;
+`saejax.errors` has the table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Noise of libraries silenced where the program tells the same in one line: logs, and what dies in their threads.
+"""Library noise, silenced where the program tells the same in one line: logs, and errors in their threads.
 
-A checkpoint that cannot be written, say on a full disk, fails in a dozen threads and event loops at once. Each would
-print its own traceback, thousands of lines around the one that names the disk. `SAEJAX_LOG=DEBUG` shows all of it.
+A checkpoint that cannot be written, for example on a full disk, fails in a dozen threads and event loops at once. Each
+would print its own traceback: thousands of lines around the one that names the disk. `SAEJAX_LOG=DEBUG` shows all of
+it.
 """
 
 from __future__ import annotations

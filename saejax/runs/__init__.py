@@ -1,1 +1,1 @@
-"""Runs: a config to a run directory and back, what a directory holds, ensembles of runs."""
+"""Runs: a config to a run directory and back, the state of a directory, ensembles of runs."""

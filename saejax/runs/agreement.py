@@ -1,7 +1,7 @@
-"""What all processes of a run must have alike, as flat facts: what is done, with which config, code, devices and data.
+"""Facts that all processes of a run must share: what is done, with which config, code, devices and data.
 
-`processes.agree` compares them. Whatever could make one process compute, draw, save or stop differently from the others
-belongs here; what may differ is named here too, in `_OWN` and `_OWN_OF_SOURCE`.
+`processes.agree` compares them. Anything that could make one process compute, draw, save or stop differently belongs
+here. `_OWN` and `_OWN_OF_SOURCE` name what may differ.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from saejax.storage import json_yaml
 logger = logging.getLogger(__name__)
 
 _OWN = ("mesh.coordinator", "mesh.num_processes", "mesh.process_id", "tracker.")
-"""How keys begin that may differ: where a process finds the others, which is settled once they have met, and what
-process 0 alone does."""
+"""Prefixes of keys that may differ: where a process finds the others (settled once they have met), and what process 0
+alone does."""
 
 _OWN_OF_SOURCE = {"path", "paths", "model", "corpus"}
 """Fields of a source that say where its data lie on this machine; the data themselves are compared."""

@@ -1,8 +1,7 @@
 """State of a run directory: new, begun, finished, or another run's; who may write there, and as which run.
 
-The same command line is the way to go on, after a preemption, a crash or a failed point of a sweep. What is finished
-is left alone, what has a checkpoint goes on from it, and a directory that holds another run is refused. So is one in
-which another process is at work.
+The same command line continues after a preemption, a crash or a failed point of a sweep. A finished run is left alone,
+a checkpoint is continued, and a directory of another run is refused. So is one in which another process is at work.
 """
 
 from __future__ import annotations
@@ -204,7 +203,7 @@ def data_differ(run_dir: Path, source: ActivationSource, step: int | None = None
       step: of the checkpoint; None takes the newest.
 
     Returns:
-      The beginning of a line that says what differs; None where they are the same, or the run has no record of them.
+      The start of a message about the difference; None where they are the same, or the run has no record of them.
     """
     saved = data_of(run_dir, step)
     known = saved.get("identity") or saved.get("fingerprint")

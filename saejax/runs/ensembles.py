@@ -1,8 +1,8 @@
-"""Runs trained together: from the configs of some members to the run directory of each, and on from where they stand.
+"""Training of an ensemble: configs of its members to one run directory each, continued where they stand.
 
-Every member has an ordinary run directory, the one that a run of its own would leave; so evaluating, exporting,
-reporting and going on with one alone need to know nothing of ensembles. What members share is there once while they
-train. The loop is that of one run: `_Members` stands where it expects a tracker, an evaluation and checkpoints.
+Every member gets an ordinary run directory, as if it had been trained alone. So evaluation, export, report and
+resuming one member need to know nothing of ensembles. While they train, members hold their shared state once. The loop
+is that of one run: `_Members` takes the place of its tracker, evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -232,8 +232,8 @@ def _restored(saved: list[checkpoint.Checkpoints], members: Members, single: Any
 class _Members:
     """The tracker, the evaluation and the checkpoints of an ensemble, as the loop of one run wants them.
 
-    A member whose loss or parameters are not finite is said so at once, and is neither logged nor saved any more; the
-    others go on. Its arrays stay in the step, which is compiled once.
+    A member whose loss or parameters are not finite is reported at once, and no longer logged or saved; the others
+    continue. Its arrays stay in the step, which is compiled once.
 
     Args:
       members: run directory -> config.

@@ -1,4 +1,4 @@
-"""From a `Config` to a finished run directory: mesh, data, state, loop, record. And back: `load(run_dir)`."""
+"""Run: a `Config` to a finished run directory (mesh, data, state, loop, record), and back with `load(run_dir)`."""
 
 from __future__ import annotations
 

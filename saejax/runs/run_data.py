@@ -1,4 +1,4 @@
-"""The data that a finished run is looked at on: those that it was trained on, or others that somebody names."""
+"""Data for evaluating a finished run: its own, or others that the user names."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def compare(run_dir: Path, source: ActivationSource, step: int | None = None, *,
     if differs is None:
         return None
     if not any_data:
-        raise UserError(f"{differs}; put those back, or go on with any_data=true")
-    logger.warning("%s; going on, for any_data=true", differs)
+        raise UserError(f"{differs}; restore the data, or continue with any_data=true")
+    logger.warning("%s; continuing because of any_data=true", differs)
     return differs
 
 
@@ -62,7 +62,7 @@ def rows(path: str | os.PathLike[str], sae: model.SAE, check: int = 0) -> Iterat
         raise UserError(f"{where}: is a part of a store; give the directory that holds it, {folder.parent}")
     if any((folder / split / store_format.MANIFEST).is_file() for split in text.SPLITS):
         if not (folder / "heldout").is_dir():
-            raise UserError(f"{where}: a store without its heldout/ part, which is what is measured")
+            raise UserError(f"{where}: this store lacks the heldout/ part that is measured")
         return store_source.Store(path=str(folder))
     table, width = array_files.open_table(folder, field="activations"), sae.sparsifier.d_row
     if table.shape[1] != width:

@@ -1,4 +1,4 @@
-r"""AbsTopK: the k latents of largest magnitude, with their signs: one latent for both ends of a direction.
+r"""AbsTopK: the k latents of largest magnitude with their signs; one latent serves both ends of a direction.
 
 .. math:: z_i = u_i \cdot 1[|u_i| \text{ among the } k \text{ largest of the row}], \quad
     u = (x - b_{dec}) W_{enc} + b_{enc}

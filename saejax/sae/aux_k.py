@@ -1,13 +1,13 @@
-r"""AuxK: dead latents learn to explain what the live ones leave over, and so come back.
+r"""AuxK: an auxiliary loss that revives dead latents; they learn to explain what the live ones miss.
 
 .. math:: \mathrm{aux} = \min(n_{dead}/k_{aux}, 1)\,
     \frac{\sum_r \|e_r - \hat e_r\|^2}{\sum_r \|e_r - \bar e\|^2}, \qquad
     \hat e = \mathrm{TopK}_{k_{aux}}(\mathrm{ReLU}(\text{dead latents}))\, W_{dec}
 
-e is the residual, target - recon, held fixed, and its estimate has no b_dec. The gradient reaches the encoder
-columns, the encoder biases and the decoder rows of dead latents and nothing else. The loss of every architecture
-adds `aux_alpha` times this, in the unit of its squared error (`base.Sparsifier.loss`). Behind a hidden layer or an
-unrolled encoder it stops at the last product: it moves dead latents, not what all latents share.
+e is the residual, target - recon, held fixed; its estimate has no b_dec. The gradient reaches only the encoder
+columns, the encoder biases and the decoder rows of dead latents. The loss of every architecture adds `aux_alpha` times
+this, in the unit of its squared error (`base.Sparsifier.loss`). Behind a hidden layer or an unrolled encoder the
+gradient stops at the last product: it moves dead latents, not the shared layers.
 
 Sources:
   Gao et al., Scaling and evaluating sparse autoencoders, 2024 (arXiv:2406.04093): the k_aux best dead
@@ -100,8 +100,8 @@ def added(
 ) -> tuple[Float[Array, ""], Weights]:
     """Returns the AuxK loss of `aux_k_loss`, and `grads` plus `weight` times its gradients.
 
-    A loop that runs once or not at all changes its arrays in place; a conditional would copy them, and the sum of two
-    gradients passes over both. So it costs nothing when nothing is dead.
+    A loop that runs once or not at all changes its arrays in place. A conditional would copy them, and the sum of two
+    gradients would pass over both. So it costs nothing when nothing is dead.
 
     Args:
       grads: Gradients of `weights` so far.

@@ -1,14 +1,14 @@
 r"""Base class of all architectures: a `Sparsifier` is a frozen dataclass with pure methods, and its own config.
 
 Training differentiates `Sparsifier.loss`; evaluation and users call `encode` and `decode` (through `sae.model.SAE`).
-The loss is an architecture's objective and AuxK:
+The loss is an architecture's objective plus AuxK:
 
 .. math:: L = \text{objective} + \alpha\, s^2\, \mathrm{aux}
 
-aux is dimensionless (`aux_k`), and :math:`s^2 = E\|y - \bar y\|^2` of the targets y, from the batch and without a
-gradient, gives it the unit of mse. So with TopK the loss is that of Gao et al. (mse / s^2 + alpha aux) times s^2, alpha
-means the same at every scale of the data, and with centred data of E||x||^2 = 1 it is the loss of dictionary_learning's
-TopK trainer but for the factor min(n_dead / k_aux, 1). With `skip` the objective's target is what x W_skip leaves over,
+aux is dimensionless (`aux_k`). :math:`s^2 = E\|y - \bar y\|^2` of the targets y, from the batch and without a
+gradient, gives it the unit of mse. So alpha means the same at every scale of the data. With TopK the loss is that of
+Gao et al. (mse / s^2 + alpha aux) times s^2. With centred data of E||x||^2 = 1 it is the loss of dictionary_learning's
+TopK trainer, up to the factor min(n_dead / k_aux, 1). With `skip` the objective's target is what x W_skip leaves over,
 and the gradient flows into W_skip.
 """
 
@@ -41,8 +41,8 @@ _T = TypeVar("_T", bound=type["Sparsifier"])
 class Sparsifier(Layout, abc.ABC):
     """One SAE architecture with its sizes and coefficients: static, hashable, all methods pure.
 
-    An architecture gives `activate` and `objective`; what it adds to the parameters (`extra`), their scale
-    (`fold_extra`), their bounds (`constrain_extra`) and what moves without a gradient (`track`) have empty defaults.
+    An architecture gives `activate` and `objective`. Further hooks have empty defaults: extra parameters (`extra`),
+    their scale (`fold_extra`), their bounds (`constrain_extra`) and updates without a gradient (`track`).
     """
 
     name: ClassVar[str]

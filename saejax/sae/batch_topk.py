@@ -1,10 +1,10 @@
-r"""BatchTopK: the k B largest latents of a batch of B rows; a row takes as many as it needs.
+r"""BatchTopK: the k B largest latents of a batch of B rows; each row uses as many as it needs.
 
 .. math:: \text{training: } f = u \cdot 1[u \ge u_{(kB)}], \; u = \mathrm{ReLU}((x - b_{dec}) W_{enc} + b_{enc}),
     \qquad \text{inference: } f = u \cdot 1[u > \theta]
 
 :math:`u_{(kB)}` is the kB-th largest of the batch; latents that tie with it are all kept. :math:`\theta` is the
-running mean of the smallest latent kept (`selection`). An unrolled (lista) encoder uses the same threshold inside.
+running mean of the smallest kept latent (`selection`). An unrolled (lista) encoder uses the same threshold inside.
 
 Sources:
   Bussmann et al., BatchTopK sparse autoencoders, 2024 (arXiv:2412.06410).

@@ -1,4 +1,4 @@
-"""What parameters must obey: unit decoder rows, a tied encoder, blocks of the decoder that do not exist."""
+"""Constraints on parameters: unit decoder rows, a tied encoder, decoder blocks that stay zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""How a row becomes pre-activations: one linear map, the decoder's transpose, a hidden layer, or unrolled ISTA.
+r"""Encoders (row to pre-activations): one linear map, the decoder's transpose, a hidden layer, unrolled ISTA.
 
 .. math:: \text{linear, tied:}\; u = x_c W_{enc} + b_{enc} \qquad
     \text{mlp:}\; u = \mathrm{ReLU}(x_c W_{hidden} + b_{hidden}) W_{enc} + b_{enc}
@@ -122,8 +122,8 @@ def product(
 def fold(layout: Layout, params: SAEParams, mean: Float[Array, " d_row"], scale: Float[Array, ""]) -> SAEParams:
     """Returns parameters whose pre-activations at x are those of `params` at (x - mean) scale, over scale.
 
-    Every kind is linear in a common scale of x and the biases, so these are divided; an encoder that does not
-    subtract b_dec takes the mean into its first bias, and what skips the latents into b_dec.
+    Every kind is linear in a common scale of x and the biases, so these are divided. An encoder that does not subtract
+    b_dec takes the mean into its first bias; b_dec takes the part that skips the latents.
     """
     extra, b_enc = dict(params.extra), params.b_enc / scale
     mean, mean_written = layout.split(mean)

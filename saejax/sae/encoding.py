@@ -1,4 +1,4 @@
-"""What an encoder returns: k-sparse values with their indices, or dense latents. Every architecture speaks it."""
+"""Encoding: k-sparse values with their indices, or dense latents; the return type of every encoder."""
 
 import jax
 import jax.numpy as jnp

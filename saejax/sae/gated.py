@@ -1,4 +1,4 @@
-r"""Gated: one affine map decides which latents fire, a rescaled copy of it how much.
+r"""Gated: one affine map decides which latents fire, a rescaled copy decides how much.
 
 .. math:: \pi = (x - b_{dec}) W_{enc} + b_{enc}, \quad
     f = 1[\pi > 0] \odot \mathrm{ReLU}\big(e^{r_{mag}} \odot (x - b_{dec}) W_{enc} + b_{mag}\big)
@@ -6,9 +6,9 @@ r"""Gated: one affine map decides which latents fire, a rescaled copy of it how 
 .. math:: L = \|x - \hat x(f)\|^2 + \lambda(t) \sum_i \mathrm{ReLU}(\pi_i)
     + \|x - \hat x_{frozen}(\mathrm{ReLU}(\pi))\|^2
 
-The last term teaches the gate to reconstruct, through a decoder that it must not move: it has no gradient in W_dec,
-and none in b_dec, neither where that is added nor where the encoder subtracts it. (A tied encoder is the decoder:
-there the gate's gradient is the decoder's.)
+The last term teaches the gate to reconstruct through a decoder that it must not move. It has no gradient in W_dec, and
+none in b_dec, where that is added or where the encoder subtracts it. (A tied encoder is the decoder: there the gate's
+gradient is the decoder's.)
 
 Sources:
   Rajamanoharan et al., Improving dictionary learning with gated sparse autoencoders, 2024 (arXiv:2404.16014).

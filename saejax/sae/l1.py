@@ -1,11 +1,10 @@
-r"""L1: a ReLU autoencoder that pays for every latent by its size times the norm of its decoder row.
+r"""L1: a ReLU autoencoder with a penalty on each latent times the norm of its decoder row.
 
 .. math:: f = \mathrm{ReLU}(x W_{enc} + b_{enc}), \quad \hat x = f W_{dec} + b_{dec}, \quad
     L = \frac1B \sum_r \Big(\|x_r - \hat x_r\|^2 + \lambda(t) \sum_i f_{ri} \|W_{dec,i}\|\Big)
 
-The decoder is free: the penalty cannot be evaded by growing it. The older form holds the decoder at norm 1,
-subtracts b_dec first and pays for the size alone (`penalty: plain`; the preset `sae=l1_plain`). Latents are dense
-arrays here.
+The decoder is free: growing it does not evade the penalty. The older form holds the decoder at norm 1, subtracts b_dec
+first and penalises the latent alone (`penalty: plain`; the preset `sae=l1_plain`). Latents are dense arrays here.
 
 Sources:
   Anthropic interpretability team, Circuits updates, April 2024 (loss, initialisation, warm-up).

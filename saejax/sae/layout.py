@@ -1,6 +1,6 @@
-"""Sizes, sites and numerics of one SAE: what encoders, constraints and losses must know of an architecture.
+"""Layout of an SAE: its sizes, sites and numerics, for encoders, constraints and losses.
 
-The fields stand in the config of every architecture, which is a `Layout` with methods (`base.Sparsifier`). Widths of
+Every architecture's config holds these fields: it is a `Layout` with methods (`base.Sparsifier`). The widths of
 parameters and rows derive from them here, and impossible combinations are refused here.
 """
 

@@ -3,9 +3,9 @@ r"""Matching pursuit: the encoder is k greedy steps with the decoder as its dict
 .. math:: j_t = \arg\max_j s_j, \quad v_t = \mathrm{ReLU}(s_{j_t}), \quad r \leftarrow r - v_t W_{dec,j_t}, \quad
     s = r W_{dec}^T, \quad r_0 = x - b_{dec}
 
-The scores s are updated, not the residual: :math:`s \leftarrow s - v_t W_{dec,j_t} W_{dec}^T`, the same product. The
-gradient flows through values and residual, not through the choice. Choosing a latent twice adds to its value. With
-unit rows :math:`\|r\|^2` falls by :math:`v_t^2` at each step. b_enc is held at its start, 0. k steps cost k dense
+The code updates the scores s, not the residual: :math:`s \leftarrow s - v_t W_{dec,j_t} W_{dec}^T`, the same product.
+The gradient flows through values and residual, not through the choice. Choosing a latent twice adds to its value. With
+unit rows :math:`\|r\|^2` falls by :math:`v_t^2` at each step. b_enc stays at its start, 0. k steps cost k dense
 products.
 
 Sources:

@@ -1,7 +1,6 @@
-"""What users hold: an architecture with its trained parameters, working in the data's own scale.
+"""`SAE`: an architecture with its trained parameters, in the data's own scale.
 
-Training hands over here after folding its normalisation into the parameters; evaluation, export and people
-start here.
+Training folds its normalisation into the parameters and returns this; evaluation, export and users start from it.
 """
 
 import dataclasses
@@ -31,8 +30,8 @@ class SAE:
       >>> sae.encode(jnp.ones((2, 3, 8))).shape, sae(jnp.ones(8)).shape
       ((2, 3, 32), (8,))
 
-    A transcoder reads other sites than it writes: `x` is then what is read, and what comes out what it predicts;
-    `split` takes whole rows apart.
+    A transcoder reads other sites than it writes: `x` is then its input, and the output its prediction; `split` takes
+    whole rows apart.
     """
 
     sparsifier: base.Sparsifier

@@ -1,11 +1,11 @@
-r"""P-anneal: an Lp penalty whose p falls from 1, so that it ends near a count and shrinks large latents less.
+r"""P-anneal: an Lp penalty whose p falls from 1, so it ends near a count and shrinks large latents less.
 
 .. math:: L = \mathrm{mse} + \lambda(t)\, c(t) \frac1B \sum_{r,i} f_{ri}^{\,p(t)}, \qquad
     c(t) = \frac{\sum f}{\sum f^{p(t)}} \text{ held fixed}
 
-A millionth is added to f before the power, whose slope at 0 is infinite. c keeps the value of the penalty that of L1
-while p moves; only how the pressure is shared between small and large latents changes. The paper rescales by the
-means over a queue of recent batches instead; here the batch itself is used, so that no state is needed.
+A millionth is added to f before the power, whose slope at 0 is infinite. c keeps the penalty at the value of L1 while
+p moves; only its split between small and large latents changes. The paper rescales by the means over a queue of recent
+batches. Here the batch itself serves, so no state is needed.
 
 Sources:
   Karvonen et al., Measuring progress in dictionary learning for language model interpretability with board game

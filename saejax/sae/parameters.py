@@ -1,4 +1,4 @@
-"""The arrays of one SAE, and what its loss returns beside a number."""
+"""Parameters of an SAE, and the auxiliary results of its loss."""
 
 import jax
 from flax import struct

@@ -1,10 +1,10 @@
-r"""An SAE behind a normaliser of single rows (layer normalisation), which no weights can take in.
+r"""LayerNormed: an SAE behind a normaliser of single rows (layer normalisation), which no weights can absorb.
 
 .. math:: \tilde x = (x - m)/s, \quad m = \frac1d \sum_i x_i, \quad s^2 = \frac1d \sum_i (x_i - m)^2 + 10^{-5},
     \qquad \hat x = s\, \hat{\tilde x} + m
 
-Training hands over here where rows were normalised one by one; the wrapper is never trained itself. SAEs of other
-tools divide by other lengths of a row (`kernels.row_norm.RowNorm`).
+Training returns it if rows were normalised one by one; it is never trained itself. SAEs of other tools divide by other
+lengths of a row (`kernels.row_norm.RowNorm`).
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""Which latents of a batch are kept: the best of each row, or the best of all rows together.
+"""Selection of latents in a batch: the best of each row, or the best of all rows together.
 
-Architectures of the BatchTopK family keep k latents per row on average in training, and at inference those above a
-threshold, so that a row's code does not depend on its neighbours. The threshold is a running mean of the smallest
-activation kept in a batch, the parameter `threshold`, 0 before the first step.
+In training, architectures of the BatchTopK family keep k latents per row on average. At inference they keep those
+above a threshold, so a row's code does not depend on its neighbours. The threshold (parameter `threshold`) is a
+running mean of the smallest activation kept in a batch, 0 before the first step.
 """
 
 import dataclasses

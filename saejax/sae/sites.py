@@ -1,4 +1,4 @@
-r"""Which parts of a row an SAE reads and which it writes: one family for autoencoders and transcoders of all kinds.
+r"""Sites: the parts of a row that an SAE reads and writes, for autoencoders and transcoders of all kinds.
 
 A row is the concatenation of its sites :math:`x^1, \ldots, x^S` (the activations of several hooks at one token).
 

@@ -1,11 +1,11 @@
-r"""TopK: the k largest latents of a row reconstruct it; AuxK revives the dead.
+r"""TopK: the k largest latents of a row reconstruct it; AuxK revives dead ones.
 
 .. math:: z = \mathrm{ReLU}(\mathrm{TopK}((x - b_{dec}) W_{enc} + b_{enc})), \quad
     \hat x = z W_{dec} + b_{dec}
 
-One dense product forward; everything else touches active latents only (`kernels`). Multi-TopK adds the squared error
-with 4 k latents, times `multi_topk_alpha`: codes then stay useful at other k. k may fall or rise linearly at the
-start of training.
+It needs one dense product forward; everything else touches active latents only (`kernels`). Multi-TopK adds the
+squared error with 4 k latents, times `multi_topk_alpha`, so codes stay useful at other k. k may fall or rise linearly
+at the start of training.
 
 Sources:
   Gao et al., Scaling and evaluating sparse autoencoders, 2024 (arXiv:2406.04093).

@@ -1,1 +1,1 @@
-"""Learning: optimiser, liveness, the one compiled step, and the loop around it."""
+"""Training: optimiser, liveness, the compiled step, and the loop around it."""

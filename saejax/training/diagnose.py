@@ -1,4 +1,4 @@
-"""What the data look like before the first step, and what to do about it."""
+"""Diagnosis of the data before the first step, with advice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def report(rows: Float[Array, "n d_in"], config: normalize.NormalizeConfig) -> f
     if ratio > LARGE and not centred:
         logger.warning(
             "||mean|| / ||std|| of the data is %.3g: the mean dominates, latents would learn it and many would die; "
-            "normalize.center=true takes it out",
+            "normalize.center=true removes it",
             ratio,
         )
     else:

@@ -1,7 +1,7 @@
-"""Averages of the parameters over the steps: what is evaluated, exported and loaded where a run keeps one.
+"""Parameter averages over the steps: evaluated, exported and loaded in place of the last parameters.
 
-Either an exponential average (`train.ema_decay`) or the one that schedule_free keeps by itself. It is held in
-`TrainState.average`, always on the constraint of the architecture, so that it can be used as it is.
+It is either an exponential average (`train.ema_decay`) or the average of schedule_free. `TrainState.average` holds it,
+always on the constraint of the architecture, so it can be used directly.
 """
 
 from __future__ import annotations

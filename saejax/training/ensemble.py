@@ -1,9 +1,9 @@
-"""Many SAEs in one compiled step: one draw from the buffer and one normalisation, then every member's own learning.
+"""Ensemble step: many SAEs in one compiled step, with one draw from the buffer and one normalisation for all.
 
-Two forms, which learn the same up to rounding. `loop` unrolls the members: each keeps its arrays and its static k, as
-in a run of its own, and nothing is stacked or copied. `vmap` stacks them, so that one batched product serves all; what
-differs is traced, k as a mask over the slots of the largest one. There the branches of AuxK would both be paid, so they
-are taken for all members at once.
+It has two forms, which learn the same up to rounding. `loop` unrolls the members: each keeps its own arrays and its
+static k, and nothing is stacked or copied. `vmap` stacks them, so one batched product serves all; the differences are
+traced, k as a mask over the slots of the largest one. Under `vmap` both branches of AuxK would run, so all members
+take the same branch.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def make(members: Sequence[Learner], form: Form, mesh: Mesh) -> EnsembleStep:
       mesh: its axis `ensemble`, where it has one, splits the members of the vmap form.
 
     Returns:
-      step(state, fresh) -> (state, metrics), pure and not yet jitted. Metrics are those of `training.step.make` as
-      "i/name" for member i, and as "name" their means over the members that are finite: NaN where none is.
+      step(state, fresh) -> (state, metrics), pure and not yet jitted. Metrics are those of `training.step.make`:
+      "i/name" for member i, and "name" for the mean over the finite members (NaN where none is).
     """
     learn_all = _unrolled(members) if form is Form.loop else _stacked(members, mesh)
 

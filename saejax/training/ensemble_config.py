@@ -1,6 +1,6 @@
-"""Which runs an ensemble is made of: lists of values for a few knobs, combined into one config for each member.
+"""Ensemble config: lists of values for a few knobs, combined into one config per member.
 
-A knob moves nothing that has a shape and nothing of the data, so members can share batches and one compiled step.
+A knob changes no shape and nothing of the data, so members share batches and one compiled step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a step costs in floating-point operations, and what its devices could do: model FLOP/s utilisation (MFU).
+"""FLOPs of a training step and peak of its devices: model FLOP/s utilisation (MFU).
 
-Counted are the products that the architecture is defined by, 2 operations for each multiply-add, and nothing that a
-particular program does besides: top-k, elementwise work, the optimiser, AuxK and recomputation are left out. The same
-training therefore has the same count whatever form its kernels take, and a faster form has a higher MFU.
+The count covers the products that define the architecture, 2 operations per multiply-add. It leaves out top-k,
+elementwise work, the optimiser, AuxK and recomputation. So the same training has the same count in any form of its
+kernels, and a faster form has a higher MFU.
 """
 
 from __future__ import annotations

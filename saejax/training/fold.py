@@ -1,4 +1,4 @@
-"""From training to use: normalisation moved into the SAE, so that it works in the data's own scale."""
+"""Folding: moves normalisation into the SAE, so that it works in the data's own scale."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def folded(
       normalizer: what the rows went through.
 
     Returns:
-      (architecture, parameters): those of weights that took the normalisation in; where rows were normalised one by
-      one the architecture is a `sae.per_row.LayerNormed`, which goes on doing so.
+      (architecture, parameters) after the weights absorbed the normalisation. Where rows were normalised one by one,
+      the architecture is a `sae.per_row.LayerNormed`, which continues to do so.
     """
     if normalizer.matrix is not None and normalizer.inverse is not None:
         params = encoders.fold_matrix(sparsifier, params, normalizer.matrix, normalizer.inverse)

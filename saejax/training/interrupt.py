@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 in the loop: seen between two steps, which saves before it leaves.
+"""Signals in the loop (Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2): checked between two steps; the loop saves and leaves.
 
-What comes before and after the loop, and the table of signals, are in `saejax.parallel.signals`.
+`saejax.parallel.signals` covers the time before and after the loop, and has the table of signals.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which latents are alive: tokens since each one last fired."""
+"""Liveness of latents: tokens since each one last fired."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop around the compiled step: data in, metrics out one step late, evaluation, checkpoints, a polite end."""
+"""Training loop: feeds the compiled step, reads metrics one step late, evaluates, saves and ends cleanly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step needs before it runs, and what the process has used after it did."""
+"""Memory of a step before it runs, and of the process afterwards."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What a loss, gradients or parameters that are not finite lead to: the run stops, or leaves the step out.
+"""Steps that are not finite (loss, gradients or parameters): stop the run, or skip the step.
 
-Either way the rows of the step are found again and saved. Nothing is kept for that while the run is well: a row lies in
-the buffer since the last step that drew its slot, the slots of every step follow from one key, and a record is made
-from its number.
+Either way the rows of the step are recovered and saved. This costs nothing in a healthy run: a row stays in the buffer
+until its slot is drawn again, one key gives the slots of every step, and a record's number gives the record.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Watch:
                 continue
             self._in_a_row += 1
             said = self._said(step, values)
-            logger.warning("step %d is left out, the %d. in a row: %s", step, self._in_a_row, said)
+            logger.warning("skipped step %d (%d in a row): %s", step, self._in_a_row, said)
             if self._in_a_row >= self._config.max_skipped_steps:
                 raise FloatingPointError(f"{said}; train.max_skipped_steps={self._in_a_row} were left out in a row")
 
@@ -250,7 +249,7 @@ def check_heldout(blocks: Iterable[np.ndarray], place: str) -> None:
     if not n_rows:
         raise UserError(f"{place}: the source has no held-out row: raise its heldout share, or its number of rows")
     if equal and n_rows > 1:
-        logger.warning("%s: the %d held-out rows are all equal, so that their fvu says nothing", place, n_rows)
+        logger.warning("%s: the %d held-out rows are all equal, so their fvu means nothing", place, n_rows)
 
 
 def _not_finite(record: np.ndarray) -> tuple[int, int] | None:

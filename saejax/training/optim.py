@@ -1,7 +1,6 @@
-"""The optimiser of a run: clipping, one of four update rules, and a warm-up, stable, decay learning rate.
+"""Optimiser: clipping, one of four update rules, and a learning rate with warm-up, plateau and decay.
 
-Whatever a rule stores for each parameter lies in trees with the parameters' own leaf names, so that `sharding.SPECS`
-places it.
+A rule stores its state in trees with the parameters' own leaf names, so `sharding.SPECS` places it.
 """
 
 from __future__ import annotations

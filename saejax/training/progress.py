@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and how fast it went."""
+"""Progress display and speed of a run."""
 
 from __future__ import annotations
 

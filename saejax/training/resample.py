@@ -1,12 +1,12 @@
-"""Dead latents start anew in the direction of rows that are reconstructed badly.
+"""Resampling: dead latents restart in the direction of badly reconstructed rows.
 
 Every so many steps each dead latent takes a row of the batch, drawn without replacement with probability proportional
 to the square of its loss. Its decoder row becomes the direction of that row (from b_dec), with the mean norm of alive
-decoder rows; its encoder column the same direction, with 0.2 times the mean norm of alive columns; its bias 0; what
-its architecture adds (thresholds, gate scales) as at the start; everything that the optimiser stores for it 0. A batch
-of b rows serves at most b latents; others wait for the next time. Behind a hidden layer the column follows the hidden
+decoder rows. Its encoder column gets the same direction, with 0.2 times the mean norm of alive columns. Its bias
+becomes 0, parameters of the architecture (thresholds, gate scales) return to their start, and its optimiser state
+becomes 0. A batch of b rows serves at most b latents; others wait. Behind a hidden layer the column follows the hidden
 row. A tied encoder stays the decoder's transpose. A transcoder takes decoder rows from the targets and encoder columns
-from what it reads, about the mean of the batch; a cross-layer one only from the sites that the latent has.
+from its input, both about the mean of the batch; a cross-layer one takes them only from the sites of the latent.
 
 Source:
   Bricken et al., Towards monosemanticity, 2023, appendix "Neuron resampling". There rows come from 819,200 inputs,

@@ -1,4 +1,4 @@
-"""What a training run is told besides its SAE, its data and its optimiser."""
+"""`TrainConfig`: settings of a training run besides its SAE, data and optimiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the biases start, from the first filling of the buffer."""
+"""Initial biases, from the first filling of the buffer."""
 
 from __future__ import annotations
 

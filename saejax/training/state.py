@@ -1,4 +1,4 @@
-"""The one thing that is sharded, donated and saved, and how it is born on its mesh."""
+"""`TrainState`: everything that is sharded, donated and saved, and its creation on a mesh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one compiled step: draw a batch, loss and gradients, optimiser, constraint, liveness, metrics."""
+"""Training step, compiled once: draw a batch, loss and gradients, optimiser, constraint, liveness, metrics."""
 
 from __future__ import annotations
 

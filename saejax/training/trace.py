@@ -1,4 +1,4 @@
-"""Ten steps of a run under JAX's profiler, when `train.profile` asks for them."""
+"""Profile of ten steps with JAX's profiler, when `train.profile` asks for it."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_held_out_rows_that_are_all_equal_are_said(tmp_path, caplog):
     rows = NORMAL.copy()
     rows[-N // 10 :] = 0
     runs.train(tmp_path / "run", compose(tmp_path, "arrays", rows))
-    assert "held-out rows are all equal, so that their fvu says nothing" in caplog.text
+    assert "held-out rows are all equal, so their fvu means nothing" in caplog.text
 
 
 def test_no_held_out_row_is_said(tmp_path, uncompiled):

@@ -1,5 +1,4 @@
-"""Dense codes: where the active share is fixed one-step decoding fails, convex decoding turns at the statistical
-dimension."""
+"""Dense codes, fixed active share: one-step decoding fails, convex decoding turns at the statistical dimension."""
 
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Self

@@ -11,15 +11,17 @@ Example:
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "evaluate", "export", "load"]
+__all__ = ["UserError", "__version__", "evaluate", "export", "load", "register"]
 
 from saejax.errors import UserError
 
 if TYPE_CHECKING:
     from saejax.sae.model import SAE
+
+_T = TypeVar("_T")
 
 
 def load(path: str | os.PathLike[str], step: int | None = None) -> SAE:
@@ -82,3 +84,26 @@ def export(sae: SAE, path: str | os.PathLike[str], format: str = "saelens") -> A
     from saejax import interop
 
     return interop.export(sae, path, format)
+
+
+def register(thing: _T) -> _T:
+    """Enter an architecture, source, text, metric or format of your own under its `name`; a class decorator.
+
+    From then on configs, commands, sweeps and checkpoints know it, as they know those of saejax.
+
+    Args:
+      thing: a class derived from `saejax.sae.base.Sparsifier`, `saejax.activations.source.ActivationSource`,
+        `saejax.activations.text.TextCorpus` or `saejax.evals.metric.Metric`; or a module or object that is a
+        `saejax.interop.Format`.
+
+    Returns:
+      The same thing.
+
+    Raises:
+      UserError: it is none of these, its name is taken, or it lacks something.
+    """
+    from saejax.fields import registry
+
+    if not isinstance(thing, type):
+        from saejax import interop as interop  # where formats are known
+    return registry.register(thing)

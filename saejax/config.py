@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from saejax.activations.store import joined_source
 from saejax.activations.store import source as store_source
 from saejax.errors import UserError
 from saejax.fields import command_line, key_value, numeric
+from saejax.fields.registry import PLUGINS
 from saejax.fields.resume_policy import Fixed, Place
 from saejax.parallel import sharding
 from saejax.sae import (
@@ -52,7 +54,10 @@ _MEMBERS = (
 )
 
 # Groups of which a config picks one member; each registry fills itself where its members are defined.
-GROUPS: dict[str, dict[str, type]] = {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}
+GROUPS: dict[str, Mapping[str, type]] = {"sae": base.ARCHITECTURES, "source": source.SOURCES, "text": text.TEXTS}
+
+# What a member of a group takes from the rest of the config where it has no file in conf/.
+_DERIVED = {"sae": {"d_in": "${source_d_in:}", "sites": "${source_sites:}"}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,9 @@ def register(name: str, root: type) -> None:
         for member, cls in types.items():
             store.store(group=group, name=f"{member}_schema", node=cls)
             _thaw(store.repo[group][f"{member}_schema.yaml"].node)
+            if member in without_file(group):
+                own = {"defaults": [f"{member}_schema", "_self_"], **_DERIVED.get(group, {})}
+                store.store(group=group, name=member, node=own)
     OmegaConf.register_new_resolver("source_d_in", _source_d_in, replace=True)
     OmegaConf.register_new_resolver("source_sites", _source_sites, replace=True)
     # What presets compute: ${times:8,${sae.d_in}}, ${over:1,${sae.k}}, ${smaller:512,${sae.d_sae}}, ${steps:0.05}.
@@ -158,6 +166,12 @@ def register(name: str, root: type) -> None:
     OmegaConf.register_new_resolver("over", lambda above, below: above / below if below else 0.0, replace=True)
     OmegaConf.register_new_resolver("smaller", min, replace=True)
     OmegaConf.register_new_resolver("steps", _steps, replace=True)
+
+
+def without_file(group: str) -> dict[str, type]:
+    """Members of a group that conf/ has no file for: those from outside, which a config takes with their defaults."""
+    folder = Path(conf_dir()) / group
+    return {name: cls for name, cls in GROUPS[group].items() if not (folder / f"{name}.yaml").is_file()}
 
 
 def schema(cls: type) -> DictConfig:
@@ -222,7 +236,7 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
     """
     register(name, root)
     typed = command_line.for_hydra(overrides, command_line.path_keys(root, GROUPS))
-    key_value.check_choices(key_value.parsed(typed), conf_dir())
+    key_value.check_choices(key_value.parsed(typed), conf_dir(), {group: without_file(group) for group in GROUPS})
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         try:
@@ -363,7 +377,8 @@ def from_run(run_dir: Path, overrides: list[str] | None = None) -> Config:
         chosen = saved[group].pop("type")
         if chosen not in registry:
             where = f"{run_dir / 'config.yaml'}: {group}.type"
-            raise UserError(f"{where} must be one of {', '.join(registry)}, got {json_yaml.one_line(chosen)}")
+            got = f"got {json_yaml.one_line(chosen)}; {PLUGINS} names modules that define others"
+            raise UserError(f"{where} must be one of {', '.join(registry)}, {got}")
         node[group] = schema(registry[chosen])
     try:
         typed = command_line.for_dotlist(overrides or [], command_line.path_keys(Config, GROUPS))

@@ -11,11 +11,12 @@ depends on (source, n_lanes, block_rows, seed) alone, so any mesh and any number
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.fields import registry
 from saejax.storage import json_yaml
 
 
@@ -176,16 +177,11 @@ def _said(value: Any) -> str:
     return "none" if value is None else json_yaml.one_line(value)[:80]
 
 
-_Source = TypeVar("_Source", bound=type[ActivationSource])
+SOURCES: registry.Registry[type[ActivationSource]] = registry.Registry("source", ActivationSource)
+"""Every source by its name in a config (`source.type`)."""
 
-SOURCES: dict[str, type[ActivationSource]] = {}
-"""Every source by its name. A new source is one file that registers itself, plus one YAML."""
-
-
-def register(cls: _Source) -> _Source:
-    """Class decorator: enter a source into SOURCES under its `name`."""
-    SOURCES[cls.name] = cls
-    return cls
+register = SOURCES.register
+"""Class decorator: enters a source under its `name`."""
 
 
 def check_lanes(*, n_lanes: int, block_rows: int, lanes: range) -> None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from saejax.activations import text_files, text_pieces
 from saejax.errors import UserError
-from saejax.fields import numeric, paths
+from saejax.fields import numeric, paths, registry
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -138,6 +138,11 @@ class TextCorpus(abc.ABC):
         return f"text {self.name!r}"
 
 
+TEXTS: registry.Registry[type[TextCorpus]] = registry.Registry("text", TextCorpus)
+"""Every corpus by its name in a config (`text.type`)."""
+
+
+@TEXTS.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wikipedia(TextCorpus):
     """About a hundred English Wikipedia articles (3 M characters) out of the `gensim` wheel; CC BY-SA."""
@@ -155,6 +160,7 @@ class Wikipedia(TextCorpus):
         return {"file": dump.name, "sha256": hashlib.sha256(dump.read_bytes()).hexdigest()}
 
 
+@TEXTS.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pydoc(TextCorpus):
     """The language reference that every CPython carries (465 kB of English prose): small, for tests."""
@@ -171,6 +177,7 @@ class Pydoc(TextCorpus):
         return {"sha256": hashlib.sha256(joined.encode()).hexdigest()}
 
 
+@TEXTS.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFiles(TextCorpus):
     """Text on disk: a `.txt` file is one document, each line of a `.jsonl` file is one (its `text` field)."""
@@ -241,9 +248,6 @@ class FilesAsBefore(TextFiles):
 
     def _where(self) -> str:
         return f"{super()._where()} (as the store was begun; another path may do)"
-
-
-TEXTS: dict[str, type[TextCorpus]] = {corpus.name: corpus for corpus in (Wikipedia, Pydoc, TextFiles)}
 
 
 def _unicode(text: str) -> str:

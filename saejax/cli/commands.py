@@ -47,6 +47,8 @@ class EvaluateConfig:
     """Held-out rows at most; null takes all of them."""
     batch: int = 4096
     """Rows per compiled call, at least 1; no effect on the figures."""
+    metrics: tuple[str, ...] = ("default",)
+    """Metrics to compute on rows: `default`, and names of others, from outside saejax too."""
     language_model: bool = True
     """Whether the SAE is spliced into its language model, where the activations are from one that can be loaded;
     one whose files have changed since the harvest is refused."""
@@ -67,6 +69,8 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        object.__setattr__(self, "metrics", tuple(self.metrics))  # a YAML list arrives as a list
+        evaluation.named_metrics(self.metrics)
         _check_step(self.step)
 
 
@@ -155,7 +159,8 @@ def evaluate(cfg: EvaluateConfig) -> str:
         backend = _backend(heldout) if heldout is not None else None  # first, so that another model is refused at once
     shape = cfg.mesh.shape(jax.device_count())
     mesh = sharding.make_mesh(*shape) if max(shape) > 1 else None
-    result = evaluation.evaluate(sae, trained.source, batch_rows=cfg.batch, max_rows=cfg.rows, mesh=mesh)
+    rows = {"batch_rows": cfg.batch, "max_rows": cfg.rows, "metrics": cfg.metrics}
+    result = evaluation.evaluate(sae, trained.source, **rows, mesh=mesh)
     result.data.update({"source": trained.source.fingerprint(), "step": sae.provenance["step"]})
     if other is not None:
         result.data["other_data"] = other
@@ -268,7 +273,8 @@ def _sae(path: str, step: int | None) -> model.SAE:
 def _measured(cfg: EvaluateConfig, activations: str) -> str:
     """The metrics of any SAE on activations that somebody names."""
     sae = _sae(cfg.run, cfg.step)
-    found = evaluation.evaluate(sae, run_data.rows(activations, sae), batch_rows=cfg.batch, max_rows=cfg.rows)
+    settings = {"batch_rows": cfg.batch, "max_rows": cfg.rows, "metrics": cfg.metrics}
+    found = evaluation.evaluate(sae, run_data.rows(activations, sae), **settings)
     lines = [f"  {name:<32} {value:.6g}" for name, value in found.items()]
     return "\n".join([f"metrics of {cfg.run} on {activations}:", *lines])
 

@@ -79,7 +79,11 @@ def field_docs(cls: type) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # pyright: ignore
+        try:
+            source = inspect.getsource(base)
+        except OSError:  # of a class that was typed into an interpreter
+            continue
+        body = ast.parse(textwrap.dedent(source)).body[0].body  # pyright: ignore
         for field, text in zip(body, body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(field.target, ast.Name):
                 if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
@@ -94,12 +98,17 @@ def _default_choices(name: str) -> dict[str, str | None]:
 
 
 def _choices(defaults: dict[str, str | None]) -> list[str]:
-    """One line for each file of each group: how to choose it and what its first comment says."""
-    paths = [path for group in defaults for path in sorted((Path(config.conf_dir()) / group).glob("*.yaml"))]
-    width = max((len(f"{path.parent.name}={path.stem}") for path in paths), default=0)
+    """One line for each choice of each group, with the first comment of its file or the first line of its class."""
+    said = {}
+    for group in defaults:
+        for path in sorted((Path(config.conf_dir()) / group).glob("*.yaml")):
+            said[group, path.stem] = _first_comment(path)
+        for name, cls in sorted(config.without_file(group).items() if group in config.GROUPS else ()):
+            said[group, name] = (inspect.getdoc(cls) or "").partition("\n")[0]
+    width = max((len(f"{group}={name}") for group, name in said), default=0)
     return [
-        f"  {'*' if path.stem == defaults[group] else ' '} {f'{group}={path.stem}':<{width}}  {_first_comment(path)}"
-        for group, path in ((path.parent.name, path) for path in paths)
+        f"  {'*' if name == defaults[group] else ' '} {f'{group}={name}':<{width}}  {text}"
+        for (group, name), text in said.items()
     ]
 
 

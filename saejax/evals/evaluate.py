@@ -9,6 +9,7 @@ the data nor the precision of the devices shows in the result.
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -166,6 +167,42 @@ def default_metrics(sparsifier: base.Sparsifier | None = None) -> tuple[metric.M
     )
 
 
+def named_metrics(
+    names: Iterable[str | metric.Metric], sparsifier: base.Sparsifier | None = None
+) -> tuple[metric.Metric, ...]:
+    """Metrics of rows by name, with their default settings.
+
+    Args:
+      names: of `metric.METRICS`; `default` stands for `default_metrics`; metrics themselves stay as they are.
+      sparsifier: Architecture.
+
+    Raises:
+      UserError: no such metric, or one that does not look at rows.
+    """
+    found: dict[metric.Metric, None] = {}
+    for name in names:
+        if isinstance(name, metric.Metric):
+            found[name] = None
+        elif name == "default":
+            found |= dict.fromkeys(default_metrics(sparsifier))
+        elif name in (known := _of_rows()):
+            found[known[name]()] = None
+        else:
+            raise UserError(f"metrics must be default or of {', '.join(known)}, got {name}")
+    return tuple(found)
+
+
+def _of_rows() -> dict[str, type[metric.Metric]]:
+    """Metrics that `Evaluator` can run and that need no settings."""
+
+    def fits(cls: type[metric.Metric]) -> bool:
+        settings = inspect.signature(cls).parameters.values()
+        complete = all(setting.default is not inspect.Parameter.empty for setting in settings)
+        return cls.batch_type is metric.EvalBatch and not cls.on_host and complete
+
+    return {name: cls for name, cls in metric.METRICS.items() if fits(cls)}
+
+
 def light_metrics(sparsifier: base.Sparsifier | None = None) -> tuple[metric.Metric, ...]:
     """What a training run measures every so many steps: mse, fvu (of each site), cosine, l0, dead and dense shares."""
     return reconstruction.Reconstruction(), sparsity.Firing(windows=()), *_per_site(sparsifier)
@@ -235,7 +272,7 @@ def make_evaluator(
 def evaluate_rows(
     sae: Any,
     batches: Iterable[Float[np.ndarray, "_ d_row"]],
-    metrics: tuple[metric.Metric, ...] | None = None,
+    metrics: Iterable[str | metric.Metric] | None = None,
     *,
     mesh: Mesh | None = None,
     batch_rows: int | None = None,
@@ -245,7 +282,7 @@ def evaluate_rows(
     Args:
       sae: With `config` (the sparsifier) and `params`, in the data's own scale; see `sae.model.SAE`.
       batches: Rows in the data's own scale, in blocks of any size.
-      metrics: None for `default_metrics()`.
+      metrics: Metrics or their names; None for `default_metrics()`.
       mesh: Where to run; None for the default device.
       batch_rows: Rows per compiled call; None for the size of the first block.
 
@@ -255,7 +292,7 @@ def evaluate_rows(
     Raises:
       UserError: no rows, or rows of another width.
     """
-    metrics = default_metrics(sae.config) if metrics is None else tuple(metrics)
+    metrics = named_metrics(("default",) if metrics is None else metrics, sae.config)
     return make_evaluator(sae.config, metrics, mesh).evaluate(sae.params, batches, batch_rows=batch_rows)
 
 
@@ -265,7 +302,7 @@ def evaluate(
     *,
     batch_rows: int = 4096,
     max_rows: int | None = None,
-    metrics: tuple[metric.Metric, ...] | None = None,
+    metrics: Iterable[str | metric.Metric] | None = None,
     mesh: Mesh | None = None,
 ) -> EvalResult:
     """Returns the held-out metrics of one SAE on any array, source or stream of arrays.
@@ -277,7 +314,7 @@ def evaluate(
         transcoders: their rows hold the input and then the target.
       batch_rows: Rows per compiled call.
       max_rows: Rows to use at most; None for all of them.
-      metrics: None for `default_metrics()`.
+      metrics: Metrics or their names; None for `default_metrics()`.
       mesh: Where to run; None for the default device.
 
     Returns:

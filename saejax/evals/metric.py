@@ -7,7 +7,7 @@ reconstructions (`EvalBatch`); `evals.over` runs any metric over existing arrays
 import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,11 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from saejax.errors import UserError
-from saejax.fields import numeric
+from saejax.fields import numeric, registry
 from saejax.sae import base
-
-METRICS: dict[str, type["Metric"]] = {}
-"""Every metric by its name. A new metric is one file that registers itself."""
 
 _SEE_NO_PADDING: set[Any] = set()
 """The `update` of every class, which is given zeros for padding: a class that inherits one needs no other."""
-
-_T = TypeVar("_T", bound=type["Metric"])
 
 
 @struct.dataclass
@@ -112,10 +107,11 @@ class Metric(abc.ABC):
         """Returns one exact sentence for every key that `compute` can produce."""
 
 
-def register(cls: _T) -> _T:
-    """Class decorator: enters a metric under its `name`."""
-    METRICS[cls.name] = cls
-    return cls
+METRICS: registry.Registry[type[Metric]] = registry.Registry("metric", Metric)
+"""Every metric by its name."""
+
+register = METRICS.register
+"""Class decorator: enters a metric under its `name`."""
 
 
 def without_padding(batch: Any) -> Any:

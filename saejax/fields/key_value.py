@@ -7,7 +7,7 @@ before Hydra sees it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -58,7 +58,7 @@ def parsed(words: Iterable[str]) -> list[Override]:
     return found
 
 
-def check_choices(overrides: Iterable[Override], conf_dir: str) -> None:
+def check_choices(overrides: Iterable[Override], conf_dir: str, without_file: Mapping[str, Iterable[str]]) -> None:
     """Refuse what is no name where one of a group's files is chosen, and the deletion of what is no group.
 
     Hydra would let a deleted field fall back to a default that no file names.
@@ -66,13 +66,16 @@ def check_choices(overrides: Iterable[Override], conf_dir: str) -> None:
     Args:
       overrides: of `parsed`.
       conf_dir: holds a folder for every group, with a file for every choice.
+      without_file: further choices of each group.
 
     Raises:
       UserError: as in `optim=nan` and `~seed`.
     """
     for override in overrides:
-        folder = Path(conf_dir) / override.key_or_group.partition("@")[0]
-        allowed = sorted(path.stem for path in folder.glob("*.yaml"))
+        group = override.key_or_group.partition("@")[0]
+        allowed = sorted(
+            {*(path.stem for path in (Path(conf_dir) / group).glob("*.yaml")), *without_file.get(group, ())}
+        )
         if override.is_delete() and not allowed and not override.key_or_group.startswith("hydra"):
             raise UserError(f"{shown(str(override.input_line))}: a field is not deleted but given another value")
         value = None if override.is_delete() or override.is_sweep_override() else override.value()

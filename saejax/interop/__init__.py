@@ -7,20 +7,21 @@ A format is a module with
 * `load(path) -> SAE`: reads it and refuses whatever it does not understand (`strict` has the checks);
 * `export(sae, path) -> path`, or `export = None` for a format that is only read;
 
-and an entry in FORMATS.
+and, where it can say that every row is normalised by itself, `row_norms = True`. `saejax.register` enters it.
 """
 
+import dataclasses
 import logging
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from saejax.errors import UserError
 from saejax.evals import evaluate as evaluation
-from saejax.fields import paths
+from saejax.fields import paths, registry
 from saejax.interop import (
     circuit_tracer,
     dictionary_learning,
@@ -35,12 +36,12 @@ from saejax.interop import (
     sparsify,
     strict,
 )
-from saejax.sae import per_row
 from saejax.sae.model import SAE
 
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Format(Protocol):
     """What a module of a format has."""
 
@@ -64,8 +65,11 @@ _MODULES: tuple[Any, ...] = (
     circuit_tracer,
 )
 
-FORMATS: dict[str, Format] = {module.name: module for module in _MODULES}
+FORMATS: registry.Registry[Format] = registry.Registry("format", Format)
 """Every format by its name."""
+
+for _module in _MODULES:
+    FORMATS.register(_module)
 
 
 def export(sae: SAE, path: str | os.PathLike, format: str = "saelens") -> pathlib.Path:
@@ -87,7 +91,9 @@ def export(sae: SAE, path: str | os.PathLike, format: str = "saelens") -> pathli
     if format not in writers:
         only_read = " (it is only read)" if format in FORMATS else ""
         raise UserError(f"format={format}: must be one of {', '.join(writers)}{only_read}")
-    if isinstance(sae.sparsifier, per_row.LayerNormed) and format != saelens.name:
+    sparsifier, params = sae.sparsifier.exported(sae.params)
+    sae = dataclasses.replace(sae, sparsifier=sparsifier, params=params)
+    if sparsifier.row_norm is not None and not getattr(FORMATS[format], "row_norms", False):
         raise UserError(
             f"format={format}: this SAE normalises every row by itself (normalize.mode=layer_norm), which the format "
             "does not say; train with unit, sqrt_d or whiten to export"

@@ -30,6 +30,7 @@ from saejax.sae.model import SAE
 from saejax.storage import json_yaml
 
 name = "saelens"
+row_norms = True
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 _TO: dict[str, str] = {

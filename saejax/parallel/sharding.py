@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from saejax.errors import UserError
-from saejax.fields import numeric
+from saejax.fields import leaves, numeric
 from saejax.fields.resume_policy import Place
 from saejax.parallel import processes
 
@@ -29,15 +29,12 @@ LATENT = "latent"
 ENSEMBLE = "ensemble"
 
 # The last name on a leaf's path decides; optimiser moments end in the same names as the parameters they belong to.
+# What one architecture adds (`SAEParams.extra`) it declares itself: `fields.leaves`.
 SPECS: dict[str, P] = {
     "W_enc": P(None, LATENT),
     "b_enc": P(LATENT),
     "W_dec": P(LATENT, None),
     "b_dec": P(),
-    "W_skip": P(),  # a transcoder's linear map has no latents
-    "threshold": P(LATENT),  # a threshold shared by all latents is a scalar, and replicated
-    "r_mag": P(LATENT),
-    "b_mag": P(LATENT),
     "tokens_since_fired": P(LATENT),
     "rows": P(DATA),
 }
@@ -168,11 +165,20 @@ def make_mesh(n_data: int = 1, n_latent: int = 1, devices: Sequence[Any] | None 
 
 
 def spec_of(path: Sequence[Any]) -> P:
-    """The `PartitionSpec` of a leaf, from the last name on its tree path; unknown names are replicated."""
-    for entry in reversed(path):
-        name = getattr(entry, "name", None) or getattr(entry, "key", None)
+    """The `PartitionSpec` of a leaf, from the last known name on its tree path; replicated where none is known.
+
+    Raises:
+      UserError: an array of `SAEParams.extra` that no architecture declares.
+    """
+    names = [getattr(entry, "name", None) or getattr(entry, "key", None) for entry in path]
+    for name in reversed(names):
         if name in SPECS:
             return SPECS[name]
+        if name in leaves.LATENT_AXIS:
+            axis = leaves.LATENT_AXIS[name]
+            return P() if axis is None else P(*[None] * axis, LATENT)
+    if "extra" in names[:-1]:
+        raise UserError(f"leaf {names[-1]} has no placement: name it in the `leaves` of its architecture")
     return P()
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Members = Mapping[Path, config.Config]
 
-FOLDS = "runs fold where they differ in seed (with data_seed set), optim.lr, sae.k, l1_coef or l0_coef only"
+FOLDS = "runs fold where they differ only in seed (with data_seed set), optim.lr, sae.k or a coefficient"
 """Said of a run that does not."""
 
 
@@ -152,7 +152,9 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
     cfgs = list(members.values())
     cfg, n = cfgs[0], len(cfgs)
     varied = {
-        name for name in ensemble_config.KNOBS if len({repr(ensemble_config.knobs(c).get(name)) for c in cfgs}) > 1
+        name
+        for name in ensemble_config.places(cfgs[0].sae)
+        if len({repr(ensemble_config.knobs(c).get(name)) for c in cfgs}) > 1
     }
     platform = jax.devices()[0].platform
     form = ensemble_config.resolved(form, cfg.sae, varied, n_axis=n_axis, platform=platform)
@@ -355,13 +357,13 @@ class _Members:
 
 
 def _measured(cfg: config.Config, first: config.Config) -> Any:
-    """The architecture of a member without its coefficient, which no metric reads: so members share a program."""
-    own = {name: getattr(first.sae, name) for name in ("l1_coef", "l0_coef") if hasattr(first.sae, name)}
+    """The architecture of a member without its coefficients, which no metric reads: so members share a program."""
+    own = {name: getattr(first.sae, name) for name in first.sae.knobs if name != "k"}
     return dataclasses.replace(cfg.sae, **own)
 
 
 def groups(members: Members) -> Iterator[dict[Path, config.Config]]:
-    """Runs sorted into those that can be trained together: they differ in `KNOBS` only and draw the same batches.
+    """Runs sorted into those that can be trained together: they differ in knobs only and draw the same batches.
 
     Args:
       members: run directory -> config of ordinary runs.
@@ -374,7 +376,7 @@ def groups(members: Members) -> Iterator[dict[Path, config.Config]]:
         same = dict.fromkeys(ensemble_config.knobs(cfg) | {"seed": 0}, 0)
         plain = config.to_plain(cfg) | {"stream": cfg.stream_seed, "data_seed": None}
         for name in same:
-            part, field = ensemble_config.KNOBS[name]
+            part, field = ensemble_config.places(cfg.sae)[name]
             (plain[part] if part else plain)[field] = None
         found.setdefault(json.dumps(plain, sort_keys=True, default=str), {})[path] = cfg
     yield from found.values()

@@ -32,6 +32,7 @@ class AbsTopK(base.Sparsifier):
     """
 
     name: ClassVar[str] = "abs_topk"
+    knobs: ClassVar[tuple[str, ...]] = ("k",)
 
     k: Fixed[int] = 32
     """Latents kept per row, in [1, d_sae]."""
@@ -44,6 +45,11 @@ class AbsTopK(base.Sparsifier):
     def k_sparse(self):
         """Always."""
         return True
+
+    @property
+    def n_active(self):
+        """k."""
+        return self.k
 
     @property
     def signed(self):

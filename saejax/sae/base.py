@@ -14,14 +14,16 @@ and the gradient flows into W_skip.
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from saejax.kernels import encode_top_k, matmul, sparse_decode, sparse_encode
+from saejax.errors import UserError
+from saejax.fields import leaves, registry
+from saejax.kernels import encode_top_k, matmul, row_norm, sparse_decode, sparse_encode
 from saejax.sae import aux_k, constraint, encoders, sites
 from saejax.sae.encoding import Encoding
 from saejax.sae.layout import EncoderKind, Family, Layout
@@ -31,23 +33,25 @@ from saejax.sae.layout import check_enum as check_enum
 from saejax.sae.parameters import Aux as Aux
 from saejax.sae.parameters import SAEParams as SAEParams
 
-ARCHITECTURES: dict[str, type["Sparsifier"]] = {}
-"""Every architecture by its name in a config (`sae.type`)."""
-
-_T = TypeVar("_T", bound=type["Sparsifier"])
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparsifier(Layout, abc.ABC):
     """One SAE architecture with its sizes and coefficients: static, hashable, all methods pure.
 
-    An architecture gives `activate` and `objective`. Further hooks have empty defaults: extra parameters (`extra`),
-    their scale (`fold_extra`), their bounds (`constrain_extra`) and updates without a gradient (`track`).
+    An architecture gives `activate` and `objective`. All else has a default: parameters of its own (`extra`, `leaves`),
+    their scale (`fold_extra`) and bounds (`constrain_extra`), statistics (`track`), the fields in which members of an
+    ensemble may differ (`knobs`), products of its own (`more_products`), and what other tools know (`exported`).
     """
 
     name: ClassVar[str]
     preferred_norm: ClassVar[str] = "unit"
     """Scale of the input that its coefficients suit: unit (E||x||^2 = 1) or sqrt_d (E||x|| = sqrt(d_in))."""
+    leaves: ClassVar[dict[str, int | None]] = {}
+    """Arrays of `extra`: the axis with one entry per latent, along which a mesh splits them; None: on every device."""
+    knobs: ClassVar[tuple[str, ...]] = ()
+    """Fields in which members of an ensemble may differ; they change neither a shape (but for k) nor the data."""
+    whitens: ClassVar[bool] = True
+    """Whether a whitening of the rows folds into the weights."""
 
     @property
     def k_sparse(self) -> bool:
@@ -58,6 +62,16 @@ class Sparsifier(Layout, abc.ABC):
     def signed(self) -> bool:
         """Whether latents may be negative."""
         return False
+
+    @property
+    def row_norm(self) -> row_norm.RowNorm | None:
+        """How the SAE normalises every row by itself; None where it does not."""
+        return None
+
+    @property
+    def n_active(self) -> int | None:
+        """Latents that take part in decoding and gradients, per row on average; None where all of them do."""
+        return None
 
     # What an architecture gives.
 
@@ -112,6 +126,23 @@ class Sparsifier(Layout, abc.ABC):
         """Returns factors on the learning rate of single leaves, by name; all others have 1."""
         return {}
 
+    def more_products(self, encoder: int, decoder: int) -> int:
+        """Returns the multiply-adds of a row in a training step beyond one encoder, one decoder and their gradients.
+
+        Args:
+          encoder: numbers in `W_enc`.
+          decoder: numbers in `W_dec`.
+        """
+        return 0
+
+    def why_static(self, knob: str) -> str | None:
+        """Returns why members that are stacked in one step cannot differ in a knob; None where they can."""
+        return None
+
+    def exported(self, params: SAEParams) -> tuple["Sparsifier", SAEParams]:
+        """Returns an SAE of an architecture that other tools know and that encodes and decodes as this one does."""
+        return self, params
+
     # What all of them share.
 
     def init(self, key: Key[Array, ""]) -> SAEParams:
@@ -119,7 +150,21 @@ class Sparsifier(Layout, abc.ABC):
         W_enc, W_dec, of_encoder = encoders.start(key, self)
         biases = {"b_enc": jnp.zeros(self.d_sae), "b_dec": jnp.zeros(self.d_out)}
         skip = {"W_skip": jnp.zeros((self.d_in, self.d_out))} if self.skip else {}
-        return SAEParams(W_enc=W_enc, W_dec=W_dec, **biases, extra=of_encoder | self.extra() | skip)
+        own = self.extra()
+        self._check_leaves(own)
+        return SAEParams(W_enc=W_enc, W_dec=W_dec, **biases, extra=of_encoder | own | skip)
+
+    def _check_leaves(self, own: dict[str, jax.Array]) -> None:
+        """Refuse arrays whose placement on a mesh nobody declared."""
+        for name, array in own.items():
+            what = f"{type(self).__name__}.leaves"
+            if name not in self.leaves:
+                raise UserError(f"{what} must name {name}, which extra() returns: its axis of latents, or None")
+            axis = self.leaves[name]
+            if axis is not None and array.ndim > axis and array.shape[axis] != self.d_sae:
+                raise UserError(
+                    f"{what}: axis {axis} of {name} must have d_sae={self.d_sae} entries, got {array.shape}"
+                )
 
     def pre_activations(
         self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None = None
@@ -299,7 +344,10 @@ def warmed_up(coefficient: float, step: Array, n_steps: int) -> Float[Array, ""]
     return coefficient * jnp.minimum(1.0, step / n_steps if n_steps else 1.0)
 
 
-def register(cls: _T) -> _T:
-    """Class decorator: enters an architecture under its `name`."""
-    ARCHITECTURES[cls.name] = cls
-    return cls
+ARCHITECTURES: registry.Registry[type[Sparsifier]] = registry.Registry(
+    "architecture", Sparsifier, check=lambda cls: leaves.declare(cls.leaves)
+)
+"""Every architecture by its name in a config (`sae.type`)."""
+
+register = ARCHITECTURES.register
+"""Class decorator: enters an architecture under its `name`."""

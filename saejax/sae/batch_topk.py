@@ -32,6 +32,8 @@ class BatchTopK(base.Sparsifier):
     """
 
     name: ClassVar[str] = "batch_topk"
+    leaves: ClassVar[dict[str, int | None]] = {"threshold": 0}
+    knobs: ClassVar[tuple[str, ...]] = ("k",)
 
     k: Fixed[int] = 32
     """Latents kept per row on average, in [1, d_sae]; fewer where fewer are positive."""
@@ -39,6 +41,11 @@ class BatchTopK(base.Sparsifier):
     def __post_init__(self):
         super().__post_init__()
         base.check(1 <= self.k <= self.d_sae, "k", f"must be in [1, d_sae={self.d_sae}]", self.k)
+
+    @property
+    def n_active(self):
+        """k."""
+        return self.k
 
     def activate(self, params, pre_acts, step=None):
         """Returns the best of the batch in training, what is above the threshold at inference."""
@@ -50,6 +57,10 @@ class BatchTopK(base.Sparsifier):
         """Returns the squared error."""
         aux = self.reconstruct(params, x, target, step)
         return aux.terms["mse"], aux
+
+    def why_static(self, knob):
+        """Refuses another k: the best of a batch have no slots to mask."""
+        return "the k of sae=batch_topk cannot be masked" if knob == "k" else None
 
     def extra(self):
         """Returns the inference threshold, 0 until the first step."""

@@ -40,6 +40,8 @@ class Gated(base.Sparsifier):
     """
 
     name: ClassVar[str] = "gated"
+    leaves: ClassVar[dict[str, int | None]] = {"r_mag": 0, "b_mag": 0}
+    knobs: ClassVar[tuple[str, ...]] = ("l1_coef",)
 
     l1_coef: Free[float] = 0.04
     """Weight of the penalty on the gate, at least 0; 0.01 to 0.1 with E||x||^2 = 1."""
@@ -78,6 +80,10 @@ class Gated(base.Sparsifier):
     def extra(self):
         """Returns log scale and bias of the magnitudes."""
         return {"r_mag": jnp.zeros(self.d_sae), "b_mag": jnp.zeros(self.d_sae)}
+
+    def more_products(self, encoder, decoder):
+        """Returns those of the gate's decoding, forward and for its latents."""
+        return 2 * decoder
 
     def fold_extra(self, params, mean, scale):
         """Returns the bias of the magnitudes for x itself; the scales stay."""

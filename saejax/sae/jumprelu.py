@@ -56,6 +56,8 @@ class JumpReLU(base.Sparsifier):
     """
 
     name: ClassVar[str] = "jumprelu"
+    leaves: ClassVar[dict[str, int | None]] = {"threshold": 0}
+    knobs: ClassVar[tuple[str, ...]] = ("l0_coef",)
 
     l0_coef: Free[float] = 1e-3
     """Weight of the sparsity penalty, at least 0, in the unit of mse; 1e-4 to 1e-2 with E||x||^2 = 1."""

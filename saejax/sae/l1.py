@@ -45,6 +45,7 @@ class L1(base.Sparsifier):
     """
 
     name: ClassVar[str] = "l1"
+    knobs: ClassVar[tuple[str, ...]] = ("l1_coef",)
     preferred_norm: ClassVar[str] = "sqrt_d"
 
     decoder_init_norm: Fixed[float] = 0.1

@@ -6,6 +6,7 @@ parameters and rows derive from them here, and impossible combinations are refus
 
 import dataclasses
 import enum
+from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -183,6 +184,16 @@ class Layout:
     def split(self, rows: Float[Array, "... d_row"]) -> tuple[Float[Array, "... d_in"], Float[Array, "... d_out"]]:
         """Returns what is read of rows, and what is to be written."""
         return (rows, rows) if self.mirrors else (rows[..., : self.d_in], rows[..., self.d_in :])
+
+
+def shared(layout: Layout) -> dict[str, Any]:
+    """Returns the fields that every architecture has, for another architecture of the same sizes.
+
+    Example:
+      >>> shared(Layout(d_in=8, d_sae=32))["d_sae"]
+      32
+    """
+    return {field.name: getattr(layout, field.name) for field in dataclasses.fields(Layout)}
 
 
 def check_sites(layout: Layout) -> None:

@@ -38,6 +38,8 @@ class MatchingPursuit(base.Sparsifier):
     """
 
     name: ClassVar[str] = "matching_pursuit"
+    knobs: ClassVar[tuple[str, ...]] = ("k",)
+    whitens: ClassVar[bool] = False  # its encoder is its decoder
 
     encoder: Fixed[EncoderKind] = EncoderKind.tied
     """Only `tied`: the decoder is the dictionary of the pursuit."""
@@ -55,6 +57,19 @@ class MatchingPursuit(base.Sparsifier):
         base.check(self.unit_decoder, "unit_decoder", "must be true for matching pursuit", self.unit_decoder)
         base.check(self.subtract_b_dec, "subtract_b_dec", "must be true for matching pursuit", self.subtract_b_dec)
         base.check(1 <= self.k <= self.d_sae, "k", f"must be in [1, d_sae={self.d_sae}]", self.k)
+
+    @property
+    def n_active(self):
+        """k."""
+        return self.k
+
+    def more_products(self, encoder, decoder):
+        """Returns those of the steps after the first."""
+        return encoder * (self.k - 1)
+
+    def why_static(self, knob):
+        """Refuses another k: every step follows from the one before."""
+        return "the k of sae=matching_pursuit cannot be masked" if knob == "k" else None
 
     def activate(self, params, pre_acts, step=None):
         """Returns the latents that k greedy steps choose, with the gradient through every step."""

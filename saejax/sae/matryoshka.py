@@ -47,6 +47,8 @@ class Matryoshka(base.Sparsifier):
     """
 
     name: ClassVar[str] = "matryoshka"
+    leaves: ClassVar[dict[str, int | None]] = {"threshold": 0}
+    knobs: ClassVar[tuple[str, ...]] = ("k",)
 
     k: Fixed[int] = 32
     """Latents kept per row (on average, with batch_topk), in [1, d_sae]."""
@@ -76,6 +78,11 @@ class Matryoshka(base.Sparsifier):
     def k_sparse(self):
         """With `topk`."""
         return self.selection is Selection.topk
+
+    @property
+    def n_active(self):
+        """k."""
+        return self.k
 
     def activate(self, params, pre_acts, step=None):
         """Returns the latents that the selection keeps."""
@@ -110,6 +117,11 @@ class Matryoshka(base.Sparsifier):
             return matmul.matmul(encoding.latents[:, first:last], params.W_dec[first:last], self.matmul_dtype.value)
         inside = (encoding.indices >= first) & (encoding.indices < last)
         return sparse_decode.sparse_decode(jnp.where(inside, encoding.values, 0), encoding.indices, params.W_dec)
+
+    def why_static(self, knob):
+        """Refuses another k where the best of a batch are kept, which have no slots to mask."""
+        dense = knob == "k" and not self.k_sparse
+        return "the k of sae=matryoshka cannot be masked" if dense else None
 
     def extra(self):
         """Returns the inference threshold of batch_topk, 0 until the first step."""

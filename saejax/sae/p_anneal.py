@@ -38,6 +38,7 @@ class PAnneal(base.Sparsifier):
     """
 
     name: ClassVar[str] = "p_anneal"
+    knobs: ClassVar[tuple[str, ...]] = ("l1_coef",)
 
     l1_coef: Free[float] = 0.01
     """Weight of the penalty, at least 0; 0.005 to 0.03 with E||x||^2 = 1."""

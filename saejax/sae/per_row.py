@@ -57,6 +57,21 @@ class LayerNormed(base.Sparsifier):
         """As `inner`."""
         return self.inner.signed
 
+    @property
+    def n_active(self):
+        """As `inner`."""
+        return self.inner.n_active
+
+    @property
+    def row_norm(self):
+        """`kind`."""
+        return self.kind
+
+    def exported(self, params):
+        """Returns the same around what `inner` is exported as."""
+        inner, params = self.inner.exported(params)
+        return LayerNormed.of(inner, self.kind), params
+
     def init(self, key):
         """Draws the parameters of `inner`."""
         return self.inner.init(key)

@@ -38,6 +38,7 @@ class TopK(base.Sparsifier):
     """
 
     name: ClassVar[str] = "topk"
+    knobs: ClassVar[tuple[str, ...]] = ("k",)
 
     k: Fixed[int] = 32
     """Latents kept per row, in [1, d_sae]; a row with fewer positive ones uses fewer."""
@@ -61,6 +62,11 @@ class TopK(base.Sparsifier):
     def k_sparse(self):
         """Always."""
         return True
+
+    @property
+    def n_active(self):
+        """k."""
+        return self.k
 
     @property
     def anneals(self) -> bool:
@@ -103,6 +109,11 @@ class TopK(base.Sparsifier):
         mse, multi = jnp.mean(jnp.sum((target - recon) ** 2, axis=1)), wide.terms["mse"]
         aux = base.Aux(recon=recon, encoding=encoding, terms={"mse": mse, "multi_mse": multi})
         return mse + self.multi_topk_alpha * multi, aux
+
+    def why_static(self, knob):
+        """Refuses another k where a schedule or a second selection follows it."""
+        follows = self.multi_topk_alpha > 0 or self.anneals
+        return "k must not vary with multi_topk_alpha or k_start" if knob == "k" and follows else None
 
     def _best(self, encoding, step):
         """The first k slots of a longer selection, as many as k is at this step."""

@@ -11,7 +11,6 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from saejax.errors import UserError
-from saejax.sae import per_row
 from saejax.sae.model import SAE
 from saejax.sparse_coding.infer import METHODS, check_values, run_method
 from saejax.sparse_coding.solution import Solution
@@ -89,7 +88,7 @@ def solve(
 ) -> Solution:
     """Returns what `encode` finds as a `Solution` in the latents' own scale; takes the same options."""
     params = sae.params
-    if isinstance(sae.config, per_row.LayerNormed):
+    if sae.config.row_norm is not None:
         raise UserError("sae normalises every row by itself (normalize.mode=layer_norm), which a solver does not know")
     if not sae.config.mirrors:
         raise UserError(

@@ -24,7 +24,7 @@ from saejax.activations import buffer, normalize
 from saejax.parallel import sharding
 from saejax.sae import base
 from saejax.training import liveness, step
-from saejax.training.ensemble_config import KNOBS, Form
+from saejax.training.ensemble_config import Form, places
 from saejax.training.learner import Learner
 from saejax.training.state import TrainState
 
@@ -57,7 +57,7 @@ def make(members: Sequence[Learner], form: Form, mesh: Mesh) -> EnsembleStep:
     """Build the training step of an ensemble.
 
     Args:
-      members: they differ in `KNOBS` only.
+      members: they differ in knobs only.
       form: loop or vmap.
       mesh: its axis `ensemble`, where it has one, splits the members of the vmap form.
 
@@ -105,10 +105,10 @@ def _stacked(members: Sequence[Learner], mesh: Mesh) -> Callable[..., Any]:
 
     def learn_all(state: EnsembleState, x: jax.Array, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         def learn_one(member: TrainState, point: dict[str, jax.Array], aux: bool) -> tuple[Any, dict[str, jax.Array]]:
-            sparsifier = _at(largest.sparsifier, point, "sae")
+            sparsifier = _at(largest.sparsifier, point, set(largest.sparsifier.knobs))
             if not aux:
                 sparsifier = with_values(sparsifier, aux_alpha=0.0)
-            learner = dataclasses.replace(largest, sparsifier=sparsifier, optim=_at(largest.optim, point, "optim"))
+            learner = dataclasses.replace(largest, sparsifier=sparsifier, optim=_at(largest.optim, point, {"lr"}))
             new, measured = learner.learn(dataclasses.replace(member, step=state.step, key=state.key), x, key)
             if not aux:
                 measured |= {"aux_k": jnp.zeros(())}
@@ -130,17 +130,17 @@ def _stacked(members: Sequence[Learner], mesh: Mesh) -> Callable[..., Any]:
 def _traced_knobs(members: Sequence[Learner]) -> dict[str, jax.Array]:
     """Knob -> values [n] of those in which members differ; seeds have done their work by now."""
     found = {}
-    for name, (part, field) in KNOBS.items():
+    for name, (part, field) in places(members[0].sparsifier).items():
         held = {"sae": [m.sparsifier for m in members], "optim": [m.optim for m in members]}.get(part, [])
-        values = [getattr(config, field) for config in held if hasattr(config, field)]
+        values = [getattr(config, field) for config in held]
         if len(set(values)) > 1:
             found[name] = jnp.asarray(values)
     return found
 
 
-def _at(config: Any, point: dict[str, jax.Array], part: str) -> Any:
+def _at(config: Any, point: dict[str, jax.Array], names: set[str]) -> Any:
     """A config with its traced knobs in place; of a selection of k, one with the slots beyond k empty."""
-    values = {KNOBS[name][1]: value for name, value in point.items() if KNOBS[name][0] == part}
+    values = {name: value for name, value in point.items() if name in names}
     k = values.pop("k", None)
     made = with_values(config, **values)
     return made if k is None else _masked(made, k)

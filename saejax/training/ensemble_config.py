@@ -19,14 +19,19 @@ from saejax.training.settings import OnNonfinite
 
 _Config = TypeVar("_Config")
 
-KNOBS: dict[str, tuple[str, str]] = {
-    "seed": ("", "seed"),
-    "lr": ("optim", "lr"),
-    "k": ("sae", "k"),
-    "l1_coef": ("sae", "l1_coef"),
-    "l0_coef": ("sae", "l0_coef"),
-}
-"""Field of `EnsembleConfig` -> (part of the root config, field of it) whose value a member takes from it."""
+LISTS = ("seed", "lr", "k", "l1_coef", "l0_coef")
+"""Knobs of which `EnsembleConfig` takes lists; a folded sweep may vary any knob of its architecture."""
+
+
+def places(sparsifier: base.Sparsifier) -> dict[str, tuple[str, str]]:
+    """The part of the root config and its field that hold each knob: seed, lr and those of the architecture.
+
+    Example:
+      >>> from saejax.sae.l1 import L1
+      >>> places(L1(d_in=8, d_sae=32))
+      {'seed': ('', 'seed'), 'lr': ('optim', 'lr'), 'l1_coef': ('sae', 'l1_coef')}
+    """
+    return {"seed": ("", "seed"), "lr": ("optim", "lr")} | {name: ("sae", name) for name in sparsifier.knobs}
 
 
 class Combine(enum.Enum):
@@ -70,7 +75,7 @@ class EnsembleConfig:
 
     def __post_init__(self) -> None:
         numeric.check(self, "ensemble.")
-        for name in KNOBS:
+        for name in LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a YAML list arrives as a list
             values = getattr(self, name)
             if len(set(values)) < len(values) and self.combine is Combine.grid:
@@ -86,7 +91,7 @@ class EnsembleConfig:
     @property
     def varied(self) -> dict[str, tuple[Any, ...]]:
         """The knobs that were given values."""
-        return {name: getattr(self, name) for name in KNOBS if getattr(self, name)}
+        return {name: getattr(self, name) for name in LISTS if getattr(self, name)}
 
     @property
     def points(self) -> list[dict[str, Any]]:
@@ -120,8 +125,8 @@ def knobs(config: Any) -> dict[str, Any]:
     Args:
       config: a `saejax.config.Config`.
     """
-    parts = {name: getattr(config, part) if part else config for name, (part, _) in KNOBS.items()}
-    return {name: getattr(parts[name], field) for name, (_, field) in KNOBS.items() if hasattr(parts[name], field)}
+    held = places(config.sae).items()
+    return {name: getattr(getattr(config, part) if part else config, field) for name, (part, field) in held}
 
 
 def with_knobs(config: _Config, point: dict[str, Any]) -> _Config:
@@ -136,10 +141,10 @@ def with_knobs(config: _Config, point: dict[str, Any]) -> _Config:
     """
     made: Any = config
     for name, value in point.items():
-        part, field = KNOBS[name]
-        held = getattr(made, part) if part else made
-        if not hasattr(held, field):
+        part, field = places(made.sae).get(name, (None, name))
+        if part is None:
             raise UserError(f"ensemble.{name} must be empty: sae={made.sae.name} has no {field}, got {value}")
+        held = getattr(made, part) if part else made
         changed = dataclasses.replace(held, **{field: value})
         made = dataclasses.replace(made, **{part: changed}) if part else changed
     return made
@@ -174,13 +179,7 @@ def why_not_stacked(sparsifier: base.Sparsifier, varied: set[str]) -> str | None
       sparsifier: architecture of any member.
       varied: knobs in which members differ.
     """
-    if "k" not in varied:
-        return None
-    if not sparsifier.k_sparse or sparsifier.name == "matching_pursuit":
-        return f"the k of sae={sparsifier.name} cannot be masked"
-    if getattr(sparsifier, "multi_topk_alpha", 0) > 0 or getattr(sparsifier, "anneals", False):
-        return "k must not vary with multi_topk_alpha or k_start"
-    return None
+    return next(filter(None, map(sparsifier.why_static, sorted(varied))), None)
 
 
 def check(config: Any) -> None:

@@ -63,9 +63,8 @@ def per_step(sparsifier: base.Sparsifier, batch: int) -> float:
 
     .. math:: 2B (E + (E + 3D) k / d_{sae}) \quad\text{or, dense,}\quad 2B (2E + 3D).
 
-    Matching pursuit makes k encoder products; the unrolled encoder (`lista`) two more per step, forward and backward;
-    the auxiliary path of `gated` decodes once more, without a gradient for the decoder; what an mlp encoder or a skip
-    connection add is dense: 3 products.
+    An architecture adds its own (`Sparsifier.more_products`). The unrolled encoder (`lista`) makes two more per step,
+    forward and backward; an mlp encoder and a skip connection are dense: 3 products each.
 
     Args:
       sparsifier: the architecture.
@@ -79,13 +78,10 @@ def per_step(sparsifier: base.Sparsifier, batch: int) -> float:
     params = jax.eval_shape(sparsifier.init, jax.random.key(0))
     encoder, decoder = (math.prod(leaf.shape) for leaf in (params.W_enc, params.W_dec))
     others = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim > 1) - encoder - decoder
-    k = getattr(sparsifier, "k", None)
-    share = 1.0 if k is None else k / sparsifier.d_sae
+    n_active = sparsifier.n_active
+    share = 1.0 if n_active is None else n_active / sparsifier.d_sae
     products = encoder * (1 + share) + 3 * decoder * share + 3 * others
-    if sparsifier.name == "matching_pursuit":
-        products += encoder * (sparsifier.k - 1)  # pyright: ignore[reportAttributeAccessIssue]
-    if sparsifier.name == "gated":
-        products += 2 * decoder
+    products += sparsifier.more_products(encoder, decoder)
     if sparsifier.encoder is EncoderKind.lista:
         products += 3 * 2 * sparsifier.encoder_steps * encoder
     return 2.0 * batch * products

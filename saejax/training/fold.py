@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saejax.activations import normalize
 from saejax.errors import UserError
-from saejax.sae import base, encoders, matching_pursuit, per_row
+from saejax.sae import base, encoders, per_row
 
 
 def check(sparsifier: base.Sparsifier, mode: normalize.NormMode) -> None:
@@ -20,9 +20,9 @@ def check(sparsifier: base.Sparsifier, mode: normalize.NormMode) -> None:
             f"normalize.mode={mode.name} is for rows of one site, these have {len(sparsifier.sites)}: take none, "
             "sqrt_d or unit"
         )
-    if mode is normalize.NormMode.whiten and isinstance(sparsifier, matching_pursuit.MatchingPursuit):
+    if mode is normalize.NormMode.whiten and not sparsifier.whitens:
         raise UserError(
-            "normalize.mode=whiten cannot be folded into sae=matching_pursuit, whose encoder is its decoder: "
+            f"normalize.mode=whiten cannot be folded into sae={sparsifier.name}, whose encoder is its decoder: "
             "take none, sqrt_d, unit or layer_norm"
         )
 

@@ -50,7 +50,7 @@ def test_what_an_optimiser_stores_is_split_like_the_parameters(name):
     large = [(path, leaf) for path, leaf in found if leaf.size >= cfg.sae.d_sae]
     assert {optim.leaf_name(path) for path, _ in large} >= {"W_enc", "W_dec", "b_enc", "threshold"}
     for path, leaf in large:
-        expected = sharding.SPECS[optim.leaf_name(path)]
+        expected = sharding.spec_of(path)
         assert leaf.sharding.spec == expected, jax.tree_util.keystr(path)
 
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from saejax import config
-from saejax.runs import run
-from saejax.storage import checkpoint, tracking
+from saejax.runs import directory, run
+from saejax.storage import tracking
 
 MB_PER_10K, FILES_PER_10K = 1.0, 1.0
 
@@ -91,7 +91,8 @@ def main() -> int:
     run.tracking.Tracker = Sampler
     with tempfile.TemporaryDirectory() as temporary:
         run_dir = given.out or Path(temporary) / "run"
-        run.train(cfg, run_dir, resume=bool(checkpoint.steps(run_dir)))
+        found = directory.decide(cfg, run_dir, directory.Request.same)
+        run.train(cfg, run_dir, resume=found.action is directory.Action.go_on)
     if len(Sampler.samples) < 8:
         print("too few samples for a slope: at least 8 are needed, so lower --every")
         return 2

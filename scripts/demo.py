@@ -1,14 +1,13 @@
 """The main job end to end: harvest, train, sweep, evaluate, export, report; then the key figures.
 
 `make demo` runs the short plan (an early layer, minutes), `make reference` the full one (block 15, the whole text).
-What is finished already is not done again, a run that was stopped is resumed, and what was made from an older run is
-made anew.
+What is finished already is not done again, a run that was stopped goes on, and what was made from an older run is made
+anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import platform
@@ -42,13 +41,13 @@ class Plan:
     def pending(self) -> Iterator[list[str]]:
         """The commands that are still to be run, in order; each is decided on when it is asked for.
 
-        The harvest is always among them: it finds out by itself which of its shards are missing.
+        Harvest and training are always among them: they leave alone what is finished, and go on with what is not.
         """
-        run, sweep = self.root / "topk", self.root / "sweep"
-        yield ["harvest", f"path={self.root / 'store'}", *self.harvest]
-        yield from self._training(run, ())
+        run, sweep, store = self.root / "topk", self.root / "sweep", self.root / "store"
+        yield ["harvest", f"path={store}", *self.harvest]
+        yield ["train", *self.train, f"source.path={store}", f"hydra.run.dir={run}"]
         if self.sweep:
-            yield from self._sweep(sweep)
+            yield ["train", "-m", *self.train, f"source.path={store}", *self.sweep, f"hydra.sweep.dir={sweep}"]
             if not _made(sweep / "sweep.html", sweep.glob("*/run.json")):
                 yield ["report", f"sweep={sweep}"]
         record = run / "run.json"
@@ -59,29 +58,6 @@ class Plan:
             yield ["export", f"run={run}"]
         if not _made(run / "report.html", [record, run / "eval.json"]):
             yield ["report", f"run={run}"]
-
-    def _sweep(self, sweep: Path) -> Iterator[list[str]]:
-        """The whole sweep as one command, or the points that are missing one by one, as Hydra numbers them."""
-        if not any(path.name.isdigit() for path in sweep.glob("*")):
-            yield ["train", "-m", *self._settings(), *self.sweep, f"hydra.sweep.dir={sweep}"]
-            return
-        axes = [
-            [f"{key}={value}" for value in values.split(",")] for key, values in (o.split("=", 1) for o in self.sweep)
-        ]
-        for number, point in enumerate(itertools.product(*axes)):
-            yield from self._training(sweep / str(number), point)
-
-    def _training(self, run: Path, further: tuple[str, ...]) -> Iterator[list[str]]:
-        """Nothing for a finished run, else its continuation, or its start where nothing complete was saved."""
-        if _read(run / "run.json").get("finished"):
-            return
-        if any(path.name.isdigit() for path in (run / "checkpoints").glob("*")):
-            yield ["train", f"resume={run}"]
-        else:
-            yield ["train", *self._settings(), *further, f"hydra.run.dir={run}"]
-
-    def _settings(self) -> list[str]:
-        return [*self.train, f"source.path={self.root / 'store'}"]
 
 
 # What separated the texts that SmolLM2 was trained on; its file asks for no token, so bos=auto would take none.

@@ -319,7 +319,7 @@ def test_nothing_left_to_do_writes_nothing(copy, rows):
     assert run.train(config.from_run(run_dir, ["train.n_tokens=128"]), run_dir, resume=True).step == 12
     assert (run_dir / "config.yaml").read_bytes() == before
     same = compose(12, "source=arrays", f"source.path={rows}", "optim.lr=0.001")
-    assert directory.look(same, run_dir).standing is directory.Standing.finished
+    assert directory.look(same, run_dir).stage is directory.Stage.finished
 
 
 def test_an_older_run_gets_an_id_when_it_goes_on_and_keeps_its_older_checkpoints(tmp_path):

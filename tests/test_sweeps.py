@@ -15,7 +15,8 @@ import pytest
 from saejax import cli, config
 from saejax.cli import preflight
 from saejax.errors import UserError
-from saejax.runs import directory as standing
+from saejax.runs import directory
+from saejax.runs.directory import Request, Stage
 from saejax.storage import checkpoint, lock
 
 CODE = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -112,35 +113,35 @@ def test_a_sweep_named_by_the_time_holds_the_directory_that_hydra_takes(tmp_path
 
 def test_what_a_directory_holds(tmp_path):
     cfg = config.load("train", config.Config, ["train.n_tokens=5120"])
-    assert standing.look(cfg, tmp_path).standing is standing.Standing.new
+    assert directory.look(cfg, tmp_path).stage is Stage.empty
     (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
-    assert standing.look(cfg, tmp_path).standing is standing.Standing.new  # nothing was saved yet
+    assert directory.look(cfg, tmp_path).stage is Stage.empty  # nothing was saved yet
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir()
     record = {"finished": True, "step": 5, "evaluation": {"l0": 3.0, "fvu": 0.1}}
     for step, finished in ((5, True), (10, False)):
         (tmp_path / "run.json").write_text(json.dumps(record | {"step": step, "finished": finished}))
-        assert str(standing.look(cfg, tmp_path)) == "goes on at step 10"
+        assert str(directory.decide(cfg, tmp_path, Request.same)) == "goes on at step 10"
     (tmp_path / "run.json").write_text(json.dumps(record | {"step": 10}))
-    assert standing.look(cfg, tmp_path).standing is standing.Standing.finished
+    assert directory.look(cfg, tmp_path).stage is Stage.finished
     elsewhere = config.load("train", config.Config, ["train.n_tokens=5120", "mesh=latent2", "tracker=wandb"])
-    assert standing.look(elsewhere, tmp_path).standing is standing.Standing.finished
+    assert str(directory.decide(elsewhere, tmp_path, Request.same)) == "is finished already at step 10"
     for override, said_of in (("optim.lr=0.5", "got 0.5"), ("train.n_tokens=10240", "got 10240"), ("seed=1", "got 1")):
         other = config.from_run(tmp_path, [override])
         key = override.split("=")[0]
         with pytest.raises(UserError, match=f"of another run: {key} is .* there, {said_of}; .*resume={tmp_path}"):
-            standing.look(other, tmp_path)
+            directory.decide(other, tmp_path, Request.same)
     for broken in ("", "[]", "{"):
         (tmp_path / "run.json").write_text(broken)
-        assert standing.look(cfg, tmp_path).standing is standing.Standing.unfinished
+        assert directory.look(cfg, tmp_path).stage is Stage.begun
 
 
 def test_what_a_search_is_told(tmp_path):
-    assert standing.objective(tmp_path, "minimize") is None
+    assert directory.objective(tmp_path, "minimize") is None
     (tmp_path / "run.json").write_text(json.dumps({"evaluation": {"l0": 3.0, "fvu": 0.125}}))
-    assert standing.objective(tmp_path, None) is None
-    assert standing.objective(tmp_path, "minimize") == 0.125
-    assert standing.objective(tmp_path, ["minimize", "minimize"]) == (3.0, 0.125)
+    assert directory.objective(tmp_path, None) is None
+    assert directory.objective(tmp_path, "minimize") == 0.125
+    assert directory.objective(tmp_path, ["minimize", "minimize"]) == (3.0, 0.125)
 
 
 @pytest.mark.parametrize("name", ["launcher=submitit_slurm", "hydra/launcher=submitit_local", "sweeper=optuna"])

@@ -60,7 +60,7 @@ def test_a_run_of_an_old_format_is_loaded_as_it_was(old_run, caplog):
 def test_a_run_of_an_old_format_goes_on(old_run):
     then = expected(old_run.name)
     cfg = config.from_run(old_run)
-    assert directory.look(cfg, old_run).standing is directory.Standing.finished
+    assert directory.look(cfg, old_run).stage is directory.Stage.finished
     again = config.from_run(old_run, [f"train.n_tokens={(then['step'] + 2) * cfg.train.batch}"])
     outcome = run.train(again, old_run, resume=True)
     assert outcome.step == then["step"] + 2

@@ -269,14 +269,12 @@ def _come_to(run_dir: Path, cfg: object, of_sweep: bool = True) -> int:
         return _finish_training(cfg, run_dir, resume=False)
     agreement.join(cfg)
     run_dir = Path(processes.gather(str(run_dir))[0])
-    with processes.alike():
-        found = directory.look(cfg, run_dir)  # pyright: ignore[reportArgumentType]
-    if of_sweep or found.standing is not directory.Standing.new:  # one new run may be a mistake, which is one line
+    found = directory.decide(cfg, run_dir, directory.Request.same)  # pyright: ignore[reportArgumentType]
+    if of_sweep or found.action is not directory.Action.start:  # one new run may be a mistake, which is one line
         logging.getLogger(__name__).info("%s %s", run_dir, found)
-    state = directory.Standing[processes.gather(found.standing.name)[0]]
-    if state is directory.Standing.finished:
+    if found.action is directory.Action.skip:
         return DONE
-    return _finish_training(cfg, run_dir, resume=state is directory.Standing.unfinished)
+    return _finish_training(cfg, run_dir, resume=found.action is directory.Action.go_on)
 
 
 def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:

@@ -1,7 +1,8 @@
-"""State of a run directory: new, begun, finished, or another run's; who may write there, and as which run.
+"""State of a run directory: empty, begun, finished, or another run's; who may write there, and as which run.
 
 The same command line continues after a preemption, a crash or a failed point of a sweep. A finished run is left alone,
-a checkpoint is continued, and a directory of another run is refused. So is one in which another process is at work.
+a checkpoint is continued, and a directory of another run is refused: `decide` alone says so, for every command. `take`
+also refuses a directory in which another process is at work.
 """
 
 from __future__ import annotations
@@ -23,55 +24,150 @@ from saejax.fields import paths, resume_policy
 from saejax.fields.resume_policy import Policy
 from saejax.parallel import processes
 from saejax.storage import atomic, checkpoint, checkpoint_record, json_yaml, lock
+from saejax.training import ensemble_config
 
 logger = logging.getLogger(__name__)
 
 
-class Standing(enum.Enum):
-    """How far a run directory has come."""
+class Stage(enum.Enum):
+    """How far the run in a directory has come."""
 
-    new = "starts"
-    unfinished = "goes on"
-    finished = "is finished already"
+    empty = enum.auto()
+    """No complete checkpoint."""
+    begun = enum.auto()
+    """Checkpoints, and steps left to do."""
+    finished = enum.auto()
+    """The newest checkpoint is of the last step, and run.json says so."""
+    failed = enum.auto()
+    """A member of an ensemble that was not finite."""
+    ensemble = enum.auto()
+    """Members of an ensemble, which have directories of their own."""
+
+
+class Request(enum.Enum):
+    """What somebody asks of a run directory."""
+
+    new = enum.auto()
+    """A run that begins: `run.train(cfg, run_dir)`."""
+    same = enum.auto()
+    """The run of this very config, wherever it stands: the same command line again, a job of a sweep."""
+    resume = enum.auto()
+    """The run that is there, with overrides: `resume=RUN_DIR`."""
+    member = enum.auto()
+    """As `same`, of an ensemble or a folded sweep."""
+    member_resume = enum.auto()
+    """As `resume`, of an ensemble."""
+
+
+class Action(enum.Enum):
+    """What happens to a run."""
+
+    start = "starts"
+    go_on = "goes on"
+    skip = "is finished already"
+    leave_out = "is left out"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
-    """A run directory as a command line finds it."""
+class State:
+    """A run directory as a config finds it."""
 
-    standing: Standing
+    stage: Stage
     """How far it has come."""
-    step: int = 0
-    """Optimiser steps of its newest checkpoint, 0 without one."""
+    step: int | None
+    """Optimiser steps of its newest complete checkpoint, None without one."""
+    record: dict[str, Any]
+    """What run.json says."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to a run, and where it stands."""
+
+    action: Action
+    """What happens."""
+    state: State
+    """Where it stood before."""
 
     def __str__(self) -> str:
-        return self.standing.value + (f" at step {self.step}" if self.step else "")
+        return self.action.value + (f" at step {self.state.step}" if self.state.step else "")
 
 
-def look(cfg: config.Config, run_dir: Path) -> Found:
-    """How far the run of a config has come in a directory.
+def look(cfg: config.Config, run_dir: Path) -> State:
+    """How far the run of a config has come in a directory: what checkpoints and run.json say together.
 
     Args:
-      cfg: the run that is wanted.
+      cfg: says how many steps the run has.
       run_dir: may be missing.
+    """
+    saved, said = checkpoint.steps(run_dir), record(run_dir)
+    step = saved[-1] if saved else None
+    if "failed" in said:
+        stage = Stage.failed
+    elif step is None:
+        stage = Stage.ensemble if (run_dir / "members").is_dir() else Stage.empty
+    else:
+        done = said.get("finished") is True and said.get("step") == step == cfg.train.n_steps
+        stage = Stage.finished if done else Stage.begun
+    return State(stage=stage, step=step, record=said)
 
-    Returns:
-      See `Found`. A run without a complete checkpoint starts anew.
+
+def decide(cfg: config.Config, run_dir: Path, request: Request) -> Decision:
+    """Whether a run starts, goes on or is left alone; the same in all processes.
+
+    Args:
+      cfg: the run that is wanted, or an ensemble.
+      run_dir: may be missing.
+      request: as what it is wanted.
 
     Raises:
-      UserError: checkpoints of another run are there.
+      UserError: the directory holds something that the request must not touch, or nothing to go on with.
     """
-    steps = checkpoint.steps(run_dir)
-    if not steps:
-        return Found(standing=Standing.new)
-    for key, (before, now) in changed(config.from_run(run_dir), cfg).items():
-        raise UserError(
-            f"{run_dir} holds checkpoints already, of another run: {key} is {before} there, got {now}; take "
-            f"another directory, or go on with that run: {paths.typed('resume', run_dir)}"
-        )
-    found = record(run_dir)
-    done = found.get("finished") is True and found.get("step") == steps[-1] == cfg.train.n_steps
-    return Found(standing=Standing.finished if done else Standing.unfinished, step=steps[-1])
+    with processes.alike():
+        state = look(cfg, run_dir)
+        found = (_of_ensemble if cfg.ensemble.points else _of_run)(cfg, run_dir, state, request)
+    return Decision(action=Action[processes.gather(found.name)[0]], state=state)
+
+
+def _of_run(cfg: config.Config, run_dir: Path, state: State, request: Request) -> Action:
+    """The policy for one run, or one member of an ensemble."""
+    again = paths.typed("resume", run_dir)
+    if state.stage is Stage.ensemble:
+        raise UserError(f"{run_dir} holds an ensemble: go on with {again}, or take another directory")
+    left_out = state.stage is Stage.failed and request in (Request.member, Request.member_resume)
+    if state.step is None:
+        if request is Request.resume:
+            check_resumable(config.from_run(run_dir), cfg)
+            raise UserError(f"no checkpoint in {run_dir / 'checkpoints'}: start the run anew")
+        return Action.leave_out if left_out else Action.start
+    if request is Request.new:
+        raise UserError(f"{run_dir} holds checkpoints already: go on with {again}, or take another directory")
+    there = config.from_run(run_dir)
+    if request in (Request.resume, Request.member_resume):
+        check_resumable(there, cfg)
+    else:
+        for key, (before, now) in changed(there, cfg).items():
+            raise UserError(
+                f"{run_dir} holds checkpoints already, of another run: {key} is {before} there, got {now}; take "
+                f"another directory, or go on with that run: {again}"
+            )
+    if left_out:
+        return Action.leave_out
+    return Action.skip if state.stage is Stage.finished and request is not Request.resume else Action.go_on
+
+
+def _of_ensemble(cfg: config.Config, run_dir: Path, state: State, request: Request) -> Action:
+    """The policy for an ensemble as a whole: config.yaml alone says which one lies there, and it may grow."""
+    if (run_dir / "config.yaml").is_file():
+        there = config.from_run(run_dir)
+        if request is Request.resume:
+            check_resumable(there, cfg)
+        before, now = (set(ensemble_config.members(c)) for c in (there, cfg))
+        if request is not Request.resume and not before <= now:
+            raise UserError(f"{run_dir} holds another ensemble, with {min(before - now)}; take another directory")
+    if state.step is not None:
+        raise UserError(f"{run_dir} holds checkpoints already, of one run: take another directory for an ensemble")
+    return Action.start if state.stage is Stage.empty else Action.go_on
 
 
 def definition(cfg: config.Config) -> dict[str, Any]:
@@ -125,7 +221,8 @@ def take(cfg: config.Config, run_dir: Path, resume: bool, stack: contextlib.Exit
         if processes.first():
             stack.enter_context(lock.hold(run_dir, "saejax train", again=True))
             atomic.remove_left(run_dir, ("config.yaml", "run.json", "metrics.jsonl"))
-        check_run_dir(cfg, run_dir, resume)
+    decide(cfg, run_dir, Request.resume if resume else Request.new)
+    with processes.alike():
         for name in ("config.yaml", "run.json", "metrics.jsonl"):
             atomic.check_file(run_dir / name)  # written at the end, refused before the work
     stamp = json_yaml.read_run(run_dir)[1] if resume else json_yaml.Stamp()
@@ -212,15 +309,6 @@ def data_differ(run_dir: Path, source: ActivationSource, step: int | None = None
         return None
     differs = source.differs_from(known)
     return differs and f"{source.place()} holds other data than {run_dir} was trained on: {differs}"
-
-
-def check_run_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
-    """Refuse to write over another run, or to go on with a run as something that it is not."""
-    if resume:
-        check_resumable(config.from_run(run_dir), cfg)
-    elif checkpoint.steps(run_dir):
-        again = paths.typed("resume", run_dir)
-        raise UserError(f"{run_dir} holds checkpoints already: go on with {again}, or take another directory")
 
 
 def write_config(cfg: config.Config, run_dir: Path, stamp: json_yaml.Stamp | None = None) -> None:

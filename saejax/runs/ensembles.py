@@ -27,6 +27,7 @@ from saejax.errors import UserError
 from saejax.fields import paths
 from saejax.parallel import processes, sharding
 from saejax.runs import agreement, directory, run
+from saejax.runs.directory import Action, Request
 from saejax.storage import checkpoint, lock, tracking
 from saejax.training import ensemble, ensemble_config, flops, loop, memory, settings
 
@@ -75,24 +76,12 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
         with processes.alike():
             if processes.first():
                 stack.enter_context(lock.hold(run_dir, "saejax train", again=True))
-            _check_dir(cfg, run_dir, resume)
+        directory.decide(cfg, run_dir, Request.resume if resume else Request.same)
         members = ensemble_config.dirs(cfg, run_dir)
-        left = any(checkpoint.steps(path)[-1:] < [c.train.n_steps] for path, c in members.items())
+        left = any((directory.look(c, path).step or 0) < c.train.n_steps for path, c in members.items())
         if left or not resume:  # where nothing is left to do, it stays the ensemble that its own command line names
             directory.write_config(cfg, run_dir)
         return train_members(members, form=cfg.ensemble.form, n_axis=cfg.mesh.ensemble, resume=resume)
-
-
-def _check_dir(cfg: config.Config, run_dir: Path, resume: bool) -> None:
-    """Refuse to write over another ensemble, or to go on with one as something that it is not."""
-    if not (run_dir / "config.yaml").is_file():
-        return
-    there = config.from_run(run_dir)
-    if resume:
-        return directory.check_resumable(there, cfg)
-    before, now = (set(ensemble_config.members(c)) for c in (there, cfg))
-    if not before <= now:  # it may grow
-        raise UserError(f"{run_dir} holds another ensemble, with {min(before - now)}; take another directory")
 
 
 def train_members(
@@ -120,19 +109,18 @@ def train_members(
             for path in members if processes.first() else ():
                 stack.enter_context(lock.hold(path, "saejax train", again=True))
         for path, cfg in members.items():
-            record, steps = directory.record(path), checkpoint.steps(path)
-            if steps and resume:
-                directory.check_resumable(config.from_run(path), cfg)
-            elif steps:
-                directory.look(cfg, path)  # refuses another run
-            if "failed" in record:
-                again = paths.typed("resume", path)
-                logger.warning("%s is left out: %s; it goes on alone with %s", path, record["failed"], again)
-                failed.append(path)
-            elif steps and steps[-1] == cfg.train.n_steps and record.get("finished"):
-                evaluations[path] = record.get("evaluation", {})
-            else:
-                (begun if steps else fresh)[path] = cfg
+            found = directory.decide(cfg, path, Request.member_resume if resume else Request.member)
+            match found.action:
+                case Action.leave_out:
+                    said, again = found.state.record["failed"], paths.typed("resume", path)
+                    logger.warning("%s is left out: %s; it goes on alone with %s", path, said, again)
+                    failed.append(path)
+                case Action.skip:
+                    evaluations[path] = found.state.record.get("evaluation", {})
+                case Action.go_on:
+                    begun[path] = cfg
+                case Action.start:
+                    fresh[path] = cfg
         result = Result(evaluations=evaluations, failed=failed)
         for cohort, begins in ((begun, False), (fresh, True)):
             if not cohort or result.signum is not None:

@@ -173,7 +173,7 @@ def check_room(cfg: config.Config, run_dirs: Sequence[Path], wanted: Any) -> Non
       wanted: abstract state of one.
     """
     with processes.alike():
-        if processes.first() and checkpoint.steps(run_dirs[0])[-1:] != [cfg.train.n_steps]:
+        if processes.first() and directory.look(cfg, run_dirs[0]).step != cfg.train.n_steps:
             one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
             atomic.check_room(run_dirs[0], one * len(run_dirs))
 

@@ -64,7 +64,7 @@ def read_run(run_dir: Path, rng: np.random.Generator, name: str) -> None:
     answers(lambda: sweep.text(sweep.read_sweep(run_dir.parent)))
     if rng.random() < 0.008:
         if name != "config.yaml":
-            answers(lambda: directory.look(config.from_run(run_dir), run_dir))
+            answers(lambda: directory.decide(config.from_run(run_dir), run_dir, directory.Request.same))
         answers(lambda: report.build(run_dir, out=run_dir.parent.parent / "page.html"))
         answers(lambda: report.build_sweep(run_dir.parent, out=run_dir.parent.parent / "page.html"))
 

@@ -33,7 +33,10 @@ def pins_for(python: str) -> dict[str, str]:
 
 
 def test_one_version():
-    assert PROJECT["version"] == saejax.__version__
+    """`saejax.__version__` alone: the package's metadata are made of it."""
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    settings = PYPROJECT["tool"]["hatch"]["version"]
+    assert settings == {"path": "saejax/__init__.py"}
 
 
 def test_constraints_are_plain_pins():

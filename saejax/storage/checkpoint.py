@@ -41,16 +41,24 @@ TRIES, PAUSE_SECONDS = 3, 10.0
 
 
 class _NotOrbax(logging.Filter):
-    """Drops asyncio's page of text per read that Orbax left unfinished over a broken file; ours is a line."""
+    """Filter that drops asyncio's page of text about each read that Orbax gave up; saejax says it in a line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         said = record.getMessage()
         return not any(word in said for word in ("orbax", "tensorstore", "zarr", "OCDBT"))
 
 
-logging.getLogger("asyncio").addFilter(_NotOrbax())
-# Its binding (0.1.86) never frees what it returns, and Orbax asks it twice in every save, for throughput it logs.
-tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
+_NOT_ORBAX = _NotOrbax()
+
+
+def _mend_libraries() -> None:
+    """Work around two faults of libraries, in processes that write checkpoints; safe to repeat.
+
+    TensorStore's binding (0.1.86) never frees the metrics that it returns. Orbax asks for them twice in every save, for
+    throughput that it logs.
+    """
+    logging.getLogger("asyncio").addFilter(_NOT_ORBAX)
+    tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +97,7 @@ class Checkpoints:
         self._keep = _kept(config, spare)
         self._pending: Any = None
         self._error = ""
+        _mend_libraries()
         self._open()
 
     def _open(self) -> None:

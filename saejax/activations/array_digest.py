@@ -74,7 +74,7 @@ def _map_of(part: Any) -> mmap.mmap | None:
 
 
 def spans(n: int, width: int, itemsize: int, budget: int) -> list[tuple[int, int]]:
-    """Which rows of [n, width] are hashed: (first, end) of a block in each of equal stretches, `budget` bytes."""
+    """Rows of [n, width] to hash: (first, end) of a block in each of equal stretches, `budget` bytes."""
     block = min(n, max(1, BLOCK // (width * itemsize)))
     count = min(n // block, max(1, budget // (block * width * itemsize)))
     found = []

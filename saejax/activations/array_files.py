@@ -55,7 +55,7 @@ class Table:
         return Table(self.parts, field=self.field, stop=n_rows, refuse_nonfinite=refuse_nonfinite)
 
     def hint(self) -> str:
-        """What to say where the rows are too few, or of an odd width: "" unless they may be columns."""
+        """Advice where the rows are too few, or of an odd width: "" unless they may be columns."""
         n, d_in = self.shape
         return f"; they are {n} rows of width {d_in}: is the array [d_in, n], transposed?" if n < d_in else ""
 

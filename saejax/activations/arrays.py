@@ -34,12 +34,12 @@ class Arrays(ActivationSource):
     tensor: Fixed[str] = ""
     """Name of the tensor in a .safetensors file; empty where the file holds only one."""
     sites: Fixed[tuple[int, ...]] = ()
-    """Widths of the parts of a row that were read in different places, in order (columns, each >= 1, together all of
-    them); fewer than two are one part."""
+    """Widths of the parts of a row that come from different hooks, in order (each >= 1; their sum is the row's width);
+    fewer than two mean one part."""
     heldout_share: Fixed[float] = 0.05
     """Share of the rows, the last ones, kept for evaluation and never trained on (in [0, 1))."""
     refuse_nonfinite: Free[bool] = True
-    """Whether a row with NaN or an infinity is named and ends the run when it is read; false leaves it to
+    """Whether to name a row with NaN or an infinity and end the run when it is read; false leaves it to
     train.on_nonfinite."""
 
     def __post_init__(self):

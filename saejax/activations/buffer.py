@@ -70,7 +70,7 @@ def create(blocks: Float[Array, "n_lanes n_batches block_rows d_in"]) -> BufferS
 
 
 def draw_slots(key: PRNGKeyArray, *, n_lanes: int, n_batches: int, block_rows: int) -> Int[Array, "n_lanes block_rows"]:
-    """Which of its `n_batches` candidates leaves for every row position of every lane: uniform, independent.
+    """Draws, for every row position of every lane, which of its `n_batches` candidates leaves: uniform, independent.
 
     Row i of a block always lives in stratum i, one of `n_batches` slots, and each step empties one slot of
     every stratum. So a step's slots are distinct without a sort. Every row leaves a given step with probability 1 /

@@ -82,7 +82,7 @@ class Stream:
         return self._make(number)
 
     def starts(self, number: int) -> Int[np.ndarray, " n_lanes"] | None:
-        """Which row of the source is the first of each lane in a record; None where rows have no place."""
+        """First source row of each lane in a record; None where rows have no place."""
         return None if self._starts is None else self._starts(number)
 
     def get_state(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _record_numbers():
 
 
 def shuffled_blocks(*, n_blocks: int, n_lanes: int, seed: int):
-    """Which blocks each step reads: endless dataset of int arrays [n_lanes].
+    """Blocks that each step reads: endless dataset of int arrays [n_lanes].
 
     Every epoch deals every block exactly once, in an order of its own; a step may straddle two epochs.
     """

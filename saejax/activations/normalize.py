@@ -25,7 +25,7 @@ from saejax.kernels.row_norm import normalized
 
 
 class NormMode(enum.Enum):
-    """What is done to rows; `auto` stands for the scale that the architecture was made for."""
+    """Kind of normalisation; `auto` stands for the scale that the architecture was made for."""
 
     auto = "auto"
     """The architecture's own: sqrt_d or unit."""
@@ -43,7 +43,7 @@ class NormMode(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormalizeConfig:
-    """How rows are centred and scaled before training."""
+    """Centring and scaling of rows before training."""
 
     mode: Fixed[NormMode] = NormMode.auto
     """auto: as the architecture prefers; none: as they are; sqrt_d: mean norm E||x|| = sqrt(d_in);

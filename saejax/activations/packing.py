@@ -84,7 +84,7 @@ class Packer:
         yield from (row.close() for row in waiting)
 
     def policy(self) -> dict:
-        """What a store records of the packing."""
+        """Record of the packing for a store."""
         return {"bos_id": self.bos_id, "bos_at": "start of every segment", "open_rows": self.open_rows}
 
     def _pieces(self, ids: list[int]) -> Iterator[list[int]]:
@@ -156,7 +156,7 @@ def positions(segments: Int32[np.ndarray, "*rows s"]) -> Int32[np.ndarray, "*row
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a pass over the rows tells before any is run: how many there are, and a checksum of all tokens."""
+    """Facts about the rows before any is run: how many there are, and a checksum of all tokens."""
 
     n_documents: int
     n_sequences: int

@@ -50,7 +50,7 @@ class Sink:
 def keep_mask(
     norms: Float[ArrayT, "*sites_b s"], positions: Int[ArrayT, "*b s"], segments: Int[ArrayT, "*b s"], sink: Sink
 ) -> Bool[ArrayT, "*b s"]:
-    """Which tokens have a row: neither padding nor sink. Pure; NumPy arrays or JAX arrays, also traced.
+    """Mask of the tokens that get a row: neither padding nor sink. Pure; NumPy arrays or JAX arrays, also traced.
 
     Args:
       norms: Euclidean norm of each token's activation at the hook; [sites, *b, s] if the rule has several medians.

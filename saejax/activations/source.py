@@ -45,7 +45,7 @@ class RowIterator(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationSource(abc.ABC):
-    """Where activation rows come from. Subclasses are final, frozen and cheap to construct."""
+    """Source of activation rows. Subclasses are final, frozen and cheap to construct."""
 
     name: ClassVar[str]
     """Key in SOURCES and value of `type:` in a run's config."""
@@ -62,7 +62,7 @@ class ActivationSource(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Which data these are, for training and held out, JSON-able: equal if and only if the data are.
+        """Identity of the data, for training and held out, JSON-able: equal if and only if the data are.
 
         Holds no path, costs seconds at most, and begins with `type`; `differences` names its keys as they stand. A
         source whose data may grow tells by `differs_from` whether what is there now begins with what was there then.
@@ -70,7 +70,7 @@ class ActivationSource(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What people want to know of the data beside the results, JSON-able; holds the `identity` under that key."""
+        """Description of the data for people, JSON-able; holds the `identity` under that key."""
 
     def differs_from(self, saved: Mapping[str, Any]) -> str | None:
         """Says in one phrase what the data differ in from those that a run had; None where they are the same.
@@ -81,7 +81,7 @@ class ActivationSource(abc.ABC):
         return differences(recorded(saved), self.identity())
 
     def place(self) -> str:
-        """Where the data lie, for messages: the key and its value, or the type of data that lie nowhere."""
+        """Place of the data, for messages: the key and its value, or the type of data without a place."""
         keys = [key for key in ("path", "paths", "model") if hasattr(self, key)]
         values = {key: getattr(self, key) for key in keys}
         said = [v if isinstance(v, str) else ", ".join(v) for v in values.values()]

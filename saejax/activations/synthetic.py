@@ -27,7 +27,7 @@ _HELDOUT_BLOCK = 1024
 
 
 class Kind(enum.Enum):
-    """How features fire together."""
+    """Joint distribution of the features' firing."""
 
     iid = "iid"
     hierarchical = "hierarchical"

@@ -62,7 +62,7 @@ class TextCorpus(abc.ABC):
 
     @abc.abstractmethod
     def origin(self) -> dict:
-        """What the text is: JSON-able facts that change when the corpus on disk changes."""
+        """Identity of the text: JSON-able facts that change when the corpus on disk changes."""
 
     def documents(self, split: Split) -> Iterator[Document]:
         """Yields the documents of one split in the order of the corpus; documents without text are left out.
@@ -75,7 +75,7 @@ class TextCorpus(abc.ABC):
         return (document for document, place in self._placed() if _side(place, self.heldout_share) == split)
 
     def count(self, *, whole: bool = True) -> dict[Split, int]:
-        """How many documents each split has.
+        """Number of documents in each split.
 
         Args:
           whole: whether to count all of them; otherwise the corpus is read as far as there is one of each.
@@ -122,7 +122,7 @@ class TextCorpus(abc.ABC):
             yield Document(number, title, _unicode(text)), _place(text)
 
     def _unsplit(self, counts: dict[Split, int], low: int, high: int) -> str:
-        """What to say where a split has no document; `low` and `high` are the places of the outermost ones."""
+        """Message for a split without a document; `low` and `high` are the places of the outermost ones."""
         n, where, share = sum(counts.values()), self._where(), self.keys["share"]
         if not n:
             return f"{where}: no document in it, all of it is blank"
@@ -260,7 +260,7 @@ def _unicode(text: str) -> str:
 
 
 def _place(text: str) -> int:
-    """Where in [0, 2^64) a document lies, by a hash of its text as it was read."""
+    """Place of a document in [0, 2^64), by a hash of its text."""
     return int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "little")
 
 

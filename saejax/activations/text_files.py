@@ -47,7 +47,7 @@ def find(path: str, key: str) -> list[pathlib.Path]:
 
 
 def find_as_before(path: str, key: str) -> list[pathlib.Path]:
-    """What `find` was before: stores that were begun with it go on with it."""
+    """Earlier form of `find`, for stores that were begun with it."""
     root = pathlib.Path(path).expanduser()
     found = root.rglob("*") if root.is_dir() else map(pathlib.Path, glob.glob(str(root), recursive=True))
     files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
@@ -169,7 +169,7 @@ def _parts(path: pathlib.Path) -> list[str]:
 
 
 def _matches(base: pathlib.Path, parts: list[str]) -> Iterator[pathlib.Path]:
-    """What the parts of a pattern lead to from a folder, each part taken as it stands where there is such a name."""
+    """Paths that a pattern's parts match below a folder; an existing name is taken literally."""
     if not parts:
         yield base
         return

@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Judge the SAE of a run on rows that training never saw; writes eval.json into the run directory."""
+    """Evaluate the SAE of a run on held-out rows; writes eval.json into the run directory."""
 
     run: paths.Local
     """Run directory; with `activations`, also an SAE in any format that is read."""
     activations: paths.Local | None = None
-    """File of rows [n, d_in] (.npy, .safetensors), directory of .npy files, or store (its held-out part), to measure on
-    instead of the run's own held-out rows; nothing is written then. Null takes those of the run."""
+    """Rows [n, d_in] to measure instead of the run's own held-out rows: a .npy or .safetensors file, a directory of
+    .npy files, or a store (its held-out part). Nothing is written then. Null takes the run's rows."""
     step: int | None = None
     """Checkpoint; null takes the newest."""
     rows: int | None = None
@@ -50,8 +50,8 @@ class EvaluateConfig:
     metrics: tuple[str, ...] = ("default",)
     """Metrics to compute on rows: `default`, and names of others, from outside saejax too."""
     language_model: bool = True
-    """Whether the SAE is spliced into its language model, where the activations are from one that can be loaded;
-    one whose files have changed since the harvest is refused."""
+    """Whether to splice the SAE into its language model, if that can be loaded. A model whose files changed since the
+    harvest is refused."""
     splice_sequences: int | None = 48
     """Held-out sequences for the splice at most; null takes all of them."""
     splice_batch: int = 4
@@ -59,8 +59,8 @@ class EvaluateConfig:
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     """Devices that rows and latents are split over, and whose processes they belong to; no effect on the figures."""
     any_data: bool = False
-    """Whether to go on, with a warning, where the data at the run's path are others than it was trained on; false
-    refuses them."""
+    """Whether to continue with a warning if the data at the run's path differ from its training data; false refuses
+    them."""
 
     def __post_init__(self) -> None:
         numeric.check(self)
@@ -83,19 +83,20 @@ class ExportConfig:
     path: paths.Local | None = None
     """Directory to write; null takes export_<format> inside the run directory."""
     format: str = "saelens"
-    """Format: saelens, dictionary_learning, sparsify, or another that `saejax.interop` writes; neuronpedia adds to
-    saelens a model card, names, and the dashboards of a run that has text."""
+    """Format: saelens, dictionary_learning, sparsify, or another that `saejax.interop` writes. neuronpedia adds a model
+    card, names, and dashboards (if the run has text) to saelens."""
     step: int | None = None
     """Checkpoint of a run; null takes the newest."""
     activations: paths.Local | None = None
-    """File of rows [n, d_in] (.npy, .safetensors), directory of .npy files, or store, that the SAE is for: its L0 and
-    fvu on them are printed; null measures nothing."""
+    """Rows [n, d_in] for a self-check that prints L0 and fvu: a .npy or .safetensors file, a directory of .npy files,
+    or a store. Null measures nothing."""
     any_data: bool = False
-    """Whether dashboards are made, with a warning, of other data than the run was trained on; false refuses them."""
+    """Whether to make dashboards, with a warning, of data that differ from the run's training data; false
+    refuses them."""
     hub: str | None = None
-    """Hub repository, owner/name, that what was written is uploaded to, dashboards excepted; null sends nothing."""
+    """Hub repository, owner/name, for an upload of the folder without its dashboards; null uploads nothing."""
     hub_private: bool = False
-    """Whether a repository that the upload has to make is private."""
+    """Whether a repository that the upload creates is private."""
     neuronpedia: neuronpedia.NeuronpediaConfig = dataclasses.field(default_factory=neuronpedia.NeuronpediaConfig)
     """Names for format=neuronpedia."""
     dashboards: dashboards.DashboardConfig = dataclasses.field(default_factory=dashboards.DashboardConfig)
@@ -120,7 +121,7 @@ class ReportConfig:
     latents: latents.LatentPage = dataclasses.field(default_factory=latents.LatentPage)
     """How many latents are shown, and how much of each."""
     any_data: bool = False
-    """Whether latents are shown, with a warning, on other data than the run was trained on; false refuses them."""
+    """Whether to show latents, with a warning, on data that differ from the run's training data; false refuses them."""
 
     def __post_init__(self) -> None:
         paths.settle(self)

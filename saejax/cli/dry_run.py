@@ -81,7 +81,7 @@ def of_arguments(arguments: list[str]) -> Plan:
 
 
 def make(cfg: config.Config, limit: int | None = None) -> Plan:
-    """What a run takes on each device; nothing is allocated and nothing written.
+    """Memory of a run on each device; allocates and writes nothing.
 
     Args:
       cfg: the run, or an ensemble.

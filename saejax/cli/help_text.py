@@ -67,7 +67,7 @@ def of_command(name: str, root: type) -> str:
     lines += [f"  {example}" for example in EXAMPLES[name]]
     defaults = _default_choices(name)
     if defaults:
-        lines += ["", "groups, chosen as group=choice (* is taken when nothing is said):"]
+        lines += ["", "groups, chosen as group=choice (* marks the default):"]
         lines += _choices(defaults)
     lines += ["", "keys, set as key=value:", *_keys_of_root(root, _composed(name, root))]
     return "\n".join(lines)
@@ -118,7 +118,7 @@ def _first_comment(path: Path) -> str:
 
 
 def _composed(name: str, root: type) -> list[dict[str, Any]]:
-    """What conf/ gives a root: first with its own choices, then until every member of every group was chosen once.
+    """Configs of a root from conf/: first its own choices, then until every member of every group was chosen once.
 
     Interpolations and missing values stay as they are written, so that no member needs its data to be there.
     """

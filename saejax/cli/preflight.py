@@ -179,7 +179,7 @@ def alone(arguments: list[str], configs: list[config.Config]) -> Iterator[list[s
 
 
 def _sweep_dir(arguments: list[str]) -> Path | None:
-    """Where Hydra would put a sweep; None where only Hydra knows."""
+    """Directory of a sweep as Hydra would choose it; None where only Hydra knows."""
     overrides = [a for a in _overrides(arguments) if not a.startswith(FOLD + "=")]
     if any(a.startswith(HYDRA_ALONE) for a in arguments):
         said = [a.partition("=")[2] for a in overrides if a.lstrip("+").startswith("hydra.sweep.dir=")]

@@ -229,7 +229,7 @@ def _run_folded(arguments: list[str]) -> int:
 
 
 def _logged(cfg: object, run_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """What is said of a run goes to its train.log; a directory that cannot be written to is refused before."""
+    """Copies a run's messages to its train.log; refuses a directory that cannot be written to."""
     cfg.mesh.start()  # pyright: ignore[reportAttributeAccessIssue]
     with processes.alike():
         if processes.first():

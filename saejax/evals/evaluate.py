@@ -204,7 +204,7 @@ def _of_rows() -> dict[str, type[metric.Metric]]:
 
 
 def light_metrics(sparsifier: base.Sparsifier | None = None) -> tuple[metric.Metric, ...]:
-    """What a training run measures every so many steps: mse, fvu (of each site), cosine, l0, dead and dense shares."""
+    """Metrics of the evaluations in training: mse, fvu (of each site), cosine, l0, dead and dense shares."""
     return reconstruction.Reconstruction(), sparsity.Firing(windows=()), *_per_site(sparsifier)
 
 

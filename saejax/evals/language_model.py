@@ -104,7 +104,7 @@ def evaluate_language_model(
 
 
 def predicted(segments: Tokens) -> Bool[np.ndarray, "b t"]:
-    """Which predictions count: of a token in the same segment, made after its position 0.
+    """Mask of the predictions that count: of a token in the same segment, made after its position 0.
 
     Args:
       segments: [b, s].
@@ -122,7 +122,7 @@ def predicted(segments: Tokens) -> Bool[np.ndarray, "b t"]:
 
 
 def _scores(means: dict[str, float]) -> dict[str, float]:
-    """From the mean cross-entropies and divergences to every key of DEFINITIONS."""
+    """Mean cross-entropies and divergences to every key of DEFINITIONS."""
     ce, kl = ({name: means[f"{kind}_{name}"] for name in ("clean", "spliced", "zero", "mean")} for kind in ("ce", "kl"))
     lost = {name: metric.ratio(ce[name] - ce["spliced"], ce[name] - ce["clean"]) for name in ("zero", "mean")}
     return {
@@ -178,7 +178,7 @@ def _kept_sum(h: Float[Array, "b s d_in"], kept: Bool[Array, "b s"]) -> Float[Ar
 
 
 def _kept(h: Float[Array, "b s d_in"], segments: Tokens, keep: Keep) -> Bool[Array, "b s"]:
-    """Where an activation is replaced; never at padding."""
+    """Mask of the replaced activations; never at padding."""
     norms = jnp.linalg.norm(h.astype(jnp.float32), axis=-1)
     segments = np.asarray(segments)
     return jnp.asarray(keep(norms, _positions(segments), segments)) & jnp.asarray(segments > 0)

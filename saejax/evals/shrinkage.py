@@ -192,7 +192,7 @@ class RefinementState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefinementRatio(metric.Metric):
-    r"""How much of its refitted activation each latent has: \(\sum_i \hat z_{ij} / \sum_i \hat z^{refit}_{ij}\).
+    r"""Ratio of each latent to its refitted activation: \(\sum_i \hat z_{ij} / \sum_i \hat z^{refit}_{ij}\).
 
     Source: Gao et al., Scaling and evaluating sparse autoencoders, 2024, section 5.1 (activations refined on a fixed
     support).

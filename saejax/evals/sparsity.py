@@ -177,7 +177,7 @@ class ActivityState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activity(metric.Metric):
-    """How many latents are active in a row, as a distribution, and how much they add up to."""
+    """Distribution of the number of active latents in a row, and of their sum."""
 
     name: ClassVar[str] = "activity"
 

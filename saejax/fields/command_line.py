@@ -137,7 +137,7 @@ def _for_yaml(text: str) -> str:
 
 
 def unquoted(text: str) -> str:
-    """What a value in Hydra's quotes says; any other text as it is."""
+    """Text of a value in Hydra's quotes; any other text unchanged."""
     if not _in_quotes(text):
         return text
     quote = text[0]
@@ -202,7 +202,7 @@ def check_flags(arguments: Iterable[str], flags: Iterable[str] = ()) -> None:
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """What a typo was meant to be, as the rest of a line: `; did you mean --help?`, or nothing.
+    """Suggestion for a typo, as the rest of a line: `; did you mean --help?`, or nothing.
 
     Example:
       >>> near("--hlep", ["--help", "-m"])

@@ -106,7 +106,7 @@ def dotlist(words: Iterable[str]) -> DictConfig:
 
 
 def wrong_value(text: str) -> str | None:
-    """What OmegaConf says of a value of the wrong type, as "must be ..., got ..."; None where it says something else.
+    """OmegaConf's message about a value of the wrong type, as "must be ..., got ..."; None for other messages.
 
     Args:
       text: of its error.

@@ -29,7 +29,7 @@ SMALLEST_FLOAT, LARGEST_FLOAT = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What a field holds: one number or several, of which type, and whether it may be null."""
+    """Kind of a field: one number or several, of which type, and whether it may be null."""
 
     number: type
     many: bool

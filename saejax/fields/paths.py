@@ -16,7 +16,7 @@ from saejax.errors import UserError
 
 
 class Kind(enum.Enum):
-    """What a text field of a config holds, as part of its type."""
+    """Kind of a config's text field, as part of its type."""
 
     local = "local"
     """A path of this machine: made absolute, an address is refused."""

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 
 class Policy(enum.Enum):
-    """What a config field allows on resume."""
+    """Resume policy of a config field."""
 
     fixed = "fixed"
     free = "free"

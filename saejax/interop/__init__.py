@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Format(Protocol):
-    """What a module of a format has."""
+    """Interface of a format's module."""
 
     name: str
     detect: Callable[[pathlib.Path], bool]

@@ -55,7 +55,7 @@ def load(path: str | os.PathLike) -> SAE:
 
 
 def _config(where: pathlib.Path) -> dict[str, Any]:
-    """What config.yaml says of all layers; {} where there is none."""
+    """Settings of config.yaml for all layers; {} without the file."""
     return strict.read_yaml(where) if where.is_file() else {}
 
 

@@ -82,7 +82,7 @@ def load(path: str | os.PathLike) -> SAE:
 
 
 def _scales(where: pathlib.Path, config: dict[str, Any]) -> tuple[float, float]:
-    """What rows read and rows written are multiplied by in training."""
+    """Scales of the rows read and of the rows written in training."""
     if strict.choice(where, config, "norm_activation", ("dataset-wise", "inference"), "dataset-wise") == "inference":
         return 1.0, 1.0
     norms = config.get("dataset_average_activation_norm")

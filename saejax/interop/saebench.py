@@ -29,7 +29,7 @@ else:  # this module can still be imported; `adapter` says what is missing
 
 @dataclasses.dataclass(kw_only=True)
 class Config:
-    """What SAEBench reads from `sae.cfg`; not frozen, for it sets some fields itself."""
+    """Fields that SAEBench reads from `sae.cfg`; not frozen, because it sets some itself."""
 
     model_name: str
     d_in: int
@@ -152,7 +152,7 @@ class Adapter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.W_dec.device
 
     @property

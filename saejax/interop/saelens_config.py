@@ -65,7 +65,7 @@ _ELSEWHERE = {"temporal": "a temporal SAE, which attends over positions"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """What a checked cfg.json says."""
+    """Content of a checked cfg.json."""
 
     where: pathlib.Path
     """The file."""

@@ -272,7 +272,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray:
-    """What `torch._utils._rebuild_tensor_v2` does, within the storage's bounds: a view of it that cannot be written."""
+    """`torch._utils._rebuild_tensor_v2` within the storage's bounds: a read-only view of it."""
     elements = storage.elements
     plain = all(isinstance(n, int) and n >= 0 for n in (offset, *size, *stride)) and len(size) == len(stride)
     n_elements = math.prod(size) if plain else -1

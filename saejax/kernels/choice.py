@@ -27,7 +27,7 @@ _said = contextvars.ContextVar[str | None]("kernels", default=None)
 
 
 class Form(enum.Enum):
-    """How an operation is computed."""
+    """Form of an operation: its algorithm."""
 
     dense = "dense"
     """Dense products over all latents."""
@@ -40,7 +40,7 @@ class Form(enum.Enum):
 
 
 class Operation(enum.Enum):
-    """What has several forms."""
+    """Operation with several forms."""
 
     encode = "encode"
     """The encoder's product and its k largest entries."""

@@ -10,7 +10,7 @@ EPS = 1e-5
 
 
 class RowNorm(enum.Enum):
-    """What a row is divided by; `variance` is ours, the others are those of SAEs that were trained elsewhere."""
+    """Divisor of a row; `variance` is saejax's, the others belong to SAEs that were trained elsewhere."""
 
     variance = "variance"
     """The root of EPS plus the variance over its d entries, after its mean is taken off."""

@@ -173,13 +173,13 @@ def accumulate_rows(
 
 
 def _form(operation: Operation, places: Array, shape: tuple[int, ...]) -> Form:
-    """Which form runs for places [b, k] and a dictionary [n, d]: the user's, or the one that was faster on CPU."""
+    """Form for places [b, k] and a dictionary [n, d]: the user's, or the one that was faster on CPU."""
     small = shape[0] <= _DENSE_LATENTS * places.shape[1] and jax.default_backend() == "cpu"
     return choice.of(operation, Form.dense if small else Form.sparse, width=shape[1])
 
 
 def _chosen(operation: Operation, places: Array, shape: tuple[int, ...]) -> Callable[..., Array]:
-    """What computes an operation on one device."""
+    """Function that computes an operation on one device."""
     form = _form(operation, places, shape)
     dense, cpu, xla, kernel = _FORMS[operation]
     if form is Form.dense:

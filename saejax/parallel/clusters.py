@@ -13,7 +13,7 @@ from saejax.parallel import rendezvous
 
 
 class Distributed(enum.Enum):
-    """Who says which process this is."""
+    """Origin of a process's number."""
 
     none = "none"
     """Nobody: there is one process."""
@@ -49,7 +49,7 @@ class Place:
 
     @property
     def address(self) -> rendezvous.Address | None:
-        """Where it meets the others; None where JAX finds out."""
+        """Address where the processes meet; None where JAX finds out."""
         if self.coordinator is None or self.process_id is None or self.n_processes is None:
             return None
         return rendezvous.Address(self.coordinator, self.process_id, self.n_processes)
@@ -62,7 +62,7 @@ def place(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Place | None:
-    """Which process this is; what is given goes before JAX_* variables, these before those of a scheduler.
+    """Place of this process. Its config overrides JAX_* variables, which override a scheduler's.
 
     Args:
       how: see `Distributed`.
@@ -110,7 +110,7 @@ def _missing(how: Distributed, name: str, variable: str) -> UserError:
 
 
 def _detected(coordinator: str | None) -> Distributed:
-    """Whose environment this is, from what only a process that has company finds in it."""
+    """Scheduler of this environment, detected from variables that only a process in a group has."""
     there = os.environ
     if "SLURM_STEP_NODELIST" in there and there.get("SLURM_STEP_NUM_TASKS", there.get("SLURM_NTASKS", "1")) != "1":
         return Distributed.slurm
@@ -129,7 +129,7 @@ def _on_tpu_vm() -> bool:
 
 
 def _slurm() -> dict[str, str | None]:
-    """What `srun` tells each of its tasks. The port follows from the job, so that two jobs on a node differ."""
+    """Place of a task of `srun`. The port follows from the job, so that two jobs on a node differ."""
     there = os.environ
     if "SLURM_PROCID" not in there or "SLURM_STEP_NODELIST" not in there:
         raise UserError("mesh.distributed=slurm: SLURM_STEP_NODELIST is not set; start the command with srun")

@@ -38,7 +38,7 @@ _settled = False  # whether the others know what this process does
 
 
 def introduce(facts: Callable[[], Mapping[str, str]]) -> None:
-    """What this process is about to do, in words that all processes of a run must have alike before they join.
+    """Describes what this process is about to do; all processes of a run must agree on it before they join.
 
     Args:
       facts: asked for them where there are others.
@@ -193,7 +193,7 @@ def agree(facts: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def alike() -> Iterator[None]:
-    """What fails inside in one process fails in all of them, so that they go on in the same way.
+    """Turns an error in one process into an error in all, so that they continue alike.
 
     Raises:
       UserError, RuntimeError: what another process met, where this one met nothing.
@@ -286,7 +286,7 @@ def _part(status: int) -> None:
 
 
 def _joined() -> Any:
-    """What this process knows of the others: `client`, `process_id`, `num_processes`; JAX has no public name for it."""
+    """State of `jax.distributed`: `client`, `process_id`, `num_processes`; JAX has no public name for it."""
     from jax._src import distributed
 
     return distributed.global_state

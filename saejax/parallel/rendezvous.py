@@ -36,7 +36,7 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where the processes of a run meet.
+    """Meeting place of a run's processes.
 
     Attributes:
       coordinator: host:port of process 0.
@@ -176,7 +176,7 @@ class _Gathering:
             _raise(*self._verdict)
 
     def _missing(self) -> list[int]:
-        """Who has not come; one that gives itself another's number, or one that is not there, stands for somebody."""
+        """Numbers of the missing processes. A duplicate number, or one out of range, stands for somebody."""
         absent = sorted(set(range(1, self._at.n_processes)) - set(self._came.values()))
         return absent[: max(0, self._at.n_processes - 1 - len(self._came))]
 
@@ -312,7 +312,7 @@ def _visit(at: Address, mine: dict[str, Any], end: float, patience: float) -> st
 
 
 def _asked(at: Address, mine: dict[str, Any], end: float) -> dict[str, Any] | None:
-    """What process 0 answers to one line; None where something else is there."""
+    """Answer of process 0 to one line; None where something else listens."""
     heard = bytearray()
     with socket.create_connection(at.target, timeout=_ANSWER_SECONDS) as connection:
         connection.sendall(json.dumps(mine).encode() + b"\n")

@@ -42,7 +42,7 @@ SPECS: dict[str, P] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are laid out. The product of both numbers is the number of devices used."""
+    """Layout of the devices. The product of both numbers is the number of devices used."""
 
     data: Place[int | None] = None
     """Devices over which rows are split. null takes every device that `latent` leaves."""
@@ -78,7 +78,7 @@ class MeshConfig:
                 raise UserError(f"mesh.{name} must be at least {least}, got {getattr(self, name)}")
 
     def place(self) -> processes.Place | None:
-        """Which process this is, None where it is alone."""
+        """Place of this process, None for a single process."""
         given = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
         return processes.place(self.distributed, **given)
 

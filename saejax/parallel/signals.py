@@ -45,7 +45,7 @@ _SILENT_SECONDS = 2.0
 
 @dataclasses.dataclass
 class _Watch:
-    """What is known of the signals of a command; there is one at a time."""
+    """State of a command's signals; only one exists at a time."""
 
     before: dict[int, Any]
     """Handlers that were there."""
@@ -125,7 +125,7 @@ def check() -> None:
 
 
 def share(asks: Callable[[], int | None] | None) -> None:
-    """From now on a signal is a matter of several processes.
+    """Makes signals a matter of several processes from now on.
 
     Args:
       asks: says which signal stops all of them here, None where they go on; all call it alike. None ends it.
@@ -154,7 +154,7 @@ def pass_on(signum: int) -> None:
 
 
 def name(signum: int) -> str:
-    """What a signal is called.
+    """Name of a signal.
 
     >>> name(2), name(15)
     ('SIGINT', 'SIGTERM')

@@ -39,7 +39,7 @@ _BINS, _INTERVALS, _N_LOGITS, _N_ALIGNED = 50, 5, 10, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DashboardConfig:
-    """How many latents get a dashboard, and how much text each."""
+    """Number of latents with a dashboard, and the amount of text for each."""
 
     n_latents: int | None = None
     """Latents, from number 0 on, at least 1; null takes all of them."""
@@ -68,7 +68,7 @@ class DashboardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What stands above the latents of a batch, and beside each."""
+    """Header of a batch of latents, and the common part of each."""
 
     model_id: str
     """Neuronpedia's name of the model."""
@@ -160,7 +160,7 @@ def _features(
     settings: DashboardConfig,
     unembedding: Float[Array, "d_in vocab"] | None,
 ) -> Iterator[dict[str, Any] | None]:
-    """What the form holds of each of `ids`; None for one that is never active."""
+    """Dashboard entries of `ids`; None for a latent that is never active."""
     keep = 2 * max(settings.n_top, settings.n_random)
     found = search.search(sae, corpus, ids, keep=keep, max_rows=settings.max_rows, seed=settings.seed)
     around = settings.before, settings.after

@@ -24,7 +24,7 @@ _NEIGHBOURS = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentPage:
-    """How many latents the report shows, and how much of each."""
+    """Number of latents in the report, and the amount shown of each."""
 
     n_latents: int = 40
     """Latents on the page, spread over the range of firing rates; at least 1."""

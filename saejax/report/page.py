@@ -212,7 +212,7 @@ def _cosine(sae: SAE | None) -> dict[str, Any] | None:
 
 
 def _commands(path: Path) -> Mapping[str, str]:
-    """What fills each section that may be empty, typed in the folder that holds the run."""
+    """Commands that fill the empty sections, to be typed in the folder that holds the run."""
     return {
         "train": f"saejax train {paths.typed('resume', path.name)}",
         "evaluate": f"saejax evaluate {paths.typed('run', path.name)}",

@@ -178,7 +178,7 @@ def _svg(body: Sequence[Markup], title: str, *, data: Any = None) -> Markup:
 
 
 def _readout(series: curves.Series, x: _Axis) -> list[list[Any]]:
-    """What the page's script shows under the pointer: pixel, x and y as text."""
+    """Readout under the pointer for the page's script: pixel, x and y as text."""
     return [[round(x(a), 1), human(a), human(b)] for a, b in zip(series.x, series.y, strict=True)]
 
 

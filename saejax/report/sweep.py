@@ -45,7 +45,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Knee:
-    """Where the trade-off of one group of runs bends."""
+    """Knee of the trade-off of one group of runs."""
 
     label: str
     run: int
@@ -191,7 +191,7 @@ def find(root: Path) -> list[Path]:
 
 
 def status(found: records.Run) -> str:
-    """How far a run came.
+    """Progress of a run.
 
     Returns:
       "failed" (no metric at all, or not finite in an ensemble), "evaluated" (eval.json is there), "trained" (it ended),

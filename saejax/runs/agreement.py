@@ -43,7 +43,7 @@ _LONGEST = 120  # characters of a value in a line for people
 
 
 def command(name: str, arguments: list[str]) -> dict[str, str]:
-    """What a command line is about to do, as far as it can be told before any config is read."""
+    """Description of a command line's work, as far as it is known before any config is read."""
     given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     where = {key: given[key] for key in ("resume", "hydra.run.dir", "hydra.sweep.dir", "run") if key in given}
     flags = sorted("-m" if a == "--multirun" else a for a in arguments if a.startswith("-") and "=" not in a)
@@ -130,7 +130,7 @@ def same_work(source: Any, **facts: Any) -> None:
 
 
 def tell_others(arguments: list[str], error: BaseException) -> None:
-    """Where a process of several ends before it has joined them, they hear why and end as well.
+    """Tells the other processes why this one ends before it has joined them, so that they end as well.
 
     Args:
       arguments: of its command.
@@ -140,7 +140,7 @@ def tell_others(arguments: list[str], error: BaseException) -> None:
 
 
 def _place(arguments: list[str]) -> processes.Place | None:
-    """Where a command line would have joined others, as far as that can be told although it failed."""
+    """Meeting place that a failed command line would have used, as far as that is known."""
     given = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
     how = given.get("mesh.distributed")
     if how is None and "resume" in given:

@@ -41,7 +41,7 @@ FOLDS = "runs fold where they differ only in seed (with data_seed set), optim.lr
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a call of `train` ended."""
+    """Result of a call of `train`."""
 
     evaluations: dict[Path, dict[str, float]]
     """Run directory -> last held-out metrics, of members that are finished."""

@@ -217,7 +217,7 @@ def fill(cfg: config.Config, records: list[np.ndarray], put: Put) -> jax.Array:
 def inspector(
     cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, first: np.ndarray
 ) -> nonfinite.Inspector:
-    """What finds and saves the rows of a step that is not finite."""
+    """Inspector that finds and saves the rows of a step that is not finite."""
     lanes = _own_lanes(NamedSharding(mesh, P(sharding.DATA)), cfg.train.n_lanes)
     return nonfinite.Inspector(run_dir, rows, lanes, filling(cfg, first).shape)
 

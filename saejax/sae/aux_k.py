@@ -123,7 +123,7 @@ def added(
         return scale * jnp.sum((residual - matmul.matmul(values, W_dec, dtype)) ** 2)
 
     def held(turn):
-        """What does not change in a loop, as if it did: the compiler would compute ahead of a loop that never runs."""
+        """Presents a loop's constants as variables; the compiler would compute ahead of a loop that never runs."""
         return lax.optimization_barrier((weights, read, residual, turn))[:3]
 
     def few(turn, state):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 @struct.dataclass
 class Encoding:
-    """What an encoder returns: either k-sparse (`values`, `indices`) or dense (`latents`).
+    """Output of an encoder: either k-sparse (`values`, `indices`) or dense (`latents`).
 
     A latent is active where it is not 0: `AbsTopK` has negative ones. A value of 0 in a k-sparse encoding is an
     unused slot, whatever its index.

@@ -33,7 +33,7 @@ from saejax.sae import base
 
 
 class SparsityPenalty(enum.Enum):
-    """What is paid for latents that fire."""
+    """Penalty on latents that fire."""
 
     step = "step"
     """Their number, L0."""
@@ -64,9 +64,9 @@ class JumpReLU(base.Sparsifier):
     l0_warmup_steps: Free[int] = 0
     """Optimiser steps over which the weight grows linearly from 0. Gemma Scope: 10,000; with `quadratic` 50,000."""
     penalty: Fixed[SparsityPenalty] = SparsityPenalty.step
-    """What is paid for latents that fire: `step`, `tanh` or `quadratic`."""
+    """Penalty on latents that fire: `step`, `tanh` or `quadratic`."""
     target_l0: Free[float] = 32.0
-    """L0 that the quadratic penalty aims at, above 0."""
+    """Target L0 of the quadratic penalty, above 0."""
     tanh_scale: Fixed[float] = 4.0
     """Slope of the tanh penalty, above 0."""
     bandwidth: Fixed[float] = 1e-3

@@ -24,7 +24,7 @@ from saejax.sae import base
 
 
 class Penalty(enum.Enum):
-    """What one unit of a latent costs."""
+    """Cost of one unit of a latent."""
 
     decoder_norm = "decoder_norm"
     """The norm of its decoder row."""
@@ -55,7 +55,7 @@ class L1(base.Sparsifier):
     unit_decoder: Fixed[bool] = False
     """Whether decoder rows are kept at norm 1, their gradients tangent to the sphere."""
     penalty: Fixed[Penalty] = Penalty.decoder_norm
-    """What one unit of a latent costs: `decoder_norm` or `plain` (1; needs unit_decoder)."""
+    """Cost of one unit of a latent: `decoder_norm` or `plain` (1; needs unit_decoder)."""
     l1_coef: Free[float] = 5.0
     """Weight of the penalty, at least 0, in the unit of the data: 5 suits E||x|| = sqrt(d_in)."""
     l1_warmup_steps: Free[int] = 0

@@ -36,7 +36,7 @@ class EncoderKind(enum.Enum):
 
 
 class EncoderInit(enum.Enum):
-    """Where the encoder starts."""
+    """Start of the encoder."""
 
     transpose = "transpose"
     """W_enc = W_dec.T: a latent first reads the direction that it writes; far fewer latents die."""
@@ -45,7 +45,7 @@ class EncoderInit(enum.Enum):
 
 
 class Family(enum.Enum):
-    """Which sites of a row are read and which are written."""
+    """Sites of a row that an SAE reads and writes."""
 
     sae = "sae"
     """The one site is read and written."""
@@ -104,7 +104,7 @@ class Layout:
     decoder_init_norm: Fixed[float] = 1.0
     """Norm of the decoder rows at the start, above 0; 1 where `unit_decoder` holds them there."""
     subtract_b_dec: Fixed[bool] = True
-    """Whether the encoder reads x - b_dec (pre-encoder bias) or x; x for transcoders, whatever is said here."""
+    """Whether the encoder reads x - b_dec (pre-encoder bias) or x; transcoders always read x."""
     unit_decoder: Fixed[bool] = True
     """Whether decoder rows are kept at norm 1, their gradients tangent to the sphere."""
     aux_alpha: Free[float] = 1 / 32

@@ -24,7 +24,7 @@ from saejax.sae.layout import Family
 
 
 class Selection(enum.Enum):
-    """Which latents are kept."""
+    """Selection of the kept latents."""
 
     batch_topk = "batch_topk"
     """k per row on average over the batch; above a threshold at inference."""
@@ -112,7 +112,7 @@ class Matryoshka(base.Sparsifier):
         return loss, base.Aux(recon=recon, encoding=encoding, terms={"mse": errors[-1], "prefix_mse": loss})
 
     def _group(self, params, encoding, first, last):
-        """What the latents from `first` to before `last` add to the reconstruction."""
+        """Contribution of the latents from `first` to before `last` to the reconstruction."""
         if encoding.latents is not None:
             return matmul.matmul(encoding.latents[:, first:last], params.W_dec[first:last], self.matmul_dtype.value)
         inside = (encoding.indices >= first) & (encoding.indices < last)

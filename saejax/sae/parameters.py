@@ -32,7 +32,7 @@ class SAEParams:
 
 @struct.dataclass
 class Aux:
-    """What a loss returns beside its value.
+    """Auxiliary results of a loss.
 
     Attributes:
       recon: Reconstruction of the (normalised) target, [b, d_out] float32.

@@ -50,7 +50,7 @@ class Learned:
 
 
 class _Knobs(NamedTuple):
-    """What may change without compiling again."""
+    """Settings that may change without compiling again."""
 
     l1_coef: float
     n_iterations: int
@@ -60,7 +60,7 @@ class _Knobs(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What one batch hands to the next."""
+    """State that one batch passes to the next."""
 
     dictionary: jax.Array  # [n, d]
     A: jax.Array  # [n, n]

@@ -63,7 +63,7 @@ def _mend_libraries() -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How often a run is saved and what is kept."""
+    """Frequency of saves, and which checkpoints are kept."""
 
     save_every_steps: Place[int | None] = 1000
     """Steps between two checkpoints; null saves at the end and on interruption only."""
@@ -259,7 +259,7 @@ class Checkpoints:
 
 
 def _kept(config: CheckpointConfig, spare: int = 0) -> Any:
-    """Which checkpoints stay: the newest, and the best of those that were evaluated."""
+    """Checkpoints to keep: the newest, and the best of those that were evaluated."""
     policies: Any = ocp.training.preservation_policies
     keep: list[Any] = [policies.LatestN(config.keep_last + spare)]
     if config.keep_best:

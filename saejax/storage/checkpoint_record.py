@@ -25,7 +25,7 @@ FORMAT_VERSION = 3
 
 
 class Damaged(Exception):
-    """What was read is not what was written."""
+    """Mismatch between the data read and the data written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Stamp:
-    """What a run's config.yaml says beside the config.
+    """Metadata in a run's config.yaml beside the config.
 
     Attributes:
       run_id: names the run in its checkpoints; None in files of format 1.

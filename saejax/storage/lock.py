@@ -81,7 +81,7 @@ class Lock:
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Who holds a directory, as it stands in the file.
+    """Owner of a directory, as the lock file names it.
 
     Attributes:
       host: name of the machine.
@@ -271,7 +271,7 @@ def _claims(folder: Path, name: str) -> Iterator[tuple[Owner | None, Path]]:
 
 
 def _owner(file: Path) -> Owner | None:
-    """Who holds a locked file. The holder may be about to write it: what a dead one left is not believed at once."""
+    """Owner of a locked file. A new holder may be about to write it, so a dead one's entry is not believed at once."""
     until = time.monotonic() + _LOOK_SECONDS
     while True:
         owner = _read(file)
@@ -309,7 +309,7 @@ def _me(what: str) -> Owner:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks; -1 if it has ended and only waits for its parent, None if nobody says."""
+    """Start time of a process, in ticks; -1 if it has ended and only waits for its parent, None if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return -1 if fields[0] in (b"Z", b"X") else int(fields[19])

@@ -33,7 +33,7 @@ class _File(atomic.LogFile):
 
 @contextlib.contextmanager
 def kept(run_dirs: Iterable[Path]) -> Iterator[None]:
-    """What is logged inside, and what `note` says, goes to the train.log of some runs as well.
+    """Copies log lines inside this context, and calls of `note`, to the train.log of some runs.
 
     Args:
       run_dirs: of runs; no log is begun where there is no directory.

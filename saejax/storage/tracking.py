@@ -32,7 +32,7 @@ START_SECONDS, FINISH_SECONDS = 20.0, 60.0
 
 
 class WandbMode(enum.Enum):
-    """How wandb runs; `offline` needs no login."""
+    """Mode of wandb; `offline` needs no login."""
 
     online = "online"
     offline = "offline"
@@ -40,7 +40,7 @@ class WandbMode(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
-    """Who is told about a run. metrics.jsonl is always written."""
+    """Receivers of a run's metrics. metrics.jsonl is always written."""
 
     wandb: Place[bool] = False
     """Whether the run is logged to Weights & Biases as well."""

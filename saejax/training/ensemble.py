@@ -175,7 +175,7 @@ def without_shared(member: TrainState) -> TrainState:
 
 
 class Layout:
-    """How the states of members and that of the ensemble become each other.
+    """Conversion between the states of members and the state of the ensemble.
 
     Args:
       single: shapes and shardings of one member's whole state, from `Learner.abstract`.

@@ -35,7 +35,7 @@ def places(sparsifier: base.Sparsifier) -> dict[str, tuple[str, str]]:
 
 
 class Combine(enum.Enum):
-    """How lists become members."""
+    """Combination of lists into members."""
 
     grid = "grid"
     """Every value with every other."""
@@ -44,7 +44,7 @@ class Combine(enum.Enum):
 
 
 class Form(enum.Enum):
-    """How members lie in the compiled step."""
+    """Arrangement of members in the compiled step."""
 
     auto = "auto"
     """`loop` on CPUs; on accelerators, and with mesh.ensemble above 1, `vmap` where it can be."""
@@ -173,7 +173,7 @@ def dirs(config: _Config, run_dir: Path) -> dict[Path, _Config]:
 
 
 def why_not_stacked(sparsifier: base.Sparsifier, varied: set[str]) -> str | None:
-    """What keeps members from being stacked, None where nothing does.
+    """Reason why members cannot be stacked; None where they can.
 
     Args:
       sparsifier: architecture of any member.

@@ -38,7 +38,7 @@ PEAKS: dict[str, float] = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step does, and what could be done in its time.
+    """Work of a step, and what its devices could do in that time.
 
     Attributes:
       per_step: operations of a step on all devices.
@@ -88,7 +88,7 @@ def per_step(sparsifier: base.Sparsifier, batch: int) -> float:
 
 
 def work(sparsifier: base.Sparsifier, batch: int, n_devices: int, *, measure: bool = False) -> Work:
-    """What a run does per step, with the peak of its devices from the table or measured.
+    """Work of a run per step, with the peak of its devices from the table or measured.
 
     Args:
       sparsifier: the architecture.

@@ -24,7 +24,7 @@ from saejax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a call of `fit` ended.
+    """Result of a call of `fit`.
 
     Attributes:
       state: the last state, on its mesh.

@@ -25,7 +25,7 @@ _MUON_RMS = 0.2
 
 
 class Optimiser(enum.Enum):
-    """How gradients become updates."""
+    """Update rule: gradients to updates."""
 
     adam = "adam"
     """Gradient over the root of its running square."""

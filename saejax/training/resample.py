@@ -5,8 +5,8 @@ to the square of its loss. Its decoder row becomes the direction of that row (fr
 decoder rows. Its encoder column gets the same direction, with 0.2 times the mean norm of alive columns. Its bias
 becomes 0, parameters of the architecture (thresholds, gate scales) return to their start, and its optimiser state
 becomes 0. A batch of b rows serves at most b latents; others wait. Behind a hidden layer the column follows the hidden
-row. A tied encoder stays the decoder's transpose. A transcoder takes decoder rows from the targets and encoder columns
-from its input, both about the mean of the batch; a cross-layer one takes them only from the sites of the latent.
+row. A tied encoder stays the decoder's transpose. A transcoder takes decoder rows from the targets, and encoder
+columns from its input minus the batch's mean. A cross-layer one takes them only from the sites of the latent.
 
 Source:
   Bricken et al., Towards monosemanticity, 2023, appendix "Neuron resampling". There rows come from 819,200 inputs,
@@ -99,7 +99,7 @@ def on_latents(chosen: Bool[Array, " d_sae"], tree: Any, new: Any) -> Any:
 def _draw(
     losses: Float[Array, " b"], dead: Bool[Array, " d_sae"], key: Key[Array, ""]
 ) -> tuple[Bool[Array, " d_sae"], Any]:
-    """Which latents get a row, and which row, [d_sae] (any where none): successive draws by Gumbel's trick."""
+    """Rows for dead latents, [d_sae] (any where none): successive draws by Gumbel's trick."""
     scores = 2 * jnp.log(losses) + jax.random.gumbel(key, losses.shape)
     order = jnp.argsort(-scores)
     rank = jnp.cumsum(dead) - 1

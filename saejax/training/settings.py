@@ -12,7 +12,7 @@ from saejax.training import liveness
 
 
 class DecoderBias(enum.Enum):
-    """Where the decoder bias starts."""
+    """Start of the decoder bias."""
 
     geometric_median = "geometric_median"
     mean = "mean"
@@ -20,14 +20,14 @@ class DecoderBias(enum.Enum):
 
 
 class EncoderBias(enum.Enum):
-    """Where the encoder biases start."""
+    """Start of the encoder biases."""
 
     zero = "zero"
     firing_rate = "firing_rate"
 
 
 class OnNonfinite(enum.Enum):
-    """What a step that is not finite leads to."""
+    """Reaction to a step that is not finite."""
 
     stop = "stop"
     skip = "skip"
@@ -56,8 +56,8 @@ class TrainConfig:
     """Steps between two resamplings of dead latents, which then restart from badly reconstructed rows; null never
     does. New latents need the rest of the run to learn."""
     ema_decay: Fixed[float | None] = None
-    """Decay of the running average of the parameters, in (0, 1), say 0.999; the average is then what is evaluated,
-    exported and loaded. null keeps none."""
+    """Decay of the running average of the parameters, in (0, 1), say 0.999; the average is then evaluated, exported and
+    loaded. null keeps none."""
     log_every_steps: Free[int] = 50
     """Steps between two lines of metrics.jsonl."""
     eval_every_steps: Free[int | None] = 500
@@ -65,13 +65,13 @@ class TrainConfig:
     eval_rows: Free[int] = 8_192
     """Held-out rows per evaluation during training."""
     on_nonfinite: Free[OnNonfinite] = OnNonfinite.stop
-    """What a loss or parameters that are not finite lead to: stop keeps the last good checkpoint; skip leaves the step
+    """Reaction to a loss or parameters that are not finite: stop keeps the last good checkpoint; skip leaves the step
     out, so that parameters, optimiser and liveness stay as they are. Both save its rows under nonfinite/."""
     max_skipped_steps: Free[int] = 10
     """Steps left out in a row at which the run stops all the same; at least 1."""
     measure_peak: Place[bool] = False
-    """Whether the FLOP/s of a device whose peak is not known, such as a CPU, are measured at the start, so that the
-    utilisation (mfu) can be said; a fraction of a second."""
+    """Whether to measure the peak FLOP/s of a device that the table lacks, such as a CPU, at the start, so that mfu can
+    be logged; takes a fraction of a second."""
     profile: Place[bool] = False
     """Whether ten steps after the first ten are recorded by JAX's profiler, into profile/ of the run directory."""
 

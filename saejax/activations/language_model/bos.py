@@ -35,7 +35,7 @@ _ADD, _ID = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.bos_token_id"
 
 @dataclasses.dataclass(frozen=True)
 class Bos:
-    """What begins every segment."""
+    """Token that begins every segment."""
 
     id: int | None
     """The token, None for none."""
@@ -44,7 +44,7 @@ class Bos:
 
 
 def of_setting(setting: str, tokenizer: Tokenizer) -> Bos:
-    """What a user who did not say "auto" has chosen.
+    """Token of an explicit setting (not "auto").
 
     Raises:
       UserError: the vocabulary has no such token.
@@ -121,13 +121,13 @@ def of_gguf(tokenizer: Tokenizer, metadata: Mapping[str, Any], name: str) -> Bos
 
 
 def earlier(tokenizer: Tokenizer) -> int | None:
-    """What `bos=auto` was in the first versions: anything that the template adds, else the first known token."""
+    """`bos=auto` of the first versions: anything that the template adds, else the first known token."""
     added = tokenizer.encode("", add_special_tokens=True).ids
     return added[0] if added else next((i for token in KNOWN if (i := tokenizer.token_to_id(token)) is not None), None)
 
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
-    """What the template of a tokenizer puts before a text."""
+    """Token ids that the template of a tokenizer puts before a text."""
     for part in templates(tokenizer):
         if part["type"] == "TemplateProcessing":
             found: list[int] = []

@@ -47,7 +47,7 @@ class FileTokenizer:
         return cls(taken, digest, left_out, functools.partial(auto_bos, tokenizer))
 
     def identity(self) -> dict[str, Any]:
-        """What a manifest says of the tokenizer."""
+        """Record of the tokenizer for a manifest."""
         return {"sha256": self.sha256, "vocab_size": self.tokenizer.get_vocab_size()}
 
     def bos(self, setting: str) -> Bos:
@@ -104,7 +104,7 @@ def _without(copy: Tokenizer, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _draws(tokenizer: Tokenizer) -> list[tuple[str, float]]:
-    """What makes a model of tokens draw at random, with its value; versions of the library know different ones."""
+    """Random settings of a token model, with their values; versions of the library know different ones."""
     values = {name: getattr(tokenizer.model, name, None) for name in ("dropout", "alpha", "nbest_size")}
     return [(name, value) for name, value in values.items() if value]
 

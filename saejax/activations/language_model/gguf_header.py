@@ -40,7 +40,7 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFHeader(NamedTuple):
-    """What a GGUF file says before its numbers begin."""
+    """Content of a GGUF file before its tensor data."""
 
     metadata: dict[str, Any]
     """Key -> number, true or false, text, or a list of these."""

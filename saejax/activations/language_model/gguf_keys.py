@@ -97,7 +97,7 @@ def config(name: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[in
 
 
 def architecture(name: str, metadata: Mapping[str, Any]) -> str:
-    """Whose model a file holds.
+    """Model family of a file.
 
     Raises:
       UserError: an architecture that is not supported, a part of a file, or no model.

@@ -236,7 +236,7 @@ class Run:
         return [_measure(captured[hook], dtype=self.dtype) for hook in self.config.hooks]
 
     def _content(self, batch: Batch, measured: "list[_Measured]") -> dict:
-        """What the store gets of a batch; waits for the device."""
+        """Content of a batch for the store; waits for the device."""
         assert self.sink is not None
         n, positions, segments = len(batch.sequences), batch.positions, self._finite(batch, measured)
         keep = keep_mask(_norms(measured), positions, segments, self.sink)

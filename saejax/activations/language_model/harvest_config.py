@@ -33,7 +33,7 @@ def located(model: str, field: str) -> str:
 
 
 class OnNonfinite(enum.Enum):
-    """What an activation that is not finite leads to."""
+    """Reaction to an activation that is not finite."""
 
     stop = "stop"
     drop = "drop"
@@ -41,11 +41,11 @@ class OnNonfinite(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HarvestConfig:
-    """What `saejax harvest` reads, runs and writes."""
+    """Settings of a harvest: what it reads, runs and writes."""
 
     model: paths.Named = "smollm2"
     """The language model: a Hugging Face directory, a `.gguf` file, or "smollm2" for the default model;
-    "torch:" and a directory for any model that transformers loads, hooks being its module paths."""
+    "torch:" and a directory for any model that transformers loads, with module paths as hooks."""
 
     model_dtype: str | None = None
     """Number format of the model's weights; null is float32 on CPU and bfloat16 on accelerators."""
@@ -54,7 +54,7 @@ class HarvestConfig:
     """What the model reads: wikipedia, pydoc, or files with a path; also how much of it is held out."""
 
     hook: str = "blocks.15.hook_resid_post"
-    """Where activations are read, by its TransformerLens name; only the layers below it are run. Several, joined by
+    """Place where activations are read, by its TransformerLens name; only the layers below it run. Several, joined by
     commas and quoted ('hook="A,B"'), are read in one pass and stored side by side in every row."""
 
     path: paths.Local = "activations"
@@ -74,7 +74,7 @@ class HarvestConfig:
     beyond rounding; at least one for every device along mesh.data keeps all of them busy."""
 
     shard_sequences: int = 64
-    """Sequences in a shard: what is lost at most when a harvest is stopped. Thousands for large stores."""
+    """Sequences in a shard; a stopped harvest loses at most one shard. Thousands for large stores."""
 
     dtype: StoreDtype = StoreDtype.bfloat16
     """Number format of the stored rows; one that would overflow is refused."""
@@ -92,7 +92,7 @@ class HarvestConfig:
     """Tokens at the beginning of the training text that the median is taken over, at least 1."""
 
     on_nonfinite: OnNonfinite = OnNonfinite.stop
-    """What a token whose activation is NaN or infinite leads to: stop names its document; drop leaves it out and counts
+    """Reaction to a token whose activation is NaN or infinite: stop names its document; drop leaves it out and counts
     it in the manifest."""
 
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)

@@ -62,7 +62,7 @@ class Live(ActivationSource):
     heldout_share: Fixed[float] = 0.05
     """Expected share of the documents held out from training, in (0, 1)."""
     hook: Fixed[str] = "blocks.15.hook_resid_post"
-    """Where activations are read; several, joined by commas and quoted, lie side by side in every row."""
+    """Place where activations are read; several, joined by commas and quoted, lie side by side in every row."""
     n_tokens: Fixed[int | None] = None
     """Tokens of training text in an epoch, rounded up to whole sequences; null is all of it."""
     heldout_tokens: Fixed[int | None] = None
@@ -362,7 +362,7 @@ class _Model:
 
 
 def _settings(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a fingerprint says, but for where model and text lie."""
+    """Settings in a fingerprint, without the places of model and text."""
     facts = {key: value for key, value in fingerprint.items() if key not in ("identity", "model")}
     if isinstance(text_ := facts.get("text"), dict):
         facts["text"] = {key: value for key, value in text_.items() if key != "path"}

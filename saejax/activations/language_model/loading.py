@@ -70,7 +70,7 @@ def _config(
 
 
 def _find(name: str) -> tuple[pathlib.Path, hf.SafetensorsDirectory | gguf_file.GGUFFile, dict[str, Any]]:
-    """Where a model lies, its weights, and the contents of its config.json."""
+    """Path of a model, its weights, and the contents of its config.json."""
     path = smollm2.find() if name == smollm2.NAME else paths.local(name, "model")
     if path.is_dir():
         raw = hf.read_config(path)
@@ -92,7 +92,7 @@ def _dtype(dtype: str | np.dtype | None, mesh: Mesh) -> jnp.dtype:
 def _provenance(
     path: pathlib.Path, name: str, family: str, dtype: jnp.dtype, files: list[pathlib.Path]
 ) -> dict[str, Any]:
-    """Which weights these are, JSON-able; goes into the store's manifest and the run's record."""
+    """Identity of the weights, JSON-able; goes into the store's manifest and the run's record."""
     sizes = {file.name: file.stat().st_size for file in files}
     identity: dict[str, Any] = {"bytes": sizes}
     if sum(sizes.values()) <= _HASHED_BYTES:

@@ -35,7 +35,7 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer of one forward pass shares. Registered as a pytree below."""
+    """Values that all layers of one forward pass share. Registered as a pytree below."""
 
     segments: jax.Array
     """[b, s] int32, 0 = padding."""
@@ -77,7 +77,7 @@ class Norm(nnx.Module):
     def __call__(
         self, x: Float[Array, "*n d"], touch: Callable[[jax.Array], jax.Array] = lambda normed: normed
     ) -> Float[Array, "*n d"]:
-        """Where `touch` is called, `hooks.py` says: before the gain of an RMS norm, after a layer norm's bias."""
+        """Calls `touch` where `hooks.py` defines it: before the gain of an RMS norm, after a layer norm's bias."""
         wide = x.astype(jnp.float32)
         if self.bias is not None:
             wide = wide - wide.mean(-1, keepdims=True)
@@ -330,7 +330,7 @@ def _visible(
 
 
 def _slots(layers: list[int], n_layers: int) -> np.ndarray:
-    """Where each layer's value is kept among the tapped layers; -1 for layers that are not tapped."""
+    """Slot of each layer's value among the tapped layers; -1 for layers that are not tapped."""
     slots = np.full(n_layers, -1, np.int32)
     slots[layers] = np.arange(len(layers))
     return slots

@@ -40,7 +40,7 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one leaf stands in the files."""
+    """Source of one leaf in the files."""
 
     name: str
     """Tensor name; `{}` is the layer for leaves of blocks."""

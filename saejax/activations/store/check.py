@@ -49,7 +49,7 @@ def info(path: str | os.PathLike) -> dict:
 
 
 def describe(path: str | os.PathLike) -> str:
-    """What a person wants to know of the store, or stores, at `path`; a few aligned lines each."""
+    """Summary of the store, or stores, at `path`: a few aligned lines each."""
     return "\n\n".join(_describe(info(store)) for store in stores_under(path))
 
 

@@ -61,7 +61,7 @@ SHARD_PREFIX = "shard-"
 
 
 def shard_name(number: int) -> str:
-    """What a shard's files are called, without their suffix."""
+    """Name of a shard's files, without their suffix."""
     return f"{SHARD_PREFIX}{number:05d}"
 
 

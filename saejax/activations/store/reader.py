@@ -33,7 +33,7 @@ _OPEN_MAPS = 256  # each holds a file descriptor, and systems allow about a thou
 
 
 class Origin(NamedTuple):
-    """Where a row comes from."""
+    """Origin of a row: its token, position, document and sequence."""
 
     token: int
     """Token id at which the activation was read."""
@@ -101,7 +101,7 @@ class Reader:
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """Where the parts of a row were read."""
+        """Hooks of the parts of a row."""
         return tuple(site["hook"] for site in store_format.sites(self.manifest))
 
     @property
@@ -129,7 +129,7 @@ class Reader:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def identity(self, n_rows: int | None = None) -> dict[str, Any]:
-        """Which data these are: rows, and a hash of the checksums of all files of their shards; nothing is read.
+        """Identity of the data: rows, and a hash of the checksums of all files of their shards; reads no file.
 
         Args:
           n_rows: of the first shards only, those that held so many rows when it was asked before; None for all.

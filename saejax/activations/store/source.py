@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Verify(enum.Enum):
-    """When the checksums of a store's rows are compared."""
+    """Time at which the checksums of a store's rows are compared."""
 
     first_use = "first_use"
     start = "start"
@@ -43,11 +43,11 @@ class Store(ActivationSource):
     path: Place[paths.Local]
     """Directory that `saejax harvest` wrote, with the stores train/ and heldout/ in it."""
     verify: Place[Verify] = Verify.first_use
-    """When the checksum of a shard is compared: first_use, when its first row is read; start, of all of them before
-    the first step; never. Each costs one reading of the shard per process, about a second per 1.5 GB."""
+    """When checksums are compared: first_use, when a shard's first row is read; start, all before the first step;
+    never. Each costs one reading of the shard per process, about a second per 1.5 GB."""
     skip_damaged: Place[bool] = False
-    """Whether damaged, cut-off and missing shards are left out, and counted in run.json, instead of refused; all
-    shards are then looked at before the first step."""
+    """Whether to leave out damaged, cut-off and missing shards, counted in run.json, instead of refusing them; all
+    shards are then checked before the first step."""
 
     def __post_init__(self):
         paths.settle(self, "source.")
@@ -94,7 +94,7 @@ class Store(ActivationSource):
         return StoreRows(reader, list(damaged))
 
     def identity(self) -> dict[str, Any]:
-        """Where the rows were read, and of each split a hash of the checksums of its shards."""
+        """Hooks of the rows, and for each split a hash of the checksums of its shards."""
         readers = {split: self.reader(split) for split in ("train", "heldout")}
         train = readers["train"]
         facts = {"type": self.name, "hook": ",".join(train.hooks), "d_in": train.d_in, "dtype": train.dtype.name}
@@ -130,7 +130,7 @@ class Store(ActivationSource):
         return differences(before, after)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What was harvested and where it lies, the identity, and a hash over the manifests."""
+        """Description of the harvest and its place, the identity, and a hash over the manifests."""
         manifests = {split: self.reader(split).manifest for split in ("train", "heldout")}
         digest = hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
         keys = ("hook", "model", "dtype", "d_in", "sites", "complete", "rows")

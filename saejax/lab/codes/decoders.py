@@ -236,7 +236,7 @@ class Decoder:
 def decode(
     x: Float[Array, "b d"], dictionary: Float[Array, "n_atoms d"], k: int, decoder: Decoder | str
 ) -> Int[Array, "b n_atoms"]:
-    """Which atoms make up each signal, by any decoder.
+    """Decodes signals: the atoms of each, by any decoder.
 
     Args:
       x: signals, sums of k unit rows.

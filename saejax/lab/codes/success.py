@@ -82,7 +82,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Margins:
-    """What one-step decoders see: per dimension and trial, the two scores that decide."""
+    """Scores that decide one-step decoding: two per dimension and trial."""
 
     dims: np.ndarray
     """Dimensions, ascending, [n_dims]."""

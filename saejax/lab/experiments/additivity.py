@@ -82,7 +82,7 @@ TOLERANCE = 0.03
 
 
 def tolerance(layer: str, column: str, n_networks: int) -> float:
-    """How far the mean of n networks may be from the one network of the reference: two standard deviations.
+    """Tolerated distance of the mean of n networks from the reference's one network: two standard deviations.
 
     Both are draws from one distribution. With the variance of networks s^2 and that of draws t^2 their difference has
     the variance s^2 (1 + 1/n) + 2 t^2: the n networks share one draw. Anything narrower fails on a right installation.
@@ -246,7 +246,7 @@ def report(f: Any, pairs: Pairs) -> dict[str, float]:
 
 
 def _layer(net: classifier.MLP, params: Any, layer: int, rectify: bool) -> Any:
-    """What one layer computes, with or without its ReLU."""
+    """Output of one layer, with or without its ReLU."""
 
     def f(x: np.ndarray) -> jax.Array:
         h = net.pre_acts(params, jnp.asarray(x))[layer]
@@ -268,7 +268,7 @@ def _checks(values: dict[str, dict[str, dict[str, float]]], n_networks: int) -> 
 
 
 def _figure(values: dict[str, dict[str, dict[str, float]]]) -> Figure:
-    """What the usual evidence shows, and what R2 says."""
+    """Figure: the usual evidence beside R2."""
     figure, (left, right) = figures.new(2, 1, width=7.5)
     names = [layer.replace(", ", "\n").replace(" ", "\n", 1) for layer in values]
     columns = ("centred cos", "single cos", "retrieval")

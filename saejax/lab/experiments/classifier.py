@@ -85,7 +85,7 @@ class Classifier:
 
 
 def mixing(rng: np.random.Generator, z: Float[np.ndarray, "rows n"], *, depth: int = 4) -> Float[np.ndarray, "rows n"]:
-    """What the classifier sees of latents: x = g(z), injective and far from linear.
+    """Mixing map from latents to the classifier's input: x = g(z), injective and far from linear.
 
     g is `depth` random orthogonal maps, each followed by leaky-ReLU of slope 0.2, times 1.5. Four of them leave a
     linear map from x to z an R2 of about 0.7; with a milder g the experiments would prove nothing.

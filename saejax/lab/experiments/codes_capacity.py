@@ -68,7 +68,7 @@ class Capacity(Experiment):
         return checks
 
     def _fits(self, rows: list[dict[str, Any]]) -> list[Check]:
-        """What n_atoms features need."""
+        """Dimensions that n_atoms features need."""
         checks = []
         for row in rows:
             asked = f"for {self.n_atoms} features, {self.k} active: {row['rule']}"

@@ -46,7 +46,7 @@ dimensions."""
 
 
 def verdict(margin: float, *, superposed: bool) -> str:
-    """What a margin allows one to say.
+    """Verdict that a margin supports.
 
     Args:
       margin: dimensions over the dimensions that a rule asks for.
@@ -127,7 +127,7 @@ class Dimensionality(Experiment):
 
 
 def _effective_dimension(features: np.ndarray, x: np.ndarray) -> float:
-    """What independent features of equal rates must show: (tr C)^2 / tr C^2 with C the sum of their outer products.
+    """Effective dimension of independent features of equal rates: (tr C)^2 / tr C^2, C the sum of their outer products.
 
     A finite number of rows adds E|x|^4 / (E|x|^2)^2 / rows to the inverse.
     """

@@ -150,7 +150,7 @@ def _chunk_of(learner: Learner, chunk: int) -> Any:
 
 
 def _folded(sparsifier: base.Sparsifier, now: state.TrainState, n_tokens: int) -> model.SAE:
-    """What users hold: normalisation folded in, arrays of their own (the state's are donated)."""
+    """SAE for users: normalisation folded in, arrays of its own (the state's are donated)."""
     sparsifier, params = fold.folded(sparsifier, now.params, now.normalizer)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.array(leaf)), params)
     return model.SAE(sparsifier, params, {"tokens": n_tokens})

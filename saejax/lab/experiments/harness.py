@@ -101,7 +101,7 @@ def near(quantity: str, measured: float, target: float, tolerance: float, source
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run of an experiment gives back."""
+    """Result of an experiment."""
 
     values: dict[str, Any]
     """Every number behind the figure and the checks, JSON-able after `plain`."""

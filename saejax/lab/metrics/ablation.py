@@ -71,7 +71,7 @@ class DifferenceState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanDifference(metric.Metric):
-    """How much stronger each latent is on rows with a concept: what chooses the latents to ablate."""
+    """Difference of each latent's mean with and without a concept; it selects the latents to ablate."""
 
     name: ClassVar[str] = "mean_difference"
     batch_type: ClassVar[type] = ConceptBatch

@@ -58,7 +58,7 @@ class FamilyState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParentAbsorption(metric.Metric):
-    """How often a parent's latent is off where a child is on, against where the parent is alone."""
+    """Share of rows where a parent's latent is off: a child is on, against the parent alone."""
 
     name: ClassVar[str] = "parent_absorption"
     batch_type: ClassVar[type] = FamilyBatch

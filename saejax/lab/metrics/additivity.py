@@ -31,7 +31,7 @@ _TIE = 1e-6
 
 @struct.dataclass
 class PairBatch:
-    """What a network makes of A, of B, and of both together.
+    """A network's outputs for A, for B, and for both together.
 
     Attributes:
       f_a: Of A alone, [b, m] float32.
@@ -146,7 +146,7 @@ class Additivity(metric.Metric):
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdditivityRetrieval(rows.Kept, metric.Metric):
-    """What needs all pairs at once: the mean-centred cosine with its controls, and retrieval at 1.
+    """Scores that need all pairs at once: the mean-centred cosine with its controls, and retrieval at 1.
 
     Keeps three vectors per row on the host; n rows cost n^2 m operations.
     """

@@ -64,7 +64,7 @@ class SwapState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Binding(metric.Metric):
-    """How far apart the two bindings of the same parts lie, [0, inf); 0 for every sum of parts."""
+    """Distance between the two bindings of the same parts, [0, inf); 0 for every sum of parts."""
 
     name: ClassVar[str] = "binding"
     batch_type: ClassVar[type] = SwapBatch

@@ -45,7 +45,7 @@ class ErrorState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DarkMatter(metric.Metric):
-    """How much of the error is a linear function of the input. Keeps 2 d_in^2 sums."""
+    """Share of the error that is a linear function of the input. Keeps 2 d_in^2 sums."""
 
     name: ClassVar[str] = "dark_matter"
 

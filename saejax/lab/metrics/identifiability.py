@@ -146,7 +146,7 @@ class LinearProbe(metric.Metric):
 
 @struct.dataclass
 class ClassBatch:
-    """What a classifier says, and what the best one would.
+    """A classifier's logits, and those of the best one.
 
     Attributes:
       logits: Of the classifier, [b, n_classes] float32.
@@ -175,7 +175,7 @@ class ClassState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossEntropyGap(metric.Metric):
-    """How far a classifier is from the best possible one, in nats."""
+    """Distance of a classifier from the best possible one, in nats."""
 
     name: ClassVar[str] = "cross_entropy_gap"
     batch_type: ClassVar[type] = ClassBatch

@@ -61,7 +61,7 @@ class _Described(rows.Kept):
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Intruder(_Described, metric.Metric):
-    """How often a row where a unit is silent stands out from those where it is strong; chance 1 / (n_top + 1)."""
+    """Rate at which a row where a unit is silent stands out from its strong rows; chance 1 / (n_top + 1)."""
 
     name: ClassVar[str] = "intruder"
     batch_type: ClassVar[type] = DescribedBatch

@@ -93,7 +93,7 @@ def auroc(
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Polysemanticity(_Labelled, metric.Metric):
-    """How many labels each latent tells, and how mixed the labels of its strongest rows are."""
+    """Number of labels that each latent tells, and how mixed the labels of its strongest rows are."""
 
     name: ClassVar[str] = "polysemanticity"
     batch_type: ClassVar[type] = LabelBatch

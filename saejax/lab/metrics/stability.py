@@ -61,7 +61,7 @@ def pairwise_mcc(
     seed: int = 0,
     block: int = 1024,
 ) -> dict[str, float | np.ndarray]:
-    """How far dictionaries of different seeds are the same one, up to order, length and sign.
+    """Agreement of dictionaries of different seeds, up to order, length and sign.
 
     Args:
       dictionaries: At least two, of one width.
@@ -108,7 +108,7 @@ def shared_fraction(
     seed: int = 0,
     block: int = 1024,
 ) -> dict[str, float]:
-    """Which share of latents two SAEs have in common, by decoder and encoder together.
+    """Share of latents that two SAEs have in common, by decoder and encoder together.
 
     Args:
       decoders: W_dec of both, rows are latents.
@@ -156,7 +156,7 @@ def stabilisation(
     seed: int = 0,
     block: int = 1024,
 ) -> dict[str, float]:
-    """How much closer dictionaries came during training, and whether they began as one.
+    """Gain in agreement during training, and whether the dictionaries began as one.
 
     Args:
       initial: Dictionaries before training, one per run.

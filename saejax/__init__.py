@@ -1,6 +1,6 @@
 """saejax: train sparse autoencoders on neural-network activations, on any number of devices, in JAX.
 
-Example:
+Examples:
   >>> import saejax
   >>> sae = saejax.load("runs/topk")                                 # doctest: +SKIP
   >>> latents = sae.encode(x)                                        # doctest: +SKIP

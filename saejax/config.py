@@ -79,7 +79,7 @@ class Config:
     train: Fixed[settings.TrainConfig] = dataclasses.field(default_factory=settings.TrainConfig)
     """Length, batch and rhythm."""
     checkpoint: Place[checkpoint.CheckpointConfig] = dataclasses.field(default_factory=checkpoint.CheckpointConfig)
-    """What is saved when."""
+    """Time and number of checkpoints."""
     tracker: Place[tracking.TrackerConfig] = dataclasses.field(default_factory=tracking.TrackerConfig)
     """W&B beside metrics.jsonl."""
     seed: Fixed[int] = 0
@@ -112,7 +112,7 @@ class Config:
 
     @property
     def averaged(self) -> bool:
-        """Whether an average of the parameters is what is evaluated, exported and loaded."""
+        """Whether an average of the parameters is evaluated, exported and loaded."""
         return self.optim.averages or self.train.ema_decay is not None
 
 

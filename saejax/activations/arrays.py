@@ -88,7 +88,7 @@ class Arrays(ActivationSource):
         return {"type": self.name, "heldout_share": self.heldout_share, "identity": identity, "parts": parts}
 
     def differs_from(self, saved: Mapping[str, Any]) -> str | None:
-        """As of every source; what older versions recorded is compared by what it says, the ends of the files."""
+        """As for every source; records of older versions are compared by the ends of the files, their only content."""
         if isinstance(parts := saved.get("parts"), list) and "identity" not in saved:
             now = {"type": self.name, "heldout_share": self.heldout_share, "parts": self._ends()}
             kept = [{key: part[key] for key in part if key != "file"} for part in parts if isinstance(part, dict)]

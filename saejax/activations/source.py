@@ -73,7 +73,7 @@ class ActivationSource(abc.ABC):
         """Description of the data for people, JSON-able; holds the `identity` under that key."""
 
     def differs_from(self, saved: Mapping[str, Any]) -> str | None:
-        """Says in one phrase what the data differ in from those that a run had; None where they are the same.
+        """Returns one phrase about the difference between these data and a run's; None where they are the same.
 
         Args:
             saved: an `identity`, or a `fingerprint`, as it was recorded; by older versions too.
@@ -126,7 +126,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     Returns:
         None where they are equal.
 
-    Example:
+    Examples:
         >>> differences({"type": "store", "hook": "a", "sha256": "12"}, {"type": "store", "hook": "b", "sha256": "34"})
         'hook was a and is b'
         >>> differences({"train": {"rows": 8, "sha256": "12"}}, {"train": {"rows": 8, "sha256": "34"}})

@@ -42,7 +42,7 @@ def knee(
     Raises:
       UserError: shapes that do not fit, fewer than 3 distinct x, values that are not finite, or no draws.
 
-    Example:
+    Examples:
       >>> found = knee(np.arange(5.0), np.array([1.0, 0.2, 0.1, 0.05, 0.0]))
       >>> found["knee_index"], found["knee_x"]
       (1.0, 1.0)

@@ -112,7 +112,7 @@ def predicted(segments: Tokens) -> Bool[np.ndarray, "b t"]:
     Returns:
       [b, s - 1]; entry t stands for the prediction of token t + 1.
 
-    Example:
+    Examples:
       >>> predicted(np.array([[1, 1, 1, 2, 2, 2, 0, 0]])).tolist()
       [[False, True, False, False, True, False, False]]
     """

@@ -17,7 +17,7 @@ _HARD_SIZE = 4096
 def unit_rows(directions: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Returns the rows at length 1, in float64; rows of zeros stay zeros.
 
-    Example:
+    Examples:
       >>> unit_rows(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
       [[0.6, 0.8], [0.0, 0.0]]
     """
@@ -57,7 +57,7 @@ def matched(similarity: Float[np.ndarray, "n m"]) -> Int[np.ndarray, "m"]:
     Returns:
       [m] int64; as many entries are >= 0 as the smaller side has.
 
-    Example:
+    Examples:
       >>> matched(np.array([[0.9, 0.8, 0.0], [0.8, 0.1, 0.0]])).tolist()
       [1, 0, -1]
     """

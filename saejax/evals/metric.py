@@ -28,11 +28,11 @@ class EvalBatch:
     """One batch seen by every metric, all in the data's own scale.
 
     Attributes:
-      x: Activations that are to be written, [b, d_out] float32: of an SAE those that it reads.
+      x: Target activations, [b, d_out] float32; for an SAE these are its input.
       recon: Their reconstructions, [b, d_out] float32.
       encoding: The latents behind them.
       weight: 1 for a real row, 0 for padding, [b] float32.
-      W_dec: What one unit of each latent adds to `recon`, [d_sae, d_out] float32.
+      W_dec: Contribution of one unit of each latent to `recon`, [d_sae, d_out] float32.
       b_dec: The reconstruction where no latent fires, [d_out] float32 (of a transcoder with skip: at x = 0).
     """
 
@@ -62,7 +62,7 @@ class Metric(abc.ABC):
 
     name: ClassVar[str]
     batch_type: ClassVar[type] = EvalBatch
-    """The struct that `update` takes."""
+    """Struct that `update` takes."""
     on_host: ClassVar[bool] = False
     """Whether `update` takes numpy batches of real rows, uncompiled, because it sorts or keeps rows."""
 
@@ -120,7 +120,7 @@ def without_padding(batch: Any) -> Any:
     Args:
       batch: See `Metric`; `weight` None is a batch of real rows.
 
-    Example:
+    Examples:
       >>> batch = EvalBatch(*[jnp.array([[1.0], [jnp.nan]])] * 2, base.Encoding(), jnp.array([1.0, 0.0]), None, None)
       >>> without_padding(batch).x.tolist()
       [[1.0], [0.0]]
@@ -211,7 +211,7 @@ def same_width(**arrays: Any) -> None:
 def ratio(numerator: Any, denominator: Any) -> float:
     """Quotient of two sums as a Python float; NaN, never an error, where the denominator is 0.
 
-    Example:
+    Examples:
       >>> ratio(1.0, 4.0), ratio(1.0, 0.0)
       (0.25, nan)
     """

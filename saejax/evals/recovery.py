@@ -60,7 +60,7 @@ def dictionary_recovery(
     Raises:
       UserError: the widths differ.
 
-    Example:
+    Examples:
       >>> scores = dictionary_recovery(-np.eye(3)[[2, 0, 1]], np.eye(3))
       >>> scores["mcc"], scores["match"].tolist()
       (1.0, [1, 2, 0])

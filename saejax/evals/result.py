@@ -11,12 +11,12 @@ from saejax.storage import atomic
 
 
 class EvalResult(dict[str, float]):
-    """The metrics of one evaluation: a flat dict of numbers, with what does not fit into one beside it.
+    """Metrics of one evaluation: a flat dict of numbers, with arrays and definitions as attributes.
 
     Attributes:
       arrays: Metrics that are arrays (`firing_rate`, `gain`, the density histogram), by flat key.
       definitions: One exact sentence for each key of the numbers and of the arrays.
-      data: What was evaluated: rows, batch_rows, and what the caller adds.
+      data: Record of the evaluated data: rows, batch_rows, and the caller's additions.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class EvalResult(dict[str, float]):
         definitions: Mapping[str, str],
         data: dict[str, Any] | None = None,
     ) -> "EvalResult":
-        """Sorts values into numbers and arrays and keeps the definitions of those that are there."""
+        """Sorts values into numbers and arrays, and keeps their definitions."""
         arrays = {key: value for key, value in values.items() if isinstance(value, np.ndarray)}
         numbers = {key: float(value) for key, value in values.items() if key not in arrays}
         return cls(numbers, arrays=arrays, definitions={key: definitions[key] for key in values}, data=data)

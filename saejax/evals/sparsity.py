@@ -247,7 +247,7 @@ class Activity(metric.Metric):
 def _quantile_key(quantile: float) -> str:
     """Key of a quantile of l0.
 
-    Example:
+    Examples:
       >>> _quantile_key(0.05), _quantile_key(1.0)
       ('l0_q05', 'l0_q100')
     """
@@ -257,7 +257,7 @@ def _quantile_key(quantile: float) -> str:
 def _dead_key(window: int) -> str:
     """Key of a window, short for powers of ten.
 
-    Example:
+    Examples:
       >>> _dead_key(100_000), _dead_key(250)
       ('dead_fraction_1e5_tokens', 'dead_fraction_250_tokens')
     """

@@ -78,7 +78,7 @@ def for_hydra(arguments: Iterable[str], keys: Mapping[str, PathKey], *, sweep: b
     Returns:
       The same, paths in quotes where they need them. What is in quotes stays, and so does `${...}`.
 
-    Example:
+    Examples:
       >>> for_hydra(["run=runs/k=2", "step=3"], {"run": PathKey()})
       ["run='runs/k=2'", 'step=3']
     """
@@ -120,7 +120,7 @@ def _for_hydra(text: str) -> str:
 def for_dotlist(arguments: Iterable[str], keys: Mapping[str, PathKey]) -> list[str]:
     """As `for_hydra`, for OmegaConf's dot lists, whose values are YAML.
 
-    Example:
+    Examples:
       >>> for_dotlist(["source.path=a: #1", "seed=3"], {"source.path": PathKey()})
       ['source.path="a: #1"', 'seed=3']
     """
@@ -204,7 +204,7 @@ def check_flags(arguments: Iterable[str], flags: Iterable[str] = ()) -> None:
 def near(word: str, known: Iterable[str]) -> str:
     """Suggestion for a typo, as the rest of a line: `; did you mean --help?`, or nothing.
 
-    Example:
+    Examples:
       >>> near("--hlep", ["--help", "-m"])
       '; did you mean --help?'
     """

@@ -39,7 +39,7 @@ def parsed(words: Iterable[str]) -> list[Override]:
     Raises:
       UserError: the first one that is none.
 
-    Example:
+    Examples:
       >>> [(found.key_or_group, found.value()) for found in parsed(["sae=topk", "sae.k=4"])]
       [('sae', 'topk'), ('sae.k', 4)]
       >>> parsed(["sae..k=3"])
@@ -89,7 +89,7 @@ def dotlist(words: Iterable[str]) -> DictConfig:
     Raises:
       UserError: the first one that is none.
 
-    Example:
+    Examples:
       >>> dotlist(["optim.lr=0.1"])
       {'optim': {'lr': 0.1}}
     """

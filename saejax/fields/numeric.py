@@ -48,7 +48,7 @@ def check(config: Any, prefix: str = "", *, on_host: Collection[str] = ()) -> No
     Raises:
       UserError: NaN, an infinity, a truth value, a text, a number out of range; with the key, the value and the rule.
 
-    Example:
+    Examples:
       >>> @dataclasses.dataclass(frozen=True)
       ... class Rate:
       ...     lr: float

@@ -44,7 +44,7 @@ def local(path: str | os.PathLike[str], field: str) -> Path:
     Raises:
       UserError: an address such as gs://bucket/x, an empty path, one with a NUL, or one that is no UTF-8.
 
-    Example:
+    Examples:
       >>> local("gs://bucket/store", "source.path")
       Traceback (most recent call last):
       saejax.errors.UserError: source.path must be a path of this machine, got gs://bucket/store: ...
@@ -114,7 +114,7 @@ def _kind(hint: Any) -> Kind | None:
 def for_hydra(value: str) -> str:
     """A value that Hydra reads back as this very text.
 
-    Example:
+    Examples:
       >>> print(for_hydra("runs/a"), for_hydra("runs/k=2,x=1"))
       runs/a 'runs/k=2,x=1'
     """
@@ -133,7 +133,7 @@ def quoted(value: str) -> str:
 def unplaced(value: Any) -> Any:
     """A value for other people: of a path of this machine only its last part, in nested dicts and lists too.
 
-    Example:
+    Examples:
       >>> unplaced({"path": "/data/st", "k": 3, "models": ["torch:/models/llama", "gpt2"]})
       {'path': 'st', 'k': 3, 'models': ['torch:llama', 'gpt2']}
     """
@@ -154,7 +154,7 @@ def typed(key: str, path: str | os.PathLike[str]) -> str:
       key: of the command line; `resume` is read by saejax, every other key by Hydra.
       path: of any characters.
 
-    Example:
+    Examples:
       >>> print(typed("run", "runs/a"), typed("run", "my runs/k=2"), typed("resume", "my runs/k=2"))
       run=runs/a 'run='"'"'my runs/k=2'"'"'' 'resume=my runs/k=2'
     """

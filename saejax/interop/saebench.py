@@ -87,7 +87,7 @@ def adapter(
     Raises:
       UserError: PyTorch is missing, the architecture cannot be written, a decoder row is 0, model or hook is unknown.
 
-    Example:
+    Examples:
       selected_saes = [("my_release", adapter(saejax.load("runs/X"), model_name="gpt2"))]
     """
     if not HAS_TORCH:

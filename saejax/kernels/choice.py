@@ -76,7 +76,7 @@ def of(
     Raises:
       UserError: Where the text is malformed, or names pallas on a device that cannot run it.
 
-    Example:
+    Examples:
       >>> with use("accumulate=dense"):
       ...     of(Operation.accumulate, Form.sparse, width=4).name
       'dense'
@@ -124,7 +124,7 @@ def parse(text: str) -> dict[Operation, Form]:
     Raises:
       UserError: In one line.
 
-    Example:
+    Examples:
       >>> {k.name: v.name for k, v in parse("encode=pallas, dot=sparse").items()}
       {'encode': 'pallas', 'dot': 'sparse'}
     """

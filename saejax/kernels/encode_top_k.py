@@ -36,7 +36,7 @@ def encode_top_k(
     Returns:
       Values in descending order and int32 indices; of equal values the lowest index comes first.
 
-    Example:
+    Examples:
       >>> encoder = jnp.eye(2), jnp.array([0.0, 2.0]), jnp.zeros(2)
       >>> values, indices = encode_top_k(jnp.array([[3.0, 0.0]]), *encoder, 2, "float32")
       >>> values.tolist(), indices.tolist()

@@ -19,7 +19,7 @@ def kth_largest(values: Float[Array, "b n"], k: int) -> Float[Array, ""]:
       values: Entries of at least 0 (infinity allowed, no NaN), fewer than 2^31 of them.
       k: In [1, b n].
 
-    Example:
+    Examples:
       >>> float(kth_largest(jnp.array([[0.0, 3.0], [1.0, 3.0]]), 3))
       1.0
     """

@@ -73,7 +73,7 @@ def load(ref: Any, interpret: Interpret) -> jax.Array:
 def divisor(n: int, largest: int, smallest: int) -> int | None:
     """Returns the largest power of two in [smallest, largest] that divides n; None without one.
 
-    Example:
+    Examples:
       >>> divisor(768, 1024, 128), divisor(4096, 1024, 128), divisor(100, 1024, 128)
       (256, 1024, None)
     """

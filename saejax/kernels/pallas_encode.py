@@ -57,7 +57,7 @@ def kept_per_tile(k: int, n_tiles: int) -> int:
 
     The smallest c with :math:`n P(\\mathrm{Poisson}(k / n) \\ge c) \\le 10^{-5}` over n tiles, at most k and TILE.
 
-    Example:
+    Examples:
       >>> kept_per_tile(64, 512), kept_per_tile(64, 64), kept_per_tile(3, 1)
       (6, 10, 3)
     """

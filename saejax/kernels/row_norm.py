@@ -25,7 +25,7 @@ def normalized(
 ) -> tuple[Float[Array, "... d_in"], Float[Array, "... 1"], Float[Array, "... 1"]]:
     """Returns normalised rows, and the means and scales that undo it (rows * scale + mean).
 
-    Example:
+    Examples:
       >>> rows, mean, scale = normalized(jnp.array([[1.0, 3.0]]))
       >>> [round(float(v), 3) for v in (*rows[0], mean[0, 0], scale[0, 0])]
       [-1.0, 1.0, 2.0, 1.0]

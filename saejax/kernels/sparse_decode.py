@@ -31,7 +31,7 @@ def sparse_decode(
       indices: Rows of `W_dec`, in [0, d_sae); repeats add up.
       W_dec: One row per latent.
 
-    Example:
+    Examples:
       >>> sparse_decode(jnp.array([[2.0, 1.0]]), jnp.array([[0, 2]]), jnp.eye(3)).tolist()
       [[2.0, 0.0, 1.0]]
     """
@@ -72,7 +72,7 @@ def squared_error(
       W_dec: One row per latent.
       y: What the code shall reconstruct.
 
-    Example:
+    Examples:
       >>> error, residual = squared_error(jnp.array([[2.0]]), jnp.array([[1]]), jnp.eye(2), jnp.array([[1.0, 2.0]]))
       >>> float(error), residual.tolist()
       (1.0, [[1.0, 0.0]])

@@ -30,7 +30,7 @@ def top_k(pre_acts: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], I
     Returns:
       Values in descending order and int32 indices; of equal values the lowest index comes first.
 
-    Example:
+    Examples:
       >>> values, indices = top_k(jnp.array([[1.0, 3.0, 3.0, 2.0]]), 3)
       >>> values.tolist(), indices.tolist()
       ([[3.0, 3.0, 2.0]], [[1, 2, 3]])

@@ -114,7 +114,7 @@ class MeshConfig:
         Raises:
           UserError: the mesh needs more devices than there are.
 
-        Example:
+        Examples:
           >>> MeshConfig(latent=2).shape(8), MeshConfig().shape(6, n_lanes=8)
           ((4, 2), (4, 1))
         """

@@ -231,7 +231,7 @@ def _brief(value: float) -> str:
 def _share(value: float) -> str:
     """Percent with as many digits as it needs.
 
-    Example:
+    Examples:
       >>> _share(0.0123), _share(0.5), _share(0.0)
       ('1.23 %', '50 %', '0 %')
     """

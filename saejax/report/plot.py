@@ -137,7 +137,7 @@ def scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str) 
 def human(value: float, digits: int = 4) -> str:
     """Formats a number for people: `digits` significant digits, k and M for large ones.
 
-    Example:
+    Examples:
       >>> human(0.23456), human(1_250_000), human(32), human(0.0000123)
       ('0.2346', '1.25M', '32', '1.23e-05')
     """

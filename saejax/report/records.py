@@ -84,7 +84,7 @@ def read(path: str | Path) -> Run:
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Flattens nested dicts to dotted keys; lists stay values.
 
-    Example:
+    Examples:
       >>> flatten({"sae": {"type": "topk", "k": 32}, "seed": 0})
       {'sae.type': 'topk', 'sae.k': 32, 'seed': 0}
     """

@@ -216,7 +216,7 @@ def differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 def pareto(points: Sequence[tuple[float | None, float | None]]) -> set[int]:
     """Indices of the points that no other point beats: not larger in both values and smaller in one.
 
-    Example:
+    Examples:
       >>> sorted(pareto([(16, 0.3), (32, 0.2), (32, 0.25), (None, 0.1), (64, 0.2)]))
       [0, 1]
     """

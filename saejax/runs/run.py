@@ -49,7 +49,7 @@ Put = Callable[[np.ndarray], jax.Array]
 
 
 def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> loop.Outcome:
-    """Run a training to its end or to a signal, and leave everything in its run directory.
+    """Train to the end or to a signal; everything is saved in the run directory.
 
     Args:
       cfg: see `config.Config`.

@@ -24,7 +24,7 @@ from saejax.sae import base
 class AbsTopK(base.Sparsifier):
     """Signed TopK sparse autoencoder.
 
-    Example:
+    Examples:
       >>> AbsTopK(d_in=16, d_sae=64, k=65)
       Traceback (most recent call last):
       ...

@@ -49,7 +49,7 @@ class Sparsifier(Layout, abc.ABC):
     leaves: ClassVar[dict[str, int | None]] = {}
     """Arrays of `extra`: the axis with one entry per latent, along which a mesh splits them; None: on every device."""
     knobs: ClassVar[tuple[str, ...]] = ()
-    """Fields in which members of an ensemble may differ; they change neither a shape (but for k) nor the data."""
+    """Fields in which members of an ensemble may differ; they change neither a shape (except k) nor the data."""
     whitens: ClassVar[bool] = True
     """Whether a whitening of the rows folds into the weights."""
 
@@ -65,7 +65,7 @@ class Sparsifier(Layout, abc.ABC):
 
     @property
     def row_norm(self) -> row_norm.RowNorm | None:
-        """How the SAE normalises every row by itself; None where it does not."""
+        """Normalisation of every row by itself; None without one."""
         return None
 
     @property
@@ -94,10 +94,10 @@ class Sparsifier(Layout, abc.ABC):
     def objective(
         self, params: SAEParams, x: Float[Array, "b d_in"], target: Float[Array, "b d_out"], step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], Aux]:
-        """Returns the training loss of one batch but for AuxK, and what it was made of."""
+        """Returns the training loss of one batch without AuxK, and its auxiliary results."""
 
     def n_best(self, step: Int[Array, ""] | None) -> int | None:
-        """Returns how many of the largest pre-activations of a row decide about its code; None where all do."""
+        """Returns how many of a row's largest pre-activations decide its code; None where all do."""
         return None
 
     def keep(self, values: Float[Array, "b n"], indices: Int[Array, "b n"], step: Int[Array, ""] | None) -> Encoding:
@@ -105,7 +105,7 @@ class Sparsifier(Layout, abc.ABC):
         raise NotImplementedError
 
     def extra(self) -> dict[str, jax.Array]:
-        """Returns the parameters that the architecture adds, as they start."""
+        """Returns the architecture's extra parameters at their start."""
         return {}
 
     def fold_extra(
@@ -115,7 +115,7 @@ class Sparsifier(Layout, abc.ABC):
         return {}
 
     def constrain_extra(self, params: SAEParams) -> dict[str, jax.Array]:
-        """Returns those of `extra()`'s parameters that have bounds, mapped back into them."""
+        """Returns the bounded ones of `extra()`'s parameters, mapped back into their bounds."""
         return {}
 
     def track(self, params: SAEParams, aux: Aux, step: Int[Array, ""]) -> SAEParams:
@@ -169,7 +169,7 @@ class Sparsifier(Layout, abc.ABC):
     def pre_activations(
         self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None = None
     ) -> Float[Array, "b d_sae"]:
-        """Returns what the encoder gives each latent before the activation, differentiable."""
+        """Returns the encoder's output for each latent before the activation, differentiable."""
         read, carried = self.encoder_inputs(params, x, step)
         return encoders.product(self, params, read, carried)
 
@@ -207,13 +207,13 @@ class Sparsifier(Layout, abc.ABC):
         return recon + params.b_dec[None, :]
 
     def skipped(self, params: SAEParams, x: Float[Array, "b d_in"]) -> Float[Array, "b d_out"]:
-        """Returns what goes past the latents with `skip`: x W_skip."""
+        """Returns the part of the output that bypasses the latents with `skip`: x W_skip."""
         return matmul.matmul(x, params.extra["W_skip"], self.matmul_dtype.value)
 
     def add_skip(
         self, params: SAEParams, recon: Float[Array, "b d_out"], x: Float[Array, "b d_in"]
     ) -> Float[Array, "b d_out"]:
-        """Returns `recon` plus what goes past the latents, if anything does."""
+        """Returns `recon` plus the part that bypasses the latents, if any."""
         return recon + self.skipped(params, x) if self.skip else recon
 
     def decoder_norms(self, params: SAEParams) -> Float[Array, " d_sae"]:
@@ -246,7 +246,7 @@ class Sparsifier(Layout, abc.ABC):
         dead: Bool[Array, " d_sae"],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Aux]:
-        """Returns the training loss of one batch and what it was made of.
+        """Returns the training loss of one batch and its auxiliary results.
 
         Args:
           params: Parameters.
@@ -304,7 +304,7 @@ class Sparsifier(Layout, abc.ABC):
         return constraint.constrain(self, params)
 
     def project(self, params: SAEParams, grads: SAEParams) -> SAEParams:
-        """Removes from gradients what the constraint would undo; call before the optimiser."""
+        """Removes the part of gradients that the constraint would undo; call before the optimiser."""
         return constraint.project(self, params, grads)
 
     def fold(self, params: SAEParams, *, mean: Float[Array, " d_row"], scale: Float[Array, "..."]) -> SAEParams:

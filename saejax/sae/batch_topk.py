@@ -24,7 +24,7 @@ from saejax.sae import base, selection
 class BatchTopK(base.Sparsifier):
     """BatchTopK sparse autoencoder.
 
-    Example:
+    Examples:
       >>> BatchTopK(d_in=16, d_sae=64, k=0)
       Traceback (most recent call last):
       ...
@@ -48,7 +48,7 @@ class BatchTopK(base.Sparsifier):
         return self.k
 
     def activate(self, params, pre_acts, step=None):
-        """Returns the best of the batch in training, what is above the threshold at inference."""
+        """Returns the best latents of the batch in training, and those above the threshold at inference."""
         if step is None:
             return selection.above(pre_acts, params.extra["threshold"], self.k)
         return selection.of_batch(pre_acts, self.k)

@@ -19,7 +19,7 @@ class Encoding:
       latents: [b, d_sae] float32, or None when k-sparse.
       d_sae: Number of latents (static).
 
-    Example:
+    Examples:
       >>> e = Encoding(values=jnp.array([[2.0, 0.0]]), indices=jnp.array([[1, 0]]), d_sae=3)
       >>> e.dense().tolist(), e.l0().tolist(), e.fired().tolist()
       ([[0.0, 2.0, 0.0]], [1.0], [False, True, False])

@@ -32,7 +32,7 @@ from saejax.sae.layout import EncoderKind
 class Gated(base.Sparsifier):
     """Gated sparse autoencoder.
 
-    Example:
+    Examples:
       >>> Gated(d_in=16, d_sae=64, unit_decoder=False)
       Traceback (most recent call last):
       ...

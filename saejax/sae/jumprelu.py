@@ -48,7 +48,7 @@ class SparsityPenalty(enum.Enum):
 class JumpReLU(base.Sparsifier):
     """JumpReLU sparse autoencoder; the defaults are Gemma Scope's and assume E||x||^2 = 1.
 
-    Example:
+    Examples:
       >>> JumpReLU(d_in=16, d_sae=64, bandwidth=0.0)
       Traceback (most recent call last):
       ...

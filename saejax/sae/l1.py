@@ -37,7 +37,7 @@ class Penalty(enum.Enum):
 class L1(base.Sparsifier):
     """ReLU sparse autoencoder with an L1 penalty.
 
-    Example:
+    Examples:
       >>> L1(d_in=16, d_sae=64, l1_coef=-1.0)
       Traceback (most recent call last):
       ...

@@ -69,7 +69,7 @@ def read(family: Family, sites: tuple[int, ...]) -> tuple[int, ...]:
 def written(family: Family, sites: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the widths of the sites that are written.
 
-    Example:
+    Examples:
       >>> written(Family.clt, (8, 8, 8, 8)), written(Family.crosscoder, (8, 4))
       ((8, 8), (8, 4))
     """
@@ -81,14 +81,14 @@ class Layout:
     """Fields that every architecture has, and the widths that follow from them."""
 
     d_in: Fixed[int]
-    """Width of what is read; at least 1. Of several sites it is the sum."""
+    """Width of the input, at least 1; with several sites their sum."""
     d_sae: Fixed[int]
     """Number of latents; at least 1. Usual: 8 to 64 times d_in."""
     family: Fixed[Family] = Family.sae
     """`sae`, `transcoder` (reads the first half of the sites, writes the second), `crosscoder` (reads and writes all)
     or `clt` (cross-layer transcoder)."""
     sites: Fixed[tuple[int, ...]] = ()
-    """Widths of the parts of a row, in order; [] is one part. Of sources with several, these."""
+    """Widths of the parts of a row (sites), in order; [] means one part. A source with several sites sets them."""
     skip: Fixed[bool] = False
     """Whether a transcoder also has a linear map from its input to its target, zero at the start."""
     matmul_dtype: Fixed[MatmulDtype] = MatmulDtype.float32
@@ -189,7 +189,7 @@ class Layout:
 def shared(layout: Layout) -> dict[str, Any]:
     """Returns the fields that every architecture has, for another architecture of the same sizes.
 
-    Example:
+    Examples:
       >>> shared(Layout(d_in=8, d_sae=32))["d_sae"]
       32
     """

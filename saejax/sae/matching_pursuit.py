@@ -30,7 +30,7 @@ from saejax.sae.layout import EncoderKind, Family
 class MatchingPursuit(base.Sparsifier):
     """Matching pursuit sparse autoencoder.
 
-    Example:
+    Examples:
       >>> MatchingPursuit(d_in=16, d_sae=64, encoder=EncoderKind.mlp)
       Traceback (most recent call last):
       ...

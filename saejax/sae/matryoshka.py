@@ -37,7 +37,7 @@ class Selection(enum.Enum):
 class Matryoshka(base.Sparsifier):
     """Matryoshka sparse autoencoder.
 
-    Example:
+    Examples:
       >>> Matryoshka(d_in=16, d_sae=64, k=8).widths
       (2, 6, 14, 30, 64)
       >>> Matryoshka(d_in=16, d_sae=64, k=8, prefixes=(8, 32))
@@ -53,7 +53,7 @@ class Matryoshka(base.Sparsifier):
     k: Fixed[int] = 32
     """Latents kept per row (on average, with batch_topk), in [1, d_sae]."""
     selection: Fixed[Selection] = Selection.batch_topk
-    """Which latents are kept: `batch_topk` or `topk`."""
+    """Selection of the kept latents: `batch_topk` or `topk`."""
     prefixes: Fixed[tuple[int, ...]] = ()
     """Numbers of latents that must reconstruct alone, rising, the last d_sae; [] takes 1/32, 3/32, 7/32, 15/32, 1."""
 

@@ -23,7 +23,7 @@ class SAE:
       params: Parameters in the data's own scale.
       provenance: Where it comes from (model, hook, data, versions), JSON-able.
 
-    Example:
+    Examples:
       >>> from saejax.sae import TopK
       >>> config = TopK(d_in=8, d_sae=32, k=4)
       >>> sae = SAE(config, config.init(jax.random.key(0)))
@@ -49,7 +49,7 @@ class SAE:
         return self.sparsifier.sites or (self.sparsifier.d_in,)
 
     def split(self, rows: Float[Array, "... d_row"]) -> tuple[Float[Array, "... d_in"], Float[Array, "... d_out"]]:
-        """Returns what is read of rows of all sites, and what is to be written: twice the same, but for transcoders."""
+        """Splits rows of all sites into input and target; both are the same, except for transcoders."""
         whole, lead = self._rows(rows, self.sparsifier.d_row, "d_row")
         x, target = self.sparsifier.split(whole)
         return x.reshape(*lead, -1), target.reshape(*lead, -1)
@@ -60,7 +60,7 @@ class SAE:
         return _encode_dense(self.sparsifier, self.params, rows).reshape(*lead, self.sparsifier.d_sae)
 
     def encoding(self, x: Float[Array, "b d_in"]) -> base.Encoding:
-        """Returns the latents in the architecture's own form (k-sparse where it is)."""
+        """Returns the latents in the architecture's own form, k-sparse or dense."""
         rows, _ = self._rows(x, self.sparsifier.d_in, "d_in")
         return _encode(self.sparsifier, self.params, rows)
 
@@ -70,11 +70,11 @@ class SAE:
         """Returns the reconstruction from dense latents, or from an `Encoding`.
 
         Args:
-          latents: One row of latents for every row.
-          x: What they came from; only read by a transcoder with `skip`, which needs it.
+          latents: Latents, one row per reconstruction.
+          x: Input of the latents; only a transcoder with `skip` needs it.
 
         Raises:
-          ValueError: a wrong width, or no `x` where what skips the latents needs it.
+          ValueError: a wrong width, or a transcoder with `skip` without `x`.
         """
         if self.sparsifier.skip and x is None:
             raise ValueError("decode needs x as well: this transcoder has a linear map past its latents (skip=true)")
@@ -88,7 +88,7 @@ class SAE:
         return recon if isinstance(latents, base.Encoding) else recon.reshape(*lead, self.sparsifier.d_out)
 
     def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
-        """Returns the reconstruction of x, or what a transcoder predicts from it."""
+        """Returns the reconstruction of x, or a transcoder's prediction from it."""
         rows, lead = self._rows(x, self.sparsifier.d_in, "d_in")
         return _reconstruct(self.sparsifier, self.params, rows).reshape(*lead, self.sparsifier.d_out)
 

@@ -77,7 +77,7 @@ def groups(layout: Layout) -> Int[Array, " d_sae"]:
 def mask(layout: Layout) -> Bool[Array, "d_sae d_out"]:
     """Returns which entries of W_dec a cross-layer transcoder has; computed, never stored.
 
-    Example:
+    Examples:
       >>> from saejax.sae import Family, TopK
       >>> mask(TopK(d_in=2, d_sae=2, k=1, family=Family.clt, sites=(1, 1, 2, 1))).astype(int).tolist()
       [[1, 1, 1], [0, 0, 1]]

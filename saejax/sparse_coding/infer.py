@@ -82,7 +82,7 @@ def infer(
     Raises:
       UserError: An argument is missing, not used by the method, or cannot be right.
 
-    Example:
+    Examples:
       >>> solution = infer(jnp.array([[0.0, 3.0, -1.0]]), jnp.eye(3), k=2)
       >>> solution.dense().tolist(), solution.converged.tolist()
       ([[0.0, 3.0, 0.0]], [True])

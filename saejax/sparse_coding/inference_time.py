@@ -46,7 +46,7 @@ def encode(
       max_iterations: As in `infer`.
       tolerance: As in `infer`.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from saejax.sae import TopK
       >>> config = TopK(d_in=8, d_sae=32, k=4)

@@ -107,7 +107,7 @@ def learn(
     Raises:
       UserError: an argument is out of range, or there are too few signals that are not zero to start from.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> codes = np.random.default_rng(0).random((512, 3)) * np.eye(3)[np.arange(512) % 3]
       >>> found = learn(codes @ np.eye(3)[:, [1, 2, 0]], 3, l1_coef=0.05, batch=64, n_steps=30)

@@ -33,7 +33,7 @@ def refit(y: Float[Array, "b d"], dictionary: Float[Array, "n d"], solution: Sol
 
     Source: Gao et al., Scaling and evaluating sparse autoencoders, 2024, section 5.1.
 
-    Example:
+    Examples:
       >>> from saejax.sparse_coding import infer
       >>> y, eye = jnp.array([[3.0, 0.0]]), jnp.eye(2)
       >>> shrunk = infer(y, eye, method="fista", l1_coef=1.0)

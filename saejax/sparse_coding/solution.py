@@ -25,7 +25,7 @@ class Solution:
       latents: [b, n_atoms] float32, or None when k-sparse.
       n_atoms: Rows of the dictionary (static).
 
-    Example:
+    Examples:
       >>> one = jnp.ones(1)
       >>> Solution(one, one, one > 0, one, jnp.array([[2.0, 0.0]]), jnp.array([[1, 0]]), n_atoms=3).dense().tolist()
       [[0.0, 2.0, 0.0]]

@@ -31,7 +31,7 @@ def of(tree: Any) -> dict[str, str]:
       tree: Arrays of any dtype up to 32 bits, keys among them, on any devices. Dicts and dataclasses of the same
         names have the same paths.
 
-    Example:
+    Examples:
       >>> of({"a": {"b": jnp.arange(3.0)}})
       {'a/b': 'float32[3] fe80000001af5f1f'}
     """

@@ -50,7 +50,7 @@ def write(path: str | os.PathLike[str], content: str | bytes, *, keep_existing: 
 def opened(path: str | os.PathLike[str], *, keep_existing: bool = False) -> Iterator[BinaryIO]:
     """As `write`, for what is written in parts: a file to fill, published when the block ends well.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     with opened(Path(folder) / "a") as file:

@@ -21,7 +21,7 @@ LARGE = 1.0
 def mean_over_std(rows: Float[Array, "n d_in"]) -> Float[Array, ""]:
     r"""Returns :math:`\|\mu\| / \sqrt{E\|x - \mu\|^2}` of some rows.
 
-    Example:
+    Examples:
       >>> float(mean_over_std(jnp.array([[3.0, 1.0], [3.0, -1.0]])))
       3.0
     """

@@ -21,7 +21,7 @@ def decay_at(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
 
     min(decay, (1 + step) / (10 + step)).
 
-    Example:
+    Examples:
       >>> [round(float(decay_at(0.99, jnp.asarray(step))), 2) for step in (0, 90, 10_000)]
       [0.1, 0.91, 0.99]
     """

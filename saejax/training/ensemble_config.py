@@ -26,7 +26,7 @@ LISTS = ("seed", "lr", "k", "l1_coef", "l0_coef")
 def places(sparsifier: base.Sparsifier) -> dict[str, tuple[str, str]]:
     """The part of the root config and its field that hold each knob: seed, lr and those of the architecture.
 
-    Example:
+    Examples:
       >>> from saejax.sae.l1 import L1
       >>> places(L1(d_in=8, d_sae=32))
       {'seed': ('', 'seed'), 'lr': ('optim', 'lr'), 'l1_coef': ('sae', 'l1_coef')}
@@ -97,7 +97,7 @@ class EnsembleConfig:
     def points(self) -> list[dict[str, Any]]:
         """The knobs of every member; none where this is no ensemble.
 
-        Example:
+        Examples:
           >>> EnsembleConfig(k=(8, 16), seed=(0, 1)).points[1]
           {'seed': 0, 'k': 16}
         """
@@ -112,7 +112,7 @@ class EnsembleConfig:
 def name_of(point: dict[str, Any]) -> str:
     """The directory of a member.
 
-    Example:
+    Examples:
       >>> name_of({"seed": 1, "lr": 3e-4, "k": 16})
       'seed1_lr0.0003_k16'
     """

@@ -70,7 +70,7 @@ def per_step(sparsifier: base.Sparsifier, batch: int) -> float:
       sparsifier: the architecture.
       batch: rows per step.
 
-    Example:
+    Examples:
       >>> from saejax.sae.topk import TopK
       >>> per_step(TopK(d_in=8, d_sae=32, k=4), batch=1) == 2 * (256 + (256 + 3 * 256) * 4 / 32)
       True
@@ -107,7 +107,7 @@ def work(sparsifier: base.Sparsifier, batch: int, n_devices: int, *, measure: bo
 def known_peak(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a kind of device, None where the table lacks it.
 
-    Example:
+    Examples:
       >>> known_peak("NVIDIA H100 80GB HBM3"), known_peak("cpu")
       (989000000000000.0, None)
     """

@@ -38,7 +38,7 @@ def update(liveness: Liveness, fired: Bool[Array, " d_sae"], n_tokens: int) -> L
     Returns:
       State after the batch: 0 where fired, else n_tokens more.
 
-    Example:
+    Examples:
       >>> update(init(2), jnp.array([True, False]), 8).tokens_since_fired.tolist()
       [0, 8]
     """

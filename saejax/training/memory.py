@@ -116,7 +116,7 @@ def fitting(need: int, limit: int, shared: int, n_members: int) -> int:
       shared: bytes that one member alone would need as well: the buffer.
       n_members: all of them.
 
-    Example:
+    Examples:
       >>> fitting(need=810, limit=500, shared=10, n_members=8)
       4
     """

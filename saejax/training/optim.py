@@ -112,7 +112,7 @@ def schedule(config: OptimConfig, n_steps: int, d_sae: int | None = None) -> opt
     Returns:
       A function from step to learning rate.
 
-    Example:
+    Examples:
       >>> rate = schedule(OptimConfig(lr=1.0, warmup_share=0.1, decay_share=0.5), 100)
       >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 50, 75, 100)]
       [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]

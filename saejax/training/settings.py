@@ -68,7 +68,7 @@ class TrainConfig:
     """Reaction to a loss or parameters that are not finite: stop keeps the last good checkpoint; skip leaves the step
     out, so that parameters, optimiser and liveness stay as they are. Both save its rows under nonfinite/."""
     max_skipped_steps: Free[int] = 10
-    """Steps left out in a row at which the run stops all the same; at least 1."""
+    """Number of skipped steps in a row that stops the run; at least 1."""
     measure_peak: Place[bool] = False
     """Whether to measure the peak FLOP/s of a device that the table lacks, such as a CPU, at the start, so that mfu can
     be logged; takes a fraction of a second."""

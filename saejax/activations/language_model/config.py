@@ -46,7 +46,7 @@ class Rope:
         Returns:
           float32 [d_head / 2].
 
-        Example:
+        Examples:
           >>> Rope(theta=100.0).frequencies(4)
           array([1. , 0.1], dtype=float32)
         """

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = None) -> dict[str, pathlib.Path]:
-    """Writes the activations of a language model on a text, or continues to, or finds that all is done.
+    """Harvests the activations of a language model on a text; continues a harvest, or finds it complete.
 
     Args:
       config: what to read, run and write.

@@ -57,7 +57,7 @@ def segment_positions(segments: Int[Array, "b s"]) -> Int[Array, "b s"]:
     Returns:
       int32 [b, s].
 
-    Example:
+    Examples:
       >>> segment_positions(jnp.asarray([[1, 1, 2, 2, 2, 0]])).tolist()
       [[0, 1, 0, 1, 2, 0]]
     """

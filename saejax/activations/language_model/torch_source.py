@@ -206,7 +206,7 @@ def write_images(
     Raises:
       UserError: the directory holds arrays already, an activation is not finite, or `capture_images` refuses.
 
-    Example:
+    Examples:
       >>> model = load("google/vit-base-patch16-224")  # doctest: +SKIP
       >>> write_images(model, batches, "layers.9", "vit_rows")  # doctest: +SKIP
       605184

@@ -119,7 +119,7 @@ class Reader:
         return self._range(".rows", start, stop)
 
     def sha256_of_rows(self, n_rows: int) -> str:
-        """Hash of what the first `n_rows` rows are, from the checksums of their shards; nothing is read."""
+        """Hash of the first `n_rows` rows, from the checksums of their shards; reads no file."""
         last = bisect.bisect_left(self._ends, n_rows)
         shards = [
             (shard["rows"], shard["sha256"][store_format.shard_name(number) + ".rows"])

@@ -80,7 +80,7 @@ class Store(ActivationSource):
         return {split: self.rows(split).without for split in ("train", "heldout")} if self.skip_damaged else {}
 
     def rows(self, split: str) -> "StoreRows":
-        """The rows of a split, as `verify` and `skip_damaged` want them.
+        """Rows of a split, checked as `verify` and `skip_damaged` say.
 
         Raises:
             UserError: there are none, or one of the shards is damaged, none may be left out, and all are looked at.
@@ -101,7 +101,7 @@ class Store(ActivationSource):
         return facts | {split: reader.identity() for split, reader in readers.items()}
 
     def differs_from(self, saved: Mapping[str, Any]) -> str | None:
-        """As of every source; a store that has grown is the same as far as it was there then."""
+        """As for every source; a store that has grown counts as the same data."""
         then, now = recorded(saved), self.identity()
         if "sha256_of_manifests" in then:
             return self._differs_from_older(then)
@@ -143,7 +143,7 @@ class Store(ActivationSource):
     ) -> Stream:
         """Blocks of the training store as published now, shuffled anew each epoch.
 
-        A run that is resumed after the store has grown goes on with the rows that it began with.
+        A run resumed after the store has grown continues with its original rows.
         """
         rows = self.rows("train")
         if not rows.reader.complete:

@@ -75,7 +75,7 @@ def exact_success(n_codewords: int, d: int, noise: float) -> float:
     Raises:
       UserError: a number out of its range.
 
-    Example:
+    Examples:
       >>> round(exact_success(2**14, 38, 1.0), 2)
       0.92
     """

@@ -27,7 +27,7 @@ def entropy_bits(n_atoms: int, k: int) -> float:
     Raises:
       UserError: a size below 1 or k > n_atoms.
 
-    Example:
+    Examples:
       >>> round(entropy_bits(2**20, 2**8), 3)
       3435.959
     """
@@ -48,7 +48,7 @@ def entropy_bits_approximate(n_atoms: float, k: float) -> float:
     Raises:
       UserError: a number that is not above 0, or k > n_atoms.
 
-    Example:
+    Examples:
       >>> round(entropy_bits_approximate(2**20, 2**8), 2)
       3441.33
     """
@@ -79,7 +79,7 @@ def kappa(epsilon: float) -> float:
     Raises:
       UserError: epsilon out of range.
 
-    Example:
+    Examples:
       >>> [round(kappa(e), 3) for e in (0, 0.1, 0.5)]
       [2.0, 3.465, 5.828]
     """
@@ -100,7 +100,7 @@ def capacity(epsilon: float) -> float:
     Raises:
       UserError: epsilon out of range.
 
-    Example:
+    Examples:
       >>> round(capacity(0.4) / math.log(2), 4)
       0.1624
     """
@@ -167,7 +167,7 @@ def statistical_dimension(n_atoms: float, k: float, *, nonneg: bool = True) -> f
     Raises:
       UserError: a number that is not above 0, or k > n_atoms.
 
-    Example:
+    Examples:
       >>> round(statistical_dimension(2**20, 2**8)), round(statistical_dimension(2**20, 2**8, nonneg=False))
       (2705, 2986)
     """
@@ -224,7 +224,7 @@ def awgn_dims_sufficient(n_codewords: int, noise: float, *, slack: float = 0.0) 
     Raises:
       UserError: a number out of its range.
 
-    Example:
+    Examples:
       >>> round(awgn_dims_sufficient(2**14, 1.0), 6)
       28.0
     """

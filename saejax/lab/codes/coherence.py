@@ -103,7 +103,7 @@ def welch_bound(n_atoms: int, d: int) -> float:
     Raises:
       UserError: fewer than 2 vectors or d < 1.
 
-    Example:
+    Examples:
       >>> round(welch_bound(64, 32) * 32, 5), welch_bound(16, 32)
       (0.50794, 0.0)
     """
@@ -128,7 +128,7 @@ def dims_for_coherence(n_atoms: int, epsilon: float, p: float) -> float:
     Raises:
       UserError: a number out of its range.
 
-    Example:
+    Examples:
       >>> round(dims_for_coherence(1024, 0.25, 0.1), 1)
       517.3
     """

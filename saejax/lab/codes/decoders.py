@@ -251,7 +251,7 @@ def decode(
     Raises:
       UserError: shapes that do not fit, NaN or infinity, rows not of norm 1, k out of range, an unknown decoder.
 
-    Example:
+    Examples:
       >>> decode(jnp.eye(3)[:1] + jnp.eye(3)[2:], jnp.eye(3), 2, "top_k").tolist()
       [[1, 0, 1]]
     """

@@ -81,7 +81,7 @@ def dims_for(success: Callable[[float], float], probability: float) -> float:
     Raises:
       UserError: probability out of range, or never reached.
 
-    Example:
+    Examples:
       >>> round(dims_for(lambda d: top_k_success(2**14, 16, d), 0.9))
       671
     """

@@ -104,7 +104,7 @@ def dims_needed(n_atoms: int, k: int, rule: str) -> float:
     Raises:
       UserError: a size out of range or an unknown rule.
 
-    Example:
+    Examples:
       >>> round(dims_needed(2**14, 16, "top_k"))
       799
     """
@@ -127,7 +127,7 @@ def ln_max_features(d: int, k: int, rule: str) -> float:
     Raises:
       UserError: a size below 1 or an unknown rule.
 
-    Example:
+    Examples:
       >>> round(math.exp(ln_max_features(768, 10, "threshold")))
       14765
     """
@@ -157,7 +157,7 @@ def max_active(n_atoms: int, d: int, rule: str) -> int:
     Raises:
       UserError: a size below 1 or an unknown rule.
 
-    Example:
+    Examples:
       >>> max_active(2**20, 768, "threshold"), max_active(2**20, 768, "integer_pursuit")
       (6, 36)
     """

@@ -26,7 +26,7 @@ def sample(key: Key[Array, ""], n_atoms: int, k: int, b: int) -> Int[Array, "b k
     Raises:
       UserError: a size below 1 or k > n_atoms.
 
-    Example:
+    Examples:
       >>> sample(jax.random.key(0), 3, 3, 2).tolist()
       [[0, 1, 2], [0, 1, 2]]
     """

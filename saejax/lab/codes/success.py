@@ -65,7 +65,7 @@ class Curve:
         Raises:
           UserError: probability out of range.
 
-        Example:
+        Examples:
           >>> Curve(dims=np.array([10, 20, 30]), successes=np.array([0, 4, 10]), trials=10).dims_at(0.7)
           25.0
         """
@@ -171,7 +171,7 @@ def one_step_bytes(n_atoms: int, d: int, *, n_supports: int, n_dims: int = 1, bl
     Returns:
       Bytes.
 
-    Example:
+    Examples:
       >>> one_step_bytes(2**20, 18_000, n_supports=100) < 2**28
       True
     """

@@ -87,7 +87,7 @@ def tolerance(layer: str, column: str, n_networks: int) -> float:
     Both are draws from one distribution. With the variance of networks s^2 and that of draws t^2 their difference has
     the variance s^2 (1 + 1/n) + 2 t^2: the n networks share one draw. Anything narrower fails on a right installation.
 
-    Example:
+    Examples:
       >>> round(tolerance("trained 128", "R2", 8), 3), tolerance("pixels", "R2", 8)
       (0.316, 0.03)
     """

@@ -55,7 +55,7 @@ def verdict(margin: float, *, superposed: bool) -> str:
     Returns:
       One of three phrases; none of them says that recovery succeeds.
 
-    Example:
+    Examples:
       >>> verdict(0.5, superposed=False)
       'no superposition needed'
     """

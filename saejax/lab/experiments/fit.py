@@ -49,7 +49,7 @@ class Fit:
 def train(sparsifier: base.Sparsifier, rows: Rows, **kwargs: Any) -> model.SAE:
     """The SAE alone; arguments as `fit`.
 
-    Example:
+    Examples:
       >>> from saejax.sae import TopK
       >>> rows = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)
       >>> train(TopK(d_in=8, d_sae=16, k=2), rows, n_tokens=2048, batch=64).encode(rows[:3]).shape

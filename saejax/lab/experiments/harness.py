@@ -37,7 +37,7 @@ _T = TypeVar("_T", bound=type["Experiment"])
 class Check:
     """One measured number, the interval it is expected in, and who says so.
 
-    Example:
+    Examples:
       >>> check = Check(quantity="dictionary MCC", measured=0.995, low=0.99, source="independent NumPy reference run")
       >>> check.passed, check.verdict, check.wanted
       (True, 'pass', '>= 0.99')
@@ -85,7 +85,7 @@ class Check:
 def near(quantity: str, measured: float, target: float, tolerance: float, source: str) -> Check:
     """A check that `measured` is within `tolerance` of `target`.
 
-    Example:
+    Examples:
       >>> near("gamma", 0.91, 0.909, 0.004, "closed form 2 / (2 + t)").wanted
       '0.909 +- 0.004'
     """
@@ -241,7 +241,7 @@ def table(rows: Iterable[tuple[str, Check]], *, sources: bool = True) -> str:
 def plain(value: Any) -> Any:
     """A value as JSON can hold it: arrays become lists, keys strings, what is not finite null.
 
-    Example:
+    Examples:
       >>> plain({1: np.array([1.0, np.nan]), "n": np.int32(3)})
       {'1': [1.0, None], 'n': 3}
     """

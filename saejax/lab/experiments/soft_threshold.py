@@ -35,7 +35,7 @@ _FORMS: dict[str, Callable[[float], float]] = {
 def oracle_bias(amplitudes: str, t: float) -> float:
     """Gamma of the true dictionary soft-thresholded at t, no decoder bias; t below the largest amplitude.
 
-    Example:
+    Examples:
       >>> [round(oracle_bias("U[1/2, 3/2]", t), 5) for t in (0.05, 0.1, 0.2, 0.4)]
       [0.95403, 0.90847, 0.81887, 0.64878]
     """
@@ -57,7 +57,7 @@ def decoder_bias(amplitudes: str, t: float, p: float) -> float:
       t: half the penalty's weight.
       p: probability that a feature fires.
 
-    Example:
+    Examples:
       >>> round(decoder_bias("constant 1", 0.1, 0.05), 6), round(0.1 * 0.05 / 0.95, 6)
       (0.005263, 0.005263)
     """
@@ -70,7 +70,7 @@ def decoder_bias(amplitudes: str, t: float, p: float) -> float:
 def trained_bias(amplitudes: str, t: float, p: float) -> float:
     """Gamma at the optimum of an L1 SAE with a trainable decoder bias; arguments as `decoder_bias`.
 
-    Example:
+    Examples:
       >>> round(trained_bias("constant 1", 0.1, 0.05), 5)
       0.90058
     """

@@ -20,7 +20,7 @@ def mean_resultant_length(n: int, kappa: float) -> float:
 
     Source: Mardia & Jupp 2000, "Directional Statistics", section 9.3.2.
 
-    Example:
+    Examples:
       >>> bool(np.isclose(mean_resultant_length(3, 2.0), 1 / np.tanh(2.0) - 1 / 2.0))  # Langevin's function on S^2
       True
     """

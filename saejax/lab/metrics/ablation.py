@@ -262,7 +262,7 @@ def spurious_removal(before: float, after: float, oracle: float) -> float:
     Returns:
       (after - before) / (oracle - before): 1 is the oracle, 0 no help, negative is harm; NaN where nothing was lost.
 
-    Example:
+    Examples:
       >>> spurious_removal(0.5, 0.75, 1.0)
       0.5
     """

@@ -124,7 +124,7 @@ def absorbed(
       The fraction in [0, 1], and whether absorption is full: all main latents off, and the one latent with the largest
       projection carries at least `min_share`.
 
-    Example:
+    Examples:
       >>> eye = jnp.eye(2)
       >>> W_dec, main = eye[:1].repeat(2, 0), jnp.array([True, False])
       >>> fraction, full = absorbed(eye[:1], jnp.array([[0.0, 1.0]]), W_dec, eye[0], main)

@@ -69,7 +69,7 @@ def dimension_margins(d: float, k: float, n: float, *, statistical_dimension: fl
     Raises:
       UserError: sizes for which the bounds say nothing.
 
-    Example:
+    Examples:
       >>> margins = dimension_margins(100, 5, 1000)
       >>> round(margins["margin_sensing"], 3), margins["superposed"]
       (3.775, 1.0)

@@ -27,7 +27,7 @@ def inference_flops(fn: Callable[..., Any], *args: Any, rows: int) -> dict[str, 
     Raises:
       UserError: `rows` below 1.
 
-    Example:
+    Examples:
       >>> shapes = jax.ShapeDtypeStruct((8, 16), "float32"), jax.ShapeDtypeStruct((16, 32), "float32")
       >>> inference_flops(lambda x, w: x @ w, *shapes, rows=8)["flops_per_row"]
       1024.0

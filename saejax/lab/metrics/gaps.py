@@ -110,7 +110,7 @@ def inference_gaps(encoder: float, solver: float, oracle: float, name: str = "f1
     Returns:
       `amortisation_gap_<name>` = solver - encoder and `dictionary_gap_<name>` = oracle - solver, both in [-1, 1].
 
-    Example:
+    Examples:
       >>> {key: round(value, 3) for key, value in inference_gaps(0.757, 0.911, 0.995).items()}
       {'amortisation_gap_f1': 0.154, 'dictionary_gap_f1': 0.084}
     """
@@ -126,7 +126,7 @@ def shift_gaps(trained: Mapping[str, float], shifted: Mapping[str, float]) -> di
     Raises:
       UserError: no key is common to both.
 
-    Example:
+    Examples:
       >>> shift_gaps({"f1": 0.75, "f1_chance": 0.1}, {"f1": 0.5, "f1_chance": 0.1})
       {'f1_shift_gap': 0.25}
     """

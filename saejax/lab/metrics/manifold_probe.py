@@ -131,7 +131,7 @@ def rotation_matrices(vectors: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n
 def embed_circles(angles: Float[np.ndarray, "n a"]) -> Float[np.ndarray, "n m"]:
     """All cosines, then all sines: [n, a] -> [n, 2 a].
 
-    Example:
+    Examples:
       >>> embed_circles(np.array([[0.0, np.pi / 2]])).round(3).tolist()
       [[1.0, 0.0, 0.0, 1.0]]
     """

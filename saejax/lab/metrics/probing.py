@@ -76,7 +76,7 @@ def auroc(
     Returns:
       In [0, 1], .5 by chance; NaN for a label that all rows or none have.
 
-    Example:
+    Examples:
       >>> auroc(np.array([[0.0], [1.0], [1.0], [2.0]]), np.array([[False], [False], [True], [True]])).tolist()
       [[0.875]]
     """

@@ -28,7 +28,7 @@ def hashed(row_id: Any, *salt: int) -> Any:
     Returns:
       [...] uint32 of the same kind of array, the same bits on the host and on a device.
 
-    Example:
+    Examples:
       >>> hashed(np.arange(3), 7).tolist()
       [48414340, 3188993769, 480857166]
     """

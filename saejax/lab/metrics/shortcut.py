@@ -118,7 +118,7 @@ def dependence(
     Raises:
       UserError: a key is missing.
 
-    Example:
+    Examples:
       >>> dependence({"probe_r2": 1.0}, {"probe_r2": 0.25}, ["probe_r2"])
       {'probe_r2_lost': 0.75}
     """

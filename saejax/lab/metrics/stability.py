@@ -75,7 +75,7 @@ def pairwise_mcc(
     Raises:
       UserError: fewer than two dictionaries, or of different widths.
 
-    Example:
+    Examples:
       >>> pairwise_mcc([np.eye(4), -2 * np.eye(4)[::-1]])["pw_mcc"]
       1.0
     """
@@ -170,7 +170,7 @@ def stabilisation(
     Raises:
       UserError: different numbers of dictionaries.
 
-    Example:
+    Examples:
       >>> same = [np.eye(4), np.eye(4)]
       >>> stabilisation(same, same)["identical_init"]
       1.0
@@ -209,7 +209,7 @@ def splitting(
     Returns:
       `children` [n] int64, `children_mean`, `split_share`, `lost_share`, `novel_share`, `children_mean_chance`.
 
-    Example:
+    Examples:
       >>> splitting(np.eye(2), np.array([[1.0, 0.1], [1.0, -0.1]]))["children"].tolist()
       [2, 0]
     """

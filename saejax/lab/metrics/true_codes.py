@@ -59,7 +59,7 @@ def split_rows(ids: Int[np.ndarray, "n"], *, match_share: float = 0.5, seed: int
       match_share: Expected share of rows that choose the matching, in (0, 1).
       seed: Of the hash.
 
-    Example:
+    Examples:
       >>> split_rows(np.arange(8)).tolist() == split_rows(np.arange(8)[::-1])[::-1].tolist()
       True
     """

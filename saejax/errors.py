@@ -14,7 +14,7 @@ FAILED = 1
 """A requested check did not pass (store verify, experiment), or a part of the work failed (a job of a sweep, a member
 of an ensemble). Also any defect, with its traceback."""
 MISTAKE = 2
-"""A `UserError`, or what a file system refuses: one line says what to mend."""
+"""A `UserError`, or a refusal of the file system: one line says what to mend."""
 LOST = 134
 """Another process of the same run is gone. JAX's own abort gives the same number."""
 
@@ -36,7 +36,7 @@ class UserError(ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that stops work as Ctrl-C does: what is finished is safe, and the same command goes on.
+    """A signal that stops work like Ctrl-C: finished work is safe, and the same command continues.
 
     Args:
       signum: its number.

@@ -26,7 +26,7 @@ _EXPONENTS = {
 
 
 class Table:
-    """Several memory-mapped arrays end to end, as one [n, d_in] to slice; checked for what is not finite.
+    """Several memory-mapped arrays end to end, as one [n, d_in] to slice; checks that rows are finite.
 
     Args:
       parts: file and array [n_i, d_in] each; at least one.
@@ -152,7 +152,7 @@ def _table(files: tuple[Stamp, ...], tensor: str, field: str) -> Table:
 def find(root: pathlib.Path, field: str) -> list[pathlib.Path]:
     """The files of a path. In a directory: at all depths, in name order, without hidden ones.
 
-    Links are followed, also to directories; what was met already is not met again.
+    Links are followed, also to directories; each target counts once.
 
     Raises:
       UserError: there is none.

@@ -32,7 +32,7 @@ _OTHERS = (
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (_NPY, "a .npy file; let its name end in .npy"),
 )
-"""How files begin that are taken for arrays, and what they are."""
+"""First bytes of files that people mistake for arrays, and their real types."""
 
 
 def rows_of(file: pathlib.Path, tensor: str, field: str) -> np.ndarray:

@@ -74,7 +74,7 @@ class Arrays(ActivationSource):
         return n - round(n * self.heldout_share)
 
     def identity(self) -> dict[str, Any]:
-        """Numbers of rows, and a hash of all of them; see `array_digest` for what it sees of more than a GiB."""
+        """Numbers of rows, and a hash of all of them; `array_digest` explains its sample beyond a GiB."""
         table = self._table()
         n, d_in = table.shape
         facts = {"type": self.name, "d_in": d_in, "dtype": table.dtype.name, "rows": n}

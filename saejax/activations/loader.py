@@ -86,7 +86,7 @@ class Stream:
         return None if self._starts is None else self._starts(number)
 
     def get_state(self) -> dict[str, Any]:
-        """Number of the next record, and what it is a position in; read-ahead records do not count."""
+        """Number of the next record, and the stream that it refers to; read-ahead records do not count."""
         return {"position": int(self._iterator.get_state()["next_index"]), "stream": self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ def open_rows(
 
     Args:
         rows: [n, d_in], sliced only while records are made. A tail shorter than a block is never read.
-        identity: n -> hash of what the first n rows are, wherever they lie; a resumed run checks it.
+        identity: n -> hash of the first n rows, independent of their place; a resumed run checks it.
         older: the same as older versions made it, which their positions hold.
         n_lanes: lanes of the whole run.
         block_rows: rows per lane and step.

@@ -144,7 +144,7 @@ class Synthetic(ActivationSource):
         return self.identity()
 
     def identity(self) -> dict[str, Any]:
-        """The config itself: it determines every row but for the seed of the run. One site goes without saying."""
+        """The config itself: with the run's seed it determines every row. One site goes without saying."""
         facts = {"type": self.name, **dataclasses.asdict(self), "kind": self.kind.value, "sites": list(self.sites)}
         return {key: value for key, value in facts.items() if key != "sites" or len(self.sites) > 1}
 

@@ -44,7 +44,7 @@ class TextCorpus(abc.ABC):
 
     name: ClassVar[str]
     keys: ClassVar[dict[str, str]] = {"path": "text.path", "share": "text.heldout_share"}
-    """What the user calls the settings, for messages."""
+    """Names of the settings in messages."""
     divides: ClassVar[bool] = True
     """Whether a single document is split by stretches."""
 
@@ -251,7 +251,7 @@ class FilesAsBefore(TextFiles):
 
 
 def _unicode(text: str) -> str:
-    """The text as tokenisers take it: what is half of a surrogate pair becomes U+FFFD."""
+    """Text for tokenisers: half of a surrogate pair becomes U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -308,7 +308,7 @@ def _wikipedia_articles(dump: pathlib.Path, min_characters: int) -> list[tuple[s
 
 
 def _tidy(text: str) -> str:
-    """Takes out what the stripper leaves: quotes for bold and italic, heading marks, empty bullets."""
+    """Removes the stripper's remains: quotes for bold and italic, heading marks, empty bullets."""
     text = re.sub(r"'{2,}", "", text)
     text = re.sub(r"^=+ *(.*?) *=+ *$", r"\1", text, flags=re.MULTILINE)
     text = re.sub(r"^[*#:; ]*$", "", text, flags=re.MULTILINE)

@@ -262,7 +262,7 @@ def _figures(run_dir: Path, step: int) -> tuple[dict[str, float], str]:
 
 
 def _of_run(path: Path) -> bool:
-    """Whether `run=` means a run of ours; a path that is not there does, for the message."""
+    """Whether `run=` means a saejax run; a missing path does, for the message."""
     ours = (path / "config.yaml").is_file() and not interop.circuit_tracer.detect(path)
     return ours or not path.exists()
 

@@ -1,7 +1,7 @@
 """`saejax train --dry-run`: the memory of a run on each device, without allocating any.
 
-Sizes follow from shapes and shardings, on any mesh, even one whose devices do not exist here. Where the mesh exists,
-the compiler says what the step needs besides; elsewhere an estimate does, and the output calls it one.
+Sizes follow from shapes and shardings, on any mesh, even one whose devices do not exist here. If the mesh exists, the
+compiler gives the step's temporaries; otherwise the output calls them an estimate.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _default_choices(name: str) -> dict[str, str | None]:
-    """The groups of a root file, and what it takes of each; None where it takes nothing."""
+    """Groups of a root file, and its choice in each; None without one."""
     entries = yaml.safe_load((Path(config.conf_dir()) / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
     return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
 

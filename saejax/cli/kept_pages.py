@@ -8,7 +8,7 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep() -> None:
-    """Let the allocator keep what is freed, for the whole process, whose memory then stays at its peak.
+    """Let the allocator keep freed memory, for the whole process, whose memory then stays at its peak.
 
     XLA on CPU requests its temporary arrays from the system and returns them in every step. Clearing those pages anew
     took a fifth of a step. Only what comes before any thread sees all of it: call it before NumPy or JAX are

@@ -262,7 +262,7 @@ def _say(result: ensembles.Result, where: Path) -> int:
 
 
 def _come_to(run_dir: Path, cfg: object, of_sweep: bool = True) -> int:
-    """Start a run in its directory, go on with it, or leave it alone if it is finished; a line says which."""
+    """Start a run in its directory, continue it, or leave it alone if it is finished; a line says which."""
     from saejax.runs import agreement, directory
 
     if cfg.ensemble.points:  # pyright: ignore[reportAttributeAccessIssue]

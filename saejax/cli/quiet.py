@@ -18,7 +18,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 LEVEL = "SAEJAX_LOG"
-"""Environment variable with the level of what is logged: DEBUG, INFO, WARNING or ERROR."""
+"""Environment variable with the log level: DEBUG, INFO, WARNING or ERROR."""
 
 _LIBRARIES = ("orbax", "tensorstore", "asyncio", "concurrent", "grain")
 _BEFORE: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def _theirs(failed: threading.ExceptHookArgs) -> bool:
 
 
 def _unraisable(failed: Any) -> None:
-    """Event loops and coroutines that a failed save left behind are closed late, when nobody listens."""
+    """Event loops and coroutines of a failed save, which Python closes late."""
     late = isinstance(failed.exc_value, RuntimeError) and "Event loop is closed" in str(failed.exc_value)
     if late or inspect.iscoroutine(failed.object):
         return

@@ -146,7 +146,7 @@ class FvuBatchState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FvuBatchLegacy(metric.Metric):
-    """The FVU that other trainers log. It depends on the batch size; use it only to compare with theirs."""
+    """The FVU that other trainers log. It depends on the batch size; use it only to compare with older results."""
 
     name: ClassVar[str] = "fvu_batch_legacy"
 
@@ -186,7 +186,7 @@ class EvLegacyState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvLegacy(metric.Metric):
-    """The explained variance of older papers, row by row about the batch's mean; only to compare with theirs."""
+    """Explained variance of older papers, row by row about the batch's mean; only for comparison with them."""
 
     name: ClassVar[str] = "ev_legacy"
 

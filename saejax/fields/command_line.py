@@ -169,7 +169,7 @@ def _split(text: str) -> list[str]:
 
 
 def check_words(arguments: Iterable[str], flags: Iterable[str] = (), valued: Iterable[str] = ()) -> None:
-    """Refuses what a command line cannot hold, before anything reads it.
+    """Refuses bytes that a command line cannot hold, before anything reads it.
 
     Args:
       arguments: as typed.
@@ -233,7 +233,7 @@ def owners(root: type, groups: Groups, prefix: str = "") -> dict[str, dict[str, 
 
 
 def unknown(key: str, class_name: str, root: type, groups: Groups) -> str:
-    """A line about a key that a config does not have: what was meant, or which keys stand there.
+    """Message about an unknown key: a suggestion, or the keys of its group.
 
     Args:
       key: as typed.

@@ -59,7 +59,7 @@ def parsed(words: Iterable[str]) -> list[Override]:
 
 
 def check_choices(overrides: Iterable[Override], conf_dir: str, without_file: Mapping[str, Iterable[str]]) -> None:
-    """Refuse what is no name where one of a group's files is chosen, and the deletion of what is no group.
+    """Refuse a group's choice that is not a name, and the deletion of a key that is not a group.
 
     Hydra would let a deleted field fall back to a default that no file names.
 

@@ -77,7 +77,7 @@ def checked(path: str | os.PathLike[str], field: str) -> str:
 
 
 def settle(config: Any, prefix: str = "") -> None:
-    """Makes the paths of a frozen config object absolute, so that what is stored holds in any working directory.
+    """Makes the paths of a frozen config object absolute, so that stored paths hold in any working directory.
 
     Args:
       config: instance of a dataclass; its fields `Local` and `tuple[Local, ...]` are replaced, None stays.

@@ -145,7 +145,7 @@ def load(path: str | os.PathLike, format: str | None = None) -> SAE:
 
 
 CHECKED_ROWS = 65_536
-"""Rows that `self_check` looks at, unless it is told otherwise."""
+"""Default number of rows that `self_check` reads."""
 
 
 def self_check(sae: SAE, activations: Any, max_rows: int | None = CHECKED_ROWS) -> dict[str, float]:

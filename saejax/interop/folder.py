@@ -15,7 +15,7 @@ from saejax.fields import paths
 
 @contextlib.contextmanager
 def filled(path: str | os.PathLike, own: Collection[str]) -> Iterator[pathlib.Path]:
-    """Yields an empty directory; what is put there moves to `path` at the end, unless something is raised.
+    """Yields an empty directory; its content moves to `path` at the end, unless an error is raised.
 
     Args:
       path: Directory; made where missing. Links in it are replaced, not followed.
@@ -40,7 +40,7 @@ def filled(path: str | os.PathLike, own: Collection[str]) -> Iterator[pathlib.Pa
 
 
 def _moved(path: pathlib.Path, new: bool) -> Iterator[pathlib.Path]:
-    """Yields the new folder, private to this user and of a name that nobody foresees; moves what it then holds."""
+    """Yields a new folder, private to this user and with an unpredictable name; moves its content at the end."""
     part = pathlib.Path(tempfile.mkdtemp(prefix=".part-", dir=path))
     try:
         yield part

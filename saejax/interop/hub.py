@@ -13,7 +13,7 @@ from saejax.errors import UserError
 from saejax.fields import paths
 
 IGNORED = ["dashboards/*"]
-"""Never uploaded: dashboards quote the text that activations were read from, which may be nobody's to publish."""
+"""Never uploaded: dashboards quote the text behind the activations, which may not be free to publish."""
 
 
 def check(repository: str) -> None:

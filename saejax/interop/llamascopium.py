@@ -8,8 +8,8 @@ where `norm_activation` is dataset-wise, and :math:`\sqrt d / \|x\|` where it is
 Decoder rows that gate are scaled to norm 1 in the unit of training, and latents by the old norms.
 
 In a crosscoder every site gates with its own norms, :math:`f^s = \mathrm{act}(u \odot n^s)/n^s`. With ReLU the sites
-agree, so one of their latents is one of ours. With JumpReLU they do not: latent i of site s becomes our latent s d_sae
-+ i, which reads all sites and writes one. In a cross-layer transcoder the norm covers everything that a latent writes.
+agree, so each latent becomes one of saejax. With JumpReLU they do not: latent i of site s becomes latent s d_sae + i
+here, which reads all sites and writes one. In a cross-layer transcoder the norm covers everything that a latent writes.
 
 Sources:
   OpenMOSS/Llamascopium 2.0.0b34 (formerly Language-Model-SAEs, 95281ac7), `models/sparse_dictionary.py`,

@@ -118,7 +118,7 @@ def adapter(
 
 
 class Adapter(nn.Module):
-    """An SAE in PyTorch; latents are ours times the norms of our decoder rows, reconstructions are ours.
+    """An SAE in PyTorch: saejax's reconstructions; its latents are saejax's times the norms of the decoder rows.
 
     Args:
       cfg: What SAEBench reads.

@@ -44,7 +44,7 @@ _TO: dict[str, str] = {
     "matryoshka": "jumprelu",
     "matching_pursuit": "matching_pursuit",
 }
-"""SAELens' architecture for each of ours, at inference; a matryoshka that selects by top-k becomes topk."""
+"""SAELens' architecture for each of saejax, at inference; a matryoshka that selects by top-k becomes topk."""
 _TO_TRANSCODER = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 _FAMILIES = (Family.sae, Family.transcoder)
 
@@ -81,7 +81,7 @@ def export(sae: SAE, path: str | os.PathLike) -> pathlib.Path:
     """Writes an SAE so that SAELens 6 and later loads it with `SAE.load_from_disk(path)`.
 
     Args:
-      sae: Of any architecture of ours with a linear or tied encoder; BatchTopK and Matryoshka become `jumprelu`. Of
+      sae: Of any saejax architecture with a linear or tied encoder; BatchTopK and Matryoshka become `jumprelu`. Of
         transcoders, those of one hook to one hook whose latents are chosen one by one.
       path: Directory; made where missing.
 
@@ -197,7 +197,7 @@ def _read_weights(where: pathlib.Path, config: Parsed) -> dict[str, np.ndarray]:
 
 
 def _params(weights: dict[str, np.ndarray]) -> base.SAEParams:
-    """SAELens' names to ours."""
+    """SAELens' names to saejax's."""
     if "W_enc" not in weights:
         tied = {"W_enc": weights["W_dec"].T, "b_enc": np.zeros(len(weights["W_dec"]), np.float32)}
         return strict.params(**tied, **weights)
@@ -238,7 +238,7 @@ def _sparsifier(config: Parsed, params: base.SAEParams) -> base.Sparsifier:
 
 
 def _steps(config: Parsed) -> int:
-    """Steps of a matching pursuit; ours has no other rule to stop."""
+    """Steps of a matching pursuit; saejax's has no other rule to stop."""
     where, own = config.where, config.own
     if strict.number(where, own, "residual_threshold") > 0:
         raise UserError(

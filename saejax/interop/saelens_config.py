@@ -74,7 +74,7 @@ class Parsed:
     d_in: int
     """Width of the activations."""
     d_out: int
-    """Width of what is written; d_in but for transcoders."""
+    """Width of the output; d_in except for transcoders."""
     d_sae: int
     """Number of latents."""
     k: float | None
@@ -158,7 +158,7 @@ def _k(where: pathlib.Path, config: dict[str, Any], architecture: str) -> float:
 
 
 def _metadata(sae: SAE) -> dict[str, Any]:
-    """SAELens' names for what the SAE knows of its origin; the source of a run holds hook and model."""
+    """SAELens' names for the SAE's provenance; the source of a run holds hook and model."""
     provenance = sae.provenance
     source = provenance.get("source") or {}
     source = source if isinstance(source, dict) else {}

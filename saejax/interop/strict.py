@@ -28,7 +28,7 @@ __all__ = ["one_line", "read_json", "read_yaml"]  # of saejax.storage.json_yaml,
 
 Shapes = Mapping[str, tuple[int, ...]]
 _MOST_EXPANSION, _ANY_EXPANSION = 100, 2**24
-"""What a compressed archive may grow by: that many times its size, and that many bytes in any case."""
+"""Limits on the growth of a compressed archive: a multiple of its size, and bytes allowed in any case."""
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -148,7 +148,7 @@ def number(where: pathlib.Path, config: Mapping[str, Any], key: str) -> float:
 
 
 def build(where: pathlib.Path, name: str, params: base.SAEParams, **fields: Any) -> base.Sparsifier:
-    """Returns the architecture `name` of loaded parameters: their sizes, a unit decoder where theirs is one.
+    """Returns the architecture `name` of loaded parameters: their sizes, and a unit decoder if they have one.
 
     Numbers that are finite in the file may not be once scales and norms are folded; they are refused here.
     """
@@ -185,7 +185,7 @@ def own_k(sparsifier: base.Sparsifier) -> int:
 def check_linear(
     sparsifier: base.Sparsifier, format: str, known: Iterable[str], families: Collection[Family] = (Family.sae,)
 ) -> None:
-    """Refuses to export what a format has no family, no architecture or no encoder for."""
+    """Refuses an SAE whose family, architecture or encoder a format lacks."""
     if sparsifier.family not in families:
         names = ", ".join(family.name for family in families)
         raise UserError(f"sae.family={sparsifier.family.name}: the {format} format takes {names}")

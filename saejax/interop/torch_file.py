@@ -60,7 +60,7 @@ ALLOWED = (
 
 
 def read(path: str | os.PathLike) -> Any:
-    """Returns what was saved, with tensors as numpy arrays (bfloat16 through ml_dtypes).
+    """Returns the saved object, with tensors as numpy arrays (bfloat16 through ml_dtypes).
 
     Args:
       path: A file as written by `torch.save`.
@@ -178,7 +178,7 @@ class _Stand(NamedTuple):
     dtype: np.dtype | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        """Returns what the function that this stands for makes."""
+        """Returns the result of the function that this replaces."""
         if self.make is None:
             raise ValueError("the type of a storage is no function")
         return self.make(*arguments)

@@ -68,7 +68,7 @@ def of(
 
     Args:
       operation: What is computed.
-      preferred: What the caller's rule chooses for this backend and these sizes.
+      preferred: Choice of the caller's rule for this backend and these sizes.
       width: Entries of a row of `x`, `y` or the dictionary.
       rows, n, k: Rows of the batch, latents, and how many are kept, on one device; only `encode` looks at them.
       dtype: Operands of the product.
@@ -102,14 +102,14 @@ def on_gpu(operation: Operation, kernel: Callable, xla: Callable, **sizes: Any) 
 
 
 def said() -> str:
-    """Returns what the user wrote: inside `use` that, else the environment variable."""
+    """Returns the user's setting: inside `use` its argument, else the environment variable."""
     text = _said.get()
     return os.environ.get(VARIABLE, "") if text is None else text
 
 
 @contextlib.contextmanager
 def use(text: str) -> Iterator[None]:
-    """Within it, functions are traced with these forms; what was traced before stays as it is."""
+    """Inside, functions are traced with these forms; earlier traces stay unchanged."""
     parse(text)
     before = _said.set(text)
     try:

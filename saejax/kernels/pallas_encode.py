@@ -126,7 +126,7 @@ def candidates(
 
 
 def before_first(m: int) -> tuple[Float[Array, "m"], Int[Array, "m"]]:
-    """Returns what `next_of_tile` goes on from to find the largest entry of each row."""
+    """Returns the start for `next_of_tile`, which finds the largest entry of each row."""
     return jnp.full(m, jnp.inf), jnp.full(m, -1, jnp.int32)
 
 
@@ -135,7 +135,7 @@ def next_of_tile(
 ) -> tuple[Float[Array, "m"], Int[Array, "m"]]:
     """Returns the entry of each row, and its column, that comes after (value, column): falling values, ties by column.
 
-    Entries taken are told by this order alone, not by being overwritten; so entries of -inf count as any other.
+    This order alone marks taken entries; nothing is overwritten, so entries of -inf count like any other.
     """
     columns = lax.broadcasted_iota(jnp.int32, a.shape, 1)
 

@@ -70,7 +70,7 @@ def squared_error(
       values: Coefficients.
       indices: Rows of `W_dec`, in [0, d_sae); repeats add up.
       W_dec: One row per latent.
-      y: What the code shall reconstruct.
+      y: Target of the reconstruction.
 
     Examples:
       >>> error, residual = squared_error(jnp.array([[2.0]]), jnp.array([[1]]), jnp.eye(2), jnp.array([[1.0, 2.0]]))

@@ -20,7 +20,7 @@ _CALLS, _ROWS = 32, 16  # calls side by side (2,048 rows of 4,096: 14.4 ms in on
 def top_k(pre_acts: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
     """Returns the k largest values of each row, best first, and their indices.
 
-    No gradient flows through it: whoever selects decides what the gradient of a selected value is
+    No gradient flows through it: the caller defines the gradient of a selected value
     (`sparse_encode.with_encoder_gradient`).
 
     Args:

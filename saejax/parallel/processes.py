@@ -136,12 +136,12 @@ def _not_together(at: Place, seconds: int) -> None:
 
 
 def several() -> bool:
-    """Whether this process has company. Asks no device, and loads no JAX where nobody has."""
+    """Whether this process has company. Touches no device, and does not import JAX."""
     return "jax" in sys.modules and _joined().client is not None and _joined().num_processes > 1
 
 
 def first() -> bool:
-    """Whether this is the process that logs and writes what is written once."""
+    """Whether this process logs and writes the files that are written once."""
     return not several() or _joined().process_id == 0
 
 
@@ -165,7 +165,7 @@ def gather(value: str) -> list[str]:
 
 
 def agree(facts: Mapping[str, str]) -> None:
-    """End all processes where they differ, before they wait for one another in vain or mix what they compute.
+    """End all processes if they differ, before they wait in vain or mix their results.
 
     Args:
       facts: of this process: name of a field -> value. All call it at the same place.

@@ -5,7 +5,7 @@ is only recorded, because that work stops in its own way. A recorded signal is n
 a callback that cannot raise (JAX hooks the garbage collector and compiles for minutes), or into the loading of a
 compiled module, it is raised a moment later. `check` also raises it at the next boundary between two pieces of work. A
 second signal acts at once: the command ends, even while the main thread is inside a library. Inside another program it
-does what it did there before.
+keeps its earlier meaning.
 
 In a run of several joined processes one of them may be the only one to get a signal, and all must stop at the same
 place. There saejax never raises it: it passes the signal on, and `check` asks whether all stop here (`share`).
@@ -50,7 +50,7 @@ class _Watch:
     before: dict[int, Any]
     """Handlers that were there."""
     ends_process: bool
-    """What a second signal does where nobody else has a handler for it."""
+    """Default action of a second signal without another handler."""
     noted: int | None = None
     noted_at: float = 0.0
     holds: int = 0
@@ -282,7 +282,7 @@ def _say_soon(now: _Watch, signum: int) -> None:
 
 
 def _forked() -> None:
-    """A child that is not another program is none of ours: a signal to it must not reach this process's thread."""
+    """A forked child is not part of the run: a signal to it must not reach this process's thread."""
     global _watch
     if _watch is not None:
         signal.set_wakeup_fd(-1)

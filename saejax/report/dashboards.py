@@ -97,7 +97,7 @@ def write(
     """Writes batch-0.json, batch-1.json, ... and skipped_indexes.json, the latents that are never active.
 
     Args:
-      sae: The SAE as it is handed over; its latents are what is shown.
+      sae: The exported SAE, whose latents are shown.
       corpus: Rows with text.
       decode: Token ids to text.
       folder: Where to write; made where missing. Batches that are there already are replaced.

@@ -96,7 +96,7 @@ def collect(
     firing_rate: Float[np.ndarray, "d_sae"] | None = None,
     unembedding: Float[Array, "d_in vocab"] | None = None,
 ) -> Examples:
-    """Gathers what the page of latents shows.
+    """Gathers the content of the page of latents.
 
     Args:
       sae: The trained SAE, in the data's own scale.

@@ -103,7 +103,7 @@ def environment() -> jinja2.Environment:
 
 
 def _headline(found: records.Run, sae: SAE | None) -> str:
-    """One line on what was trained: architecture, width, sparsity, hook, tokens."""
+    """One line about the run: architecture, width, sparsity, hook, tokens."""
     flat = records.shown(found.config)
     kind = flat.get("sae.type") or (sae.sparsifier.name if sae is not None else None)
     parts = [{"topk": "TopK", "l1": "L1"}.get(str(kind), str(kind))] if kind else []

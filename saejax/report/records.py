@@ -18,7 +18,7 @@ _MARKS = ("config.yaml", "metrics.jsonl", "run.json", "eval.json", "train.log", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that one run directory holds, as plain Python values; what is absent is empty."""
+    """Content of one run directory, as plain Python values; missing parts are empty."""
 
     path: Path
     """The directory."""

@@ -24,7 +24,7 @@ _METRICS = ("fvu", "l0", "dead_share", "recovered_zero", "delta_ce", "mcc", "tok
 _SPARSITY = ("sae.k", "sae.l1_coef", "sae.l0_coef")
 """Knobs that move a run along its curve; runs that differ only in these and in the seed form one group."""
 _PLACES = ("dir", "path", "run", "name", "resume", "saejax_version")
-"""Last parts of config keys that say where or as what a run was written, not what it was."""
+"""Last parts of config keys that name a run's place or name, not its settings."""
 _DEPTH = 3
 
 

@@ -62,8 +62,7 @@ def train(cfg: config.Config, run_dir: Path, *, resume: bool = False) -> Result:
       resume: whether `cfg` may differ from what is there, as with `saejax train resume=...`.
 
     Returns:
-      How it ended. Members that are finished are left alone, others go on from the newest step that they have in
-      common, new ones begin.
+      How it ended. Finished members are left alone, others continue from their newest common step, new ones begin.
 
     Raises:
       UserError: before any device work for impossible combinations; for lack of memory or a full disk; when no member
@@ -136,7 +135,7 @@ def train_members(
 
 
 def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resume: bool) -> Result:
-    """Members that all begin, or all go on: one stream, one compiled step."""
+    """Members that all begin, or all continue: one stream, one compiled step."""
     cfgs = list(members.values())
     cfg, n = cfgs[0], len(cfgs)
     varied = {
@@ -260,7 +259,7 @@ class _Members:
         ]
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write a line into the log of every member: what is its own, and what is of all."""
+        """Write a line into the log of every member: its own metrics, and the shared ones."""
         own: dict[int, dict[str, float]] = {i: {} for i in self._live}
         shared = {}
         for key, value in values.items():

@@ -207,7 +207,7 @@ def first_filling(cfg: config.Config, rows: RowIterator) -> list[np.ndarray]:
 
 
 def fill(cfg: config.Config, records: list[np.ndarray], put: Put) -> jax.Array:
-    """The first filling of the buffer, and a line about what it looks like; `records` are taken, and then empty."""
+    """First filling of the buffer, and a diagnosis of it; `records` are consumed."""
     filled = put(np.stack(records, axis=1))
     records.clear()
     diagnose.report(state.sample(filled, cfg.normalize.rows, cfg.train.batch), cfg.normalize)
@@ -270,7 +270,7 @@ def evaluation(cfg: config.Config, mesh: Mesh, heldout: Callable[[], Iterable[np
 def write_record(
     cfg: config.Config, run_dir: Path, mesh: Mesh, rows: RowIterator, outcome: loop.Outcome, **more: Any
 ) -> None:
-    """run.json: with what, where and how fast; `more` is added to it, or stands for what it would say."""
+    """Content of run.json: versions, place and speed; `more` adds or replaces entries."""
     if jax.process_index() != 0:
         return
     record = {

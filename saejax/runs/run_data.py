@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def compare(run_dir: Path, source: ActivationSource, step: int | None = None, *, any_data: bool) -> str | None:
-    """Compares the data that a run is looked at on with those that it was trained on.
+    """Compares the data of an evaluation with the run's training data.
 
     Args:
       run_dir: of the run.

@@ -1,4 +1,4 @@
-"""Sparse autoencoders: one file per architecture, `base` for what they share, `model` for what users hold."""
+"""Sparse autoencoders: one file per architecture, `base` for their shared part, `model` for users."""
 
 from saejax.sae.abs_topk import AbsTopK as AbsTopK
 from saejax.sae.base import ARCHITECTURES as ARCHITECTURES

@@ -70,7 +70,7 @@ def aux_k_loss(
 
     Args:
       weights: The parameters that it may move.
-      read: What the product with W_enc reads, `x - b_dec` in a linear encoder; no gradient.
+      read: Input of the product with W_enc, `x - b_dec` in a linear encoder; no gradient.
       residual: `target - recon`; no gradient.
       dead: Latents that count as dead.
       settings: How many take part, and how.

@@ -322,7 +322,7 @@ class Sparsifier(Layout, abc.ABC):
     def encoder_inputs(
         self, params: SAEParams, x: Float[Array, "b d_in"], step: Int[Array, ""] | None
     ) -> tuple[Array, Array | None]:
-        """Returns what the last encoder product reads, and what is added to it beside b_enc (`encoders.inputs`)."""
+        """Returns the input of the last encoder product, and the terms added to it beside b_enc (`encoders.inputs`)."""
         return encoders.inputs(self, params, x, lambda pre_acts: self._dense(params, pre_acts, step))
 
     def _dense(self, params, pre_acts, step):

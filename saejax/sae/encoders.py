@@ -83,7 +83,7 @@ def inputs(
     x: Float[Array, "b d_in"],
     activate: Callable[[jax.Array], jax.Array],
 ) -> tuple[Float[Array, "b n"], Float[Array, "#b d_sae"] | None]:
-    """Returns what the last product with W_enc reads, and what is added to that product beside b_enc.
+    """Returns the input of the last product with W_enc, and the terms added to that product beside b_enc.
 
     Args:
       layout: Kind and sizes of the encoder.
@@ -140,7 +140,7 @@ def fold(layout: Layout, params: SAEParams, mean: Float[Array, " d_row"], scale:
 
 
 def fold_scale(layout: Layout, params: SAEParams, scale: Float[Array, " d_row"]) -> SAEParams:
-    """Returns parameters that do with rows what `params` do with rows * scale, what they write undone.
+    """Returns parameters that treat rows as `params` treat rows * scale, with the output scaled back.
 
     As `fold_matrix` with a diagonal matrix: the latents are the same numbers.
     """

@@ -58,7 +58,7 @@ class Family(enum.Enum):
 
 
 HALVED = (Family.transcoder, Family.clt)
-"""Families whose target is not what they read."""
+"""Families whose target differs from their input."""
 
 
 def read(family: Family, sites: tuple[int, ...]) -> tuple[int, ...]:
@@ -182,7 +182,7 @@ class Layout:
         return 2 * self.d_in if self.encoder_hidden is None else self.encoder_hidden
 
     def split(self, rows: Float[Array, "... d_row"]) -> tuple[Float[Array, "... d_in"], Float[Array, "... d_out"]]:
-        """Returns what is read of rows, and what is to be written."""
+        """Splits rows into input and target."""
         return (rows, rows) if self.mirrors else (rows[..., : self.d_in], rows[..., self.d_in :])
 
 

@@ -37,7 +37,7 @@ def product(
     """Returns the product of rows with the encoder, each group of columns with its own site.
 
     Args:
-      x: What is read: `n_groups` sites of width m side by side.
+      x: Input: `n_groups` sites of width m side by side.
       W_enc: Columns, each for the site of its group.
       n_groups: Groups; with 1 this is `x @ W_enc`.
       dtype: Operands of the product.
@@ -56,7 +56,7 @@ def product(
 
 
 def response(layout: Layout, row: Float[Array, " d_in"], W: Float[Array, "m h"]) -> Float[Array, " h"]:
-    """Returns what the product with the encoder's first matrix gives one row."""
+    """Returns the product of one row with the encoder's first matrix."""
     n_groups = layout.n_groups
     return row @ W if n_groups == 1 else product(row[None, :], W, n_groups, "float32")[0]
 

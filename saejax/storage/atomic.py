@@ -48,7 +48,7 @@ def write(path: str | os.PathLike[str], content: str | bytes, *, keep_existing: 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], *, keep_existing: bool = False) -> Iterator[BinaryIO]:
-    """As `write`, for what is written in parts: a file to fill, published when the block ends well.
+    """Like `write`, but in parts: a file to fill, published when the block succeeds.
 
     Examples:
       >>> import tempfile
@@ -78,7 +78,7 @@ def opened(path: str | os.PathLike[str], *, keep_existing: bool = False) -> Iter
 
 
 def partial(path: Path) -> tuple[BinaryIO, Path]:
-    """A new, empty file beside `path` to be renamed to it, and its name; the permissions are what the umask leaves."""
+    """A new, empty file beside `path` to be renamed to it, and its name; the umask sets the permissions."""
     unfinished = path.with_name(f".{path.name[:48]}.{secrets.token_hex(8)}{PARTIAL}")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(unfinished, flags, 0o666), "w+b"), unfinished
@@ -152,7 +152,7 @@ def appended(path: str | os.PathLike[str]) -> io.FileIO:
 class LogFile(logging.FileHandler):
     """A log that is appended to, never through a link, and opened only when there is something to say.
 
-    What cannot be written is said once on the terminal: a full disk must not end the work that is logged.
+    Reports a failed write once on the terminal: a full disk must not end the logged work.
     """
 
     def __init__(self, filename: str | os.PathLike[str], *_: Any, **__: Any) -> None:
@@ -170,7 +170,7 @@ class LogFile(logging.FileHandler):
 
 
 def check_writable(folder: Path) -> None:
-    """Raises what the file system says to a new file in a folder; none is seen there.
+    """Raises the file system's error for a new file in a folder; leaves no file there.
 
     Raises:
       OSError: it is not writable, or not there.
@@ -180,7 +180,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_place(path: Path, *, file: bool = False) -> None:
-    """Raises what the file system says to a new folder or file, before the work whose result goes there.
+    """Raises the file system's error for a new folder or file, before the work that would fill it.
 
     Args:
       path: need not be there, nor the folders above it; nothing is made.
@@ -200,7 +200,7 @@ def check_place(path: Path, *, file: bool = False) -> None:
 
 
 def try_write(folder: Path, n_bytes: int = 2**20) -> None:
-    """Writes and syncs a file as large as what is to come, or a first part of it, and removes it.
+    """Writes and syncs a file of the expected size, or a first part of it, and removes it.
 
     Args:
       folder: made where missing.
@@ -252,7 +252,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 def check_file(path: Path) -> None:
-    """Refuses what has the name of a file and is none: reading a pipe would wait for ever.
+    """Refuses a name that is not a plain file: reading a pipe would wait for ever.
 
     Raises:
       UserError: a pipe, a socket or a device.

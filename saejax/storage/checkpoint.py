@@ -248,7 +248,7 @@ class Checkpoints:
                 self._checkpointer.delete(found.step)
 
     def rewind(self, step: int) -> None:
-        """Move checkpoints after a step to `checkpoints_ahead/`: the run goes on from there and writes them again."""
+        """Move checkpoints after a step to `checkpoints_ahead/`: the run continues from there and writes them again."""
         ahead = [number for number in steps(self._run_dir) if number > step]
         self._set_aside(ahead, "checkpoints_ahead")
 

@@ -22,7 +22,7 @@ STATE, LOADER, RECORD = "state", "loader", "record"
 
 
 def steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending; what a killed save left behind does not count.
+    """Steps of the complete checkpoints of a run, ascending; remains of a killed save do not count.
 
     Raises:
       UserError: a name that looks like a step and is none.

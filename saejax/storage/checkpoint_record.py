@@ -69,7 +69,7 @@ def make(step: int, state: Any, loader: dict[str, Any], fvu: float | None, owner
 
 
 def parse(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The record as it was written, from what was saved of it.
+    """The original record, from its saved form.
 
     Args:
       saved: as from `make`; of format 2 the fields themselves.
@@ -141,7 +141,7 @@ def changes(record: Mapping[str, Any] | None, owner: Owner) -> dict[str, tuple[A
 
 
 def compare(record: Mapping[str, Any] | None, fields: Any, loader: dict[str, Any] | None = None) -> None:
-    """Refuse what was read unless it is what was written.
+    """Refuse arrays that differ from the saved ones.
 
     Raises:
       Damaged: an array or the loader's position is not.

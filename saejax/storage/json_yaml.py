@@ -65,12 +65,12 @@ class Stamp:
 
 
 def read_run_config(run_dir: Path) -> dict[str, Any]:
-    """Returns what a run's config.yaml says, its stamp taken off; see `read_run`."""
+    """Returns the content of a run's config.yaml without its stamp; see `read_run`."""
     return read_run(run_dir)[0]
 
 
 def read_run(run_dir: Path) -> tuple[dict[str, Any], Stamp]:
-    """Returns what a run's config.yaml says, and its stamp.
+    """Returns the content of a run's config.yaml, and its stamp.
 
     Args:
       run_dir: a run directory.
@@ -104,7 +104,7 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], Stamp]:
 
 
 def pointer_hint(path: Path) -> str:
-    """Returns what a message about an unreadable file adds where git-lfs has left its pointer in the file's place."""
+    """Returns a hint for messages about an unreadable file that is a git-lfs pointer."""
     try:
         with path.open("rb") as file:
             left = file.read(len(_POINTER)) == _POINTER

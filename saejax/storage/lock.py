@@ -154,7 +154,7 @@ def hold(folder: str | os.PathLike[str], what: str = "run", *, again: bool = Fal
 
 
 def _made_key(folder: Path, name: str) -> tuple[int, int, str]:
-    """Makes a folder where it is missing; what is the same for all its names."""
+    """Makes a missing folder; returns its identity, which is the same for all its names."""
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     _made.update(missing)
@@ -215,7 +215,7 @@ def _is_named(descriptor: int, file: Path) -> bool:
 
 
 def _opened(file: Path) -> int:
-    """A file of ours to lock: what another planted under its name is not written through."""
+    """Opens saejax's own file to lock; never writes through a file or link that others planted."""
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
@@ -333,7 +333,7 @@ def _machine() -> tuple[str, str, str]:
 
 
 def _forget() -> None:
-    """In a forked child: what the parent holds is not the child's, and must not outlive the parent in its hands."""
+    """Runs in a forked child: closes the parent's locks, which must not outlive the parent."""
     for lock in _held:
         if lock._descriptor is not None:
             with contextlib.suppress(OSError):

@@ -100,7 +100,7 @@ class Tracker:
             self._wandb = _start_wandb(config, run_config, run_dir) if config.wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write one line; a disk that is full or a W&B that fails is said once and stops nothing.
+        """Write one line; a full disk or a failing W&B is reported once and stops nothing.
 
         Args:
           step: optimiser steps taken.
@@ -151,7 +151,7 @@ class Tracker:
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:
-    """Do what may hang for good in a thread that does not keep the process alive; raises what it raises."""
+    """Run a call that may hang in a daemon thread, and raise its error."""
     outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def do() -> None:

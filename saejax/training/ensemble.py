@@ -37,7 +37,7 @@ SHARED = ("step", "buffer", "normalizer", "key")
 
 @struct.dataclass
 class EnsembleState:
-    """The state of all members; what they share is there once.
+    """State of all members; their shared part is stored once.
 
     Attributes:
       step, buffer, normalizer, key: as in `TrainState`.
@@ -206,7 +206,7 @@ class Layout:
         return self._with(self._single, self._members, self._finite)
 
     def join(self, states: Sequence[TrainState]) -> EnsembleState:
-        """The ensemble of members that stand at one step; what they share is taken from the first."""
+        """Ensemble of members at the same step; the first provides the shared part."""
         own = tuple(without_shared(state) for state in states)
         members = own if self._form is Form.loop else self._stack(own)
         finite = jax.device_put(jnp.ones(self._n, bool), self._finite.sharding)

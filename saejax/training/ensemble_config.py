@@ -151,7 +151,7 @@ def with_knobs(config: _Config, point: dict[str, Any]) -> _Config:
 
 
 def members(config: _Config) -> dict[str, _Config]:
-    """The config of every member by its name: what a run of its own would be told to be the same SAE.
+    """Config of every member by its name; a separate run with it becomes the same SAE.
 
     Args:
       config: a `saejax.config.Config`.

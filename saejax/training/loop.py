@@ -135,7 +135,7 @@ class _Log:
         self._held = (number, metrics)
 
     def flush(self) -> None:
-        """Write what is held.
+        """Write the held metrics.
 
         Raises:
           FloatingPointError: the loss or the parameters are not finite.
@@ -152,7 +152,7 @@ class _Log:
 
 @contextlib.contextmanager
 def _closing(progress: Progress, checkpoints: Checkpoints) -> Iterator[None]:
-    """The terminal is left clean; a loss that is not finite is told with the step to go back to."""
+    """Leaves the terminal clean; reports a loss that is not finite with the step to return to."""
     try:
         yield
     except FloatingPointError as error:
@@ -167,7 +167,7 @@ def _saved_on_failure(
 ) -> Iterator[None]:
     """Whatever goes wrong inside, the training done so far is not lost with it.
 
-    One of several processes that fails cannot save alone; what the last checkpoint holds stays.
+    One process that fails cannot save alone; the last checkpoint stays.
     """
     try:
         yield

@@ -28,7 +28,7 @@ def compile_step(
     mesh: Mesh,
     n_members: int = 1,
 ) -> Any:
-    """Compile the step ahead of time, say what it needs, and refuse what cannot fit.
+    """Compile the step ahead of time, log its memory, and refuse a step that cannot fit.
 
     Args:
       step: pure, from `training.step.make` or `training.ensemble.make`.
@@ -82,7 +82,7 @@ def analysed(
 
 
 def record(wanted: TrainState | EnsembleState, lane_sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """Shape and place of what a step takes besides its state."""
+    """Shape and place of a step's inputs besides its state."""
     lanes, _, block_rows, d_in = wanted.buffer.rows.shape
     return jax.ShapeDtypeStruct((lanes, block_rows, d_in), wanted.buffer.dtype, sharding=lane_sharding)
 

@@ -38,7 +38,7 @@ Inspect = Callable[[int, dict[str, float], Key[jax.Array, ""]], str]
 
 
 class Watch:
-    """Looks at what the steps report, when the device has long computed it.
+    """Checks the steps' reports, long after the device has computed them.
 
     Args:
       config: what is to be done.
@@ -77,7 +77,7 @@ class Watch:
                 raise FloatingPointError(f"{said}; train.max_skipped_steps={self._in_a_row} were left out in a row")
 
     def check(self, number: int) -> None:
-        """Refuse to go on, and so to save, when a step up to `number` was not finite and was not left out.
+        """Refuse to continue, and so to save, if a step up to `number` was not finite and was not skipped.
 
         Raises:
           FloatingPointError: it was; names the first such step that is remembered.

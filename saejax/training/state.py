@@ -23,7 +23,7 @@ from saejax.training.settings import EncoderBias, TrainConfig
 
 @struct.dataclass
 class TrainState:
-    """Everything that the next step depends on, but for the position of the loader, which the host keeps.
+    """Everything that the next step depends on, except the position of the loader, which the host keeps.
 
     Attributes:
       step: optimiser steps taken, int32 scalar.
@@ -138,7 +138,7 @@ def abstract(
     *,
     mesh: Mesh,
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings without its values: what a checkpoint is restored into.
+    """Shapes, dtypes and shardings of the state without its values: the target of a restore.
 
     Args:
       sparsifier: architecture.

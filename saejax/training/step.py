@@ -141,7 +141,7 @@ def make_learn(
 def _undone_unless_finite(
     before: TrainState, after: TrainState, metrics: dict[str, jax.Array]
 ) -> tuple[TrainState, jax.Array]:
-    """`after`, but for what was learned where the step was not finite; and whether that is so."""
+    """`after`, without its learning if the step was not finite; and whether it was."""
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["param_norm"])
     learned = {
         name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), getattr(after, name), getattr(before, name))

@@ -38,7 +38,7 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, if anything was, and say how to look at it."""
+        """Write the recording, if there is one, and say how to open it."""
         if not self._running:
             return
         self._running, folder = False, self._folder

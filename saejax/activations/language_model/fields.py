@@ -45,7 +45,7 @@ def among(value: object, allowed: Collection[Any]) -> bool:
 
 
 class Fields:
-    """A mapping of which every value is checked as it is read; null counts as absent.
+    """A mapping that checks every value when it is read; null counts as absent.
 
     Args:
       where: the file, and the place in it, for messages.
@@ -96,7 +96,7 @@ class Fields:
         return self._read(key, default, f"a list of {told}", fits)
 
     def refuse(self, key: str, told: str) -> UserError:
-        """The error that a value is not what it must be."""
+        """Error about a value outside the allowed ones."""
         return UserError(f"{self.where}: {self.prefix}{key}={shown(self.get(key))} is not supported, allowed: {told}")
 
     def _read(self, key: str, default: Any, told: str, fits: Callable[[Any], bool]) -> Any:

@@ -26,15 +26,15 @@ class FileTokenizer:
     tokenizer: Tokenizer
     """Reads all of a text, adds no padding, draws nothing."""
     sha256: str
-    """Of the tokenizer as the file has it, what is left out included: the identity that manifests hold."""
+    """Hash of the tokenizer as in its file, left-out settings included; manifests hold it."""
     left_out: tuple[str, ...]
-    """What the file carries and has no effect, for people; mostly nothing."""
+    """Settings of the file that have no effect, for people; mostly none."""
     auto_bos: Callable[[], Bos]
     """The token that begins a text, by the files."""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, auto_bos: Callable[[Tokenizer], Bos] = bos_rules.of_files) -> FileTokenizer:
-        """Takes off what does not belong to the model; the tokenizer that is given stays as it is.
+        """Removes settings that are not the model's; the given tokenizer stays unchanged.
 
         Args:
           tokenizer: as a file or a library gave it.
@@ -62,7 +62,7 @@ class FileTokenizer:
         return self.auto_bos() if setting == "auto" else bos_rules.of_setting(setting, self.tokenizer)
 
     def earlier_bos(self) -> int | None:
-        """The token that `bos=auto` was up to saejax 0.1, for what was begun then."""
+        """Token of `bos=auto` up to saejax 0.1, for stores begun then."""
         return bos_rules.earlier(self.tokenizer)
 
     def encode(self, texts: list[str]) -> list[list[int]]:

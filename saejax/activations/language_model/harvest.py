@@ -49,8 +49,8 @@ def harvest(config: HarvestConfig, backend: language_model.LMBackend | None = No
     Raises:
       UserError: a setting is invalid, a split has no text, a store was begun with other settings, the dtype would
         overflow, or the disk is full.
-      KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on `signals.SIGNALS`. What is published
-        stays, the same call continues.
+      KeyboardInterrupt: on Ctrl-C; `errors.Stopped`, which is one, on `signals.SIGNALS`. Published shards stay; the
+        same call continues.
     """
     paths = {split: pathlib.Path(config.path) / split for split in text.SPLITS}
     begun = {path: manifest for path in paths.values() if (manifest := _begun(path))}
@@ -223,7 +223,7 @@ class Run:
         return lambda: self._content(batch, measured)["rows"]
 
     def _dispatch(self, batch: Batch) -> "list[_Measured]":
-        """Starts the device on a batch; what the calibration has computed is not computed again."""
+        """Starts the device on a batch; reuses the results of the calibration."""
         if (ahead := self._ahead.pop(batch.first, None)) is not None:
             return ahead
         result = self._measured(batch)
@@ -285,7 +285,7 @@ class Run:
         )
 
     def measure_sink(self) -> None:
-        """Fixes the rule where there is no store; what was computed on the way is forgotten."""
+        """Fixes the sink rule without a store; forgets the results on the way."""
         self.sink = self._sink(None)
         self._ahead.clear()
 

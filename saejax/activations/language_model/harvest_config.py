@@ -17,7 +17,7 @@ TORCH_PREFIX = "torch:"
 
 
 def located(model: str, field: str) -> str:
-    """The name of a language model, absolute where it is a path: what is stored holds in any working directory.
+    """Name of a language model, absolute if it is a path, so that it is valid in any working directory.
 
     Args:
       model: `smollm2`; a path; `torch:` and a path, or a name that transformers knows.
@@ -80,7 +80,7 @@ class HarvestConfig:
     """Number format of the stored rows; one that would overflow is refused."""
 
     bos: str = "auto"
-    """Token that begins every segment: its text, "none", or "auto" for what the model's files put before a text."""
+    """Token that begins every segment: its text, "none", or "auto" for the one in the model's files."""
 
     mask_position_zero: bool = True
     """Whether the first token of every segment is left out; it is an attention sink in most models."""

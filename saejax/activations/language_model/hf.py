@@ -118,7 +118,7 @@ def read_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check_files(path: pathlib.Path) -> None:
-    """Opens every file that says what a model is, for libraries that would end in anything where one is damaged.
+    """Opens every file that defines a model, for libraries that fail obscurely on a damaged one.
 
     Args:
       path: the directory; files that are not there are not missed.

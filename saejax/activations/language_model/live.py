@@ -74,7 +74,7 @@ class Live(ActivationSource):
     dtype: Fixed[store_format.StoreDtype] = store_format.StoreDtype.bfloat16
     """Number format of the rows; one that would overflow is refused."""
     bos: Fixed[str] = "auto"
-    """Token that begins every segment: its text, "none", or "auto" for what the model's files put before a text."""
+    """Token that begins every segment: its text, "none", or "auto" for the one in the model's files."""
     mask_position_zero: Fixed[bool] = True
     """Whether the first token of every segment is left out."""
     sink_factor: Fixed[float | None] = 10.0
@@ -123,7 +123,7 @@ class Live(ActivationSource):
         return {"type": self.name, **_model(self).identity}
 
     def fingerprint(self) -> dict[str, Any]:
-        """The settings and what the text is; no identity, for which the model would have to be loaded."""
+        """Settings and identity of the text; the full identity would need the loaded model."""
         config = self.harvest()
         return {"type": self.name, **config.settings(), "text": config.text.identity()}
 

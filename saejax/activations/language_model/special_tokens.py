@@ -16,7 +16,7 @@ from saejax.errors import UserError
 logger = logging.getLogger(__name__)
 
 WHY = ("reason", "left_out")
-"""What a policy says for people; no tokens depend on it, and older manifests do not have it."""
+"""Fields of a policy for people; no tokens depend on them, and older manifests lack them."""
 
 
 def chosen(config: HarvestConfig, tokenizer: FileTokenizer, begun: dict | None) -> tuple[Packer, dict[str, Any]]:
@@ -53,7 +53,7 @@ def tokens_of(policy: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_tokens(path: pathlib.Path, begun: dict | None, sha256: str, tokenizer: FileTokenizer) -> None:
-    """Refuses a store begun when what the tokenizer's file carries was obeyed, where that made other tokens.
+    """Refuses a store of a version that obeyed the tokenizer file's settings, if they changed the tokens.
 
     Raises:
       UserError: its missing shards would hold other text than those that are there.

@@ -29,7 +29,7 @@ def stores_under(path: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def info(path: str | os.PathLike) -> dict:
-    """Facts of one store: the manifest's, and counts over what is published so far."""
+    """Facts about one store: the manifest's, and counts over the published shards."""
     path = paths.local(path, "path")
     manifest = store_schema.read_manifest(path)
     records = manifest["shards"]

@@ -87,7 +87,7 @@ def published(path: pathlib.Path) -> list[int]:
 
 
 def fingerprint(manifest: dict) -> str:
-    """Hash of what the store is made of: all of the manifest but the progress and the measured median."""
+    """Hash of the store's settings: the manifest without the progress and the measured median."""
     facts = {key: value for key, value in manifest.items() if key not in PROGRESS_FIELDS}
     facts["sink"] = {key: value for key, value in (facts.get("sink") or {}).items() if key != "median_norm"}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -148,7 +148,7 @@ def write_json(file: pathlib.Path, content: dict, *, keep_existing: bool = False
 
 @contextlib.contextmanager
 def disk_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns a full disk, or one that may not be written, into a UserError that says how to go on."""
+    """Turns a full or read-only disk into a UserError that says how to continue."""
     try:
         yield
     except OSError as error:

@@ -171,7 +171,7 @@ def _check_unsealed(file: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_record(file: pathlib.Path, record: Mapping[str, Any], number: int) -> None:
-    """Refuses the record of shard `number` where it lacks a field, or one cannot be what it is.
+    """Refuses the record of shard `number` if it lacks a field or holds an impossible value.
 
     Raises:
       UserError: naming the file and the field.

@@ -167,7 +167,7 @@ class Store(ActivationSource):
 
 
 class StoreRows:
-    """The rows of a reader, those of some shards left out, as one array to slice: what the loader wants."""
+    """Rows of a reader without some shards, as one array for the loader to slice."""
 
     def __init__(self, reader: store.Reader, without: list[str]):
         self.reader, self.without = reader, without
@@ -193,7 +193,7 @@ class StoreRows:
         return np.concatenate(pieces) if pieces else self.reader.rows(0, 0)
 
     def identity(self, n_rows: int) -> str:
-        """Hash of what the first `n_rows` rows are."""
+        """Hash of the first `n_rows` rows."""
         stop = max(begin + min(n_rows - first, end - begin) for first, begin, end in self._kept if first < n_rows)
         before = [name for name, start, _ in self.reader.shards() if name in self.without and start < stop]
         whole = self.reader.sha256_of_rows(stop)

@@ -259,7 +259,7 @@ def admitted(path: str | os.PathLike, *, process: int = 0, n_processes: int = 1)
 
 @contextlib.contextmanager
 def _turn(path: pathlib.Path) -> Iterator[None]:
-    """One at a time is admitted: what it sees of the others holds until it is one of them."""
+    """Admits one writer at a time, so that its view of the others holds until it is one of them."""
     until, held = time.monotonic() + TURN_SECONDS, None
     with store_format.disk_errors(path):
         while held is None:

@@ -39,7 +39,7 @@ def listing() -> str:
 
 
 def execute(arguments: list[str]) -> int:
-    """Run what the command line names.
+    """Run the experiment of a command line.
 
     Args:
       arguments: [NAME, key=value ...] with the fields of the experiment, `quick=true` and `out=DIR`; or all_quick,

@@ -239,7 +239,7 @@ def table(rows: Iterable[tuple[str, Check]], *, sources: bool = True) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it: arrays become lists, keys strings, what is not finite null.
+    """A value for JSON: arrays become lists, keys strings, values that are not finite null.
 
     Examples:
       >>> plain({1: np.array([1.0, np.nan]), "n": np.int32(3)})

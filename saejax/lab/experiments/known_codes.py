@@ -24,7 +24,7 @@ DROP_BELOW = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Dictionary:
-    """Unit rows, what is subtracted from signals first, and which row stands for which true feature."""
+    """Unit rows, the offset subtracted from signals first, and the true feature of each row."""
 
     rows: np.ndarray
     """[n, d] float32, norm 1."""

@@ -99,7 +99,7 @@ class AmortisationGap(metric.Metric):
 
 
 def inference_gaps(encoder: float, solver: float, oracle: float, name: str = "f1") -> dict[str, float]:
-    """Splits what is missing to the best possible score into the encoder's share and the dictionary's.
+    """Splits the distance to the best possible score into the encoder's share and the dictionary's.
 
     Args:
       encoder: Score (support F1, code MCC) of the encoder's codes on its learnt dictionary.

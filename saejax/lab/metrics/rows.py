@@ -76,7 +76,7 @@ class Kept:
     on_host: ClassVar[bool] = True
 
     def kept(self, batch: Any) -> dict[str, np.ndarray]:
-        """Returns what is kept of a batch, `row_id` among it, each with one entry per row."""
+        """Returns the kept fields of a batch, `row_id` among them, each with one entry per row."""
         raise NotImplementedError
 
     def init(self, batch: Any) -> dict[str, np.ndarray]:

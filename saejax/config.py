@@ -310,7 +310,7 @@ def one_line(error: Exception, root: type = Config) -> str:
     choice = re.search(r"Could not find '(.*?)'\s+Available options in '([\w/]+)':\s+(.*?)\n(?:Config|$)", text, re.S)
     if choice:
         allowed = [name for name in choice[3].split() if not name.endswith("_schema")]
-        there, named = f"no such choice; there are {', '.join(allowed)}", choice[1].removeprefix(f"{choice[2]}/")
+        there, named = f"no such choice; choose one of {', '.join(allowed)}", choice[1].removeprefix(f"{choice[2]}/")
         return f"{choice[2]}={named}: {there}{command_line.near(named, allowed)}"
     unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
     key = re.search(r"full_key: (\S+)", text)

@@ -78,7 +78,7 @@ MISTAKES = [
     (["sae=l1", "sae.k=8"], "unknown key sae.k: it is of sae=abs_topk, .* sae=topk$"),
     (["+sae.kk=3"], "unknown key kk"),
     (["++sae.kk=3"], "unknown key kk"),
-    (["sae=topkk"], "sae=topkk: no such choice; there are abs_topk, batch_topk, gated, "),
+    (["sae=topkk"], "sae=topkk: no such choice; choose one of abs_topk, batch_topk, gated, "),
     (["sae.k=abc"], "sae.k must be a whole number, got abc"),
     (["train.n_tokens=1e6"], "train.n_tokens must be a whole number, got 1000000.0"),
     (["normalize.mode=unity"], "normalize.mode: Invalid value 'unity', expected one of"),

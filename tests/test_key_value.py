@@ -123,7 +123,7 @@ def test_a_text_is_no_seed_where_no_hydra_reads(word, capsys, tmp_path, monkeypa
 )
 def test_no_choice_of_a_group_names_those_that_there_are(choice, capsys):
     said = complaint(["train", choice], capsys)
-    assert choice in said and "no such choice; there are" in said
+    assert choice in said and "no such choice; choose one of" in said
 
 
 def test_a_grid_that_only_another_sweeper_reads(capsys):

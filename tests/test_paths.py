@@ -389,7 +389,7 @@ def test_no_command_is_printed_with_a_bare_path():
     """Every printed `key=PATH` of a command goes through `typed`."""
     import re
 
-    bare = re.compile(r"(saejax (evaluate|report|export|train) |go on with |alone with |goes on with )\w+=(\{|%s)")
+    bare = re.compile(r"(saejax (evaluate|report|export|train) |alone with |continue[^,]* with:? )\w+=(\{|%s)")
     root = Path(saejax.__file__).parent
     lines = [(f.name, line) for f in root.rglob("*.py") for line in f.read_text(encoding="utf-8").splitlines()]
     assert not [found for found in lines if bare.search(found[1])]

@@ -99,7 +99,7 @@ def test_other_data_are_refused_by_what_differs(moved, sealed, door, other):
 def test_other_data_are_taken_where_that_is_asked_for(moved, sealed, door, caplog):
     other_hook(moved, sealed)
     DOORS[door](moved / "on_store", any_data=True)
-    assert "hook was blocks.1.hook_resid_post and is blocks.0.hook_resid_post; going on" in caplog.text
+    assert "hook was blocks.1.hook_resid_post and is blocks.0.hook_resid_post; continuing" in caplog.text
 
 
 def test_what_was_measured_on_other_data_says_so_wherever_it_is_read(moved, sealed):
@@ -126,7 +126,7 @@ def test_the_middle_of_an_array_is_compared_too(moved):
     with pytest.raises(UserError, match="rows.npy holds other data than .*: the checksums differ; put those back"):
         commands.evaluate(commands.EvaluateConfig(run=str(moved / "on_arrays")))
     again = config.from_run(moved / "on_arrays", ["train.n_tokens=2048"])
-    with pytest.raises(UserError, match="rows.npy holds other data than .*: the checksums differ; going on needs"):
+    with pytest.raises(UserError, match="rows.npy holds other data than .*: the checksums differ; a run continues"):
         run.train(again, moved / "on_arrays", resume=True)
     commands.evaluate(commands.EvaluateConfig(run=str(moved / "on_arrays"), any_data=True))
 

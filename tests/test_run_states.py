@@ -45,12 +45,12 @@ REFUSALS = {
     ("empty", "resume"): "no checkpoint in .*: start the run anew",
     ("foreign", "resume"): "sae.k cannot change on resume: the run has 4, got 2",
     ("foreign", "member_resume"): "sae.k cannot change on resume",
-    ("changed", "same"): "holds checkpoints already, of another run: optim.lr is 0.001 there, got 0.5; .*resume=",
-    ("foreign", "member"): "holds checkpoints already, of another run: sae.k is 4 there, got 2",
-    ("begun", "new"): "holds checkpoints already: go on with resume=.*, or take another directory",
+    ("changed", "same"): "already holds checkpoints of another run: optim.lr is 0.001 there, got 0.5; .*resume=",
+    ("foreign", "member"): "already holds checkpoints of another run: sae.k is 4 there, got 2",
+    ("begun", "new"): "already holds checkpoints: continue with resume=.*, or take another directory",
     ("no_config", "same"): "is not a run directory: it holds no config.yaml",
-    ("no_config", "new"): "holds checkpoints already",
-    ("ensemble", "same"): "holds an ensemble: go on with resume=.*, or take another directory",
+    ("no_config", "new"): "already holds checkpoints",
+    ("ensemble", "same"): "holds an ensemble: continue it with resume=.*, or take another directory",
 }
 
 

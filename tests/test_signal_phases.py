@@ -170,7 +170,7 @@ def test_what_reads_a_run_stops_and_goes_on(straight, monkeypatch, capfd, comman
     with monkeypatch.context() as patched:
         strike(patched, owner, name, signal.SIGTERM)
         assert main([command, f"run={straight}"]) == 128 + signal.SIGTERM
-    assert capfd.readouterr().err.strip().endswith(f"saejax {command}: stopped by SIGTERM; the same command goes on")
+    assert capfd.readouterr().err.strip().endswith(f"saejax {command}: stopped by SIGTERM; the same command continues")
     assert main([command, f"run={straight}"]) == 0
 
 
@@ -238,7 +238,7 @@ def test_a_signal_while_everything_is_imported(tmp_path):
     started.wait_until(started.watches)
     started.process.send_signal(signal.SIGTERM)
     started.ends(128 + signal.SIGTERM)
-    assert started.said() == "saejax train: stopped by SIGTERM; the same command goes on\n"
+    assert started.said() == "saejax train: stopped by SIGTERM; the same command continues\n"
 
 
 @pytest.mark.slow

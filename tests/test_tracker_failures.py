@@ -50,10 +50,10 @@ class Wandb(types.ModuleType):
 @pytest.mark.parametrize(
     ("fails", "logged", "said"),
     [
-        ("init", 0, "W&B could not start (api.example: unreachable); going on with metrics.jsonl"),
-        ("log", 3, "W&B failed (RuntimeError('')); going on with metrics.jsonl"),
-        ("finish", STEPS + 1, "W&B failed (the service is gone); going on with metrics.jsonl"),
-        ("hang", STEPS + 1, "W&B failed (not finished after 0.2 s); going on with metrics.jsonl"),
+        ("init", 0, "W&B could not start (api.example: unreachable); continuing with metrics.jsonl"),
+        ("log", 3, "W&B failed (RuntimeError('')); continuing with metrics.jsonl"),
+        ("finish", STEPS + 1, "W&B failed (the service is gone); continuing with metrics.jsonl"),
+        ("hang", STEPS + 1, "W&B failed (not finished after 0.2 s); continuing with metrics.jsonl"),
     ],
 )
 def test_a_real_run_ends_well_with_a_broken_tracker(fails, logged, said, tmp_path, monkeypatch, caplog):

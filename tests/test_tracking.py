@@ -99,5 +99,5 @@ def test_a_failing_dashboard_is_left_behind(tmp_path, caplog):
     for step in (1, 2):
         tracker.log(step, {"train/loss": 0.5})
     tracker.close()
-    assert dashboard.calls == 1 and "W&B failed (the network); going on" in caplog.text
+    assert dashboard.calls == 1 and "W&B failed (the network); continuing" in caplog.text
     assert len(tracking.read(tmp_path)) == 2

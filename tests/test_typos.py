@@ -119,8 +119,8 @@ def test_figures_that_cannot_be_drawn_are_refused_before_the_experiment(tmp_path
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("hydra/launcher=basicc", "hydra/launcher=basicc: no such choice; there are basic, "),
-        ("hydra/sweeper=nix", "hydra/sweeper=nix: no such choice; there are basic, "),
+        ("hydra/launcher=basicc", "hydra/launcher=basicc: no such choice; choose one of basic, "),
+        ("hydra/sweeper=nix", "hydra/sweeper=nix: no such choice; choose one of basic, "),
         ("hydra.mode=x", "hydra.mode: Invalid value 'x', expected one of [RUN, MULTIRUN]"),
         ("hydra.run.dirr=x", "unknown key hydra.run.dirr; did you mean hydra.run.dir?"),
         ("hydra.searchpath=[gs://x]", "No config source registered for schema gs"),

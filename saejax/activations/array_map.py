@@ -172,15 +172,15 @@ def _safetensors_header(file: pathlib.Path, where: str) -> tuple[dict[str, tuple
             header = json.loads(stream.read(length), object_pairs_hook=_once)
         except (ValueError, RecursionError, MemoryError):
             _refuse_others(file, where, ".safetensors")
-            raise UserError(f"{where}: not a .safetensors file: its header is no JSON") from None
+            raise UserError(f"{where}: not a .safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
-        raise UserError(f"{where}: not a .safetensors file: its header is no JSON object")
+        raise UserError(f"{where}: not a .safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     begin, tensors = 8 + length, {}
     for name, entry in header.items():
         said = f"{where}: the header of tensor {json_yaml.one_line(name)}"
         if not isinstance(entry, dict):
-            raise UserError(f"{said} is no JSON object")
+            raise UserError(f"{said} is not a JSON object")
         dtype, shape, offsets = entry.get("dtype"), _lengths(entry.get("shape")), _lengths(entry.get("data_offsets"))
         if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
             raise UserError(

@@ -81,7 +81,7 @@ def read_lines(file: pathlib.Path, field: str, key: str) -> Iterator[tuple[int, 
     """(line number, text) of every line of a .jsonl file that is not blank.
 
     Raises:
-      UserError: a line is no JSON object with a string at `field`.
+      UserError: a line is not a JSON object with a string at `field`.
     """
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

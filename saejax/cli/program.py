@@ -113,7 +113,7 @@ def _stopped(name: str, stop: KeyboardInterrupt) -> int:
     """A line about a command that a signal stopped, and its exit status."""
     signum = getattr(stop, "signum", signal.SIGINT)
     if processes.first():
-        print(f"saejax {name}: stopped by {signals.name(signum)}; the same command goes on", file=sys.stderr)
+        print(f"saejax {name}: stopped by {signals.name(signum)}; the same command continues", file=sys.stderr)
     return stopped_status(signum)
 
 
@@ -248,7 +248,7 @@ def _say(result: ensembles.Result, where: Path) -> int:
     if not processes.first():
         return FAILED if result.failed else DONE if result.signum is None else stopped_status(result.signum)
     if result.signum is not None:
-        _tell(f"stopped, all members saved; the same command goes on ({where})", problem=True)
+        _tell(f"stopped, all members saved; the same command continues ({where})", problem=True)
         return stopped_status(result.signum)
     for path, evaluation in result.evaluations.items():
         shown = (f"{name} {evaluation[name]:.4g}" for name in ("fvu", "l0", "dead_share") if name in evaluation)
@@ -289,10 +289,10 @@ def _finish_training(cfg: object, run_dir: Path, *, resume: bool) -> int:
         return DONE if outcome.signum is None else stopped_status(outcome.signum)
     if outcome.signum is not None:
         again = paths.typed("resume", run_dir)
-        _tell(f"stopped at step {outcome.step}, saved; go on with: saejax train {again}", problem=True)
+        _tell(f"stopped at step {outcome.step}, saved; continue with: saejax train {again}", problem=True)
         return stopped_status(outcome.signum)
     if not outcome.speed["steps"]:
-        _tell(f"{run_dir} was finished already, at step {outcome.step}; train.n_tokens=N with a larger N goes on")
+        _tell(f"{run_dir} is finished, at step {outcome.step}; give a larger train.n_tokens to continue")
         return DONE
     figures = "  ".join(f"{name} {value:.4g}" for name, value in outcome.evaluation.items())
     _tell(f"done: {outcome.step} steps, {outcome.speed['tokens_per_second']:.0f} tokens/s; held-out {figures}")

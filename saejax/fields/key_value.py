@@ -80,7 +80,7 @@ def check_choices(overrides: Iterable[Override], conf_dir: str, without_file: Ma
             raise UserError(f"{shown(str(override.input_line))}: a field is not deleted but given another value")
         value = None if override.is_delete() or override.is_sweep_override() else override.value()
         if allowed and value is not None and (value == "???" or not isinstance(value, str | dict)):
-            raise UserError(f"{shown(str(override.input_line))}: no such choice; there are {', '.join(allowed)}")
+            raise UserError(f"{shown(str(override.input_line))}: no such choice; choose one of {', '.join(allowed)}")
 
 
 def dotlist(words: Iterable[str]) -> DictConfig:

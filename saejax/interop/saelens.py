@@ -242,7 +242,7 @@ def _steps(config: Parsed) -> int:
     where, own = config.where, config.own
     if strict.number(where, own, "residual_threshold") > 0:
         raise UserError(
-            f"{where}: residual_threshold must be 0, got {own['residual_threshold']}: ours always takes k steps"
+            f"{where}: residual_threshold must be 0, got {own['residual_threshold']}: saejax always takes k steps"
         )
     strict.choice(where, own, "stop_on_duplicate_support", (False,), None)
     return strict.integer(where, own, "max_iterations")

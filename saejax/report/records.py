@@ -125,7 +125,7 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     if not path.is_file():
-        problems.append(f"{path.name} is no plain file")
+        problems.append(f"{path.name} is not a plain file")
         return []
     rows, broken = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

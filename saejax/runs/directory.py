@@ -133,7 +133,7 @@ def _of_run(cfg: config.Config, run_dir: Path, state: State, request: Request) -
     """The policy for one run, or one member of an ensemble."""
     again = paths.typed("resume", run_dir)
     if state.stage is Stage.ensemble:
-        raise UserError(f"{run_dir} holds an ensemble: go on with {again}, or take another directory")
+        raise UserError(f"{run_dir} holds an ensemble: continue it with {again}, or take another directory")
     left_out = state.stage is Stage.failed and request in (Request.member, Request.member_resume)
     if state.step is None:
         if request is Request.resume:
@@ -141,15 +141,15 @@ def _of_run(cfg: config.Config, run_dir: Path, state: State, request: Request) -
             raise UserError(f"no checkpoint in {run_dir / 'checkpoints'}: start the run anew")
         return Action.leave_out if left_out else Action.start
     if request is Request.new:
-        raise UserError(f"{run_dir} holds checkpoints already: go on with {again}, or take another directory")
+        raise UserError(f"{run_dir} already holds checkpoints: continue with {again}, or take another directory")
     there = config.from_run(run_dir)
     if request in (Request.resume, Request.member_resume):
         check_resumable(there, cfg)
     else:
         for key, (before, now) in changed(there, cfg).items():
             raise UserError(
-                f"{run_dir} holds checkpoints already, of another run: {key} is {before} there, got {now}; take "
-                f"another directory, or go on with that run: {again}"
+                f"{run_dir} already holds checkpoints of another run: {key} is {before} there, got {now}; take "
+                f"another directory, or continue that run: {again}"
             )
     if left_out:
         return Action.leave_out
@@ -241,7 +241,7 @@ def take(cfg: config.Config, run_dir: Path, resume: bool, stack: contextlib.Exit
         with processes.alike():
             checkpoint.check_newest(run_dir, owner)
             if differs := data_differ(run_dir, cfg.source):
-                raise UserError(f"{differs}; going on needs the same data, wherever they lie")
+                raise UserError(f"{differs}; a run continues only with the same data, wherever they are")
     return owner
 
 

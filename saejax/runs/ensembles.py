@@ -112,7 +112,7 @@ def train_members(
             match found.action:
                 case Action.leave_out:
                     said, again = found.state.record["failed"], paths.typed("resume", path)
-                    logger.warning("%s is left out: %s; it goes on alone with %s", path, said, again)
+                    logger.warning("%s is left out: %s; it continues alone with %s", path, said, again)
                     failed.append(path)
                 case Action.skip:
                     evaluations[path] = found.state.record.get("evaluation", {})
@@ -208,14 +208,14 @@ def _restored(saved: list[checkpoint.Checkpoints], members: Members, single: Any
                 states.append(dataclasses.replace(found, buffer=None) if states else found)
         except UserError as error:
             problem = str(error)
-            logger.warning("the members do not go on from step %d: %s", number, problem)
+            logger.warning("the members do not continue from step %d: %s", number, problem)
             continue
         assert position is not None
         for one in saved:
             one.rewind(number)
         return states, position
     alone = paths.typed("resume", next(iter(members)))
-    raise UserError(f"the members cannot go on together: {problem}; each goes on alone with {alone}")
+    raise UserError(f"the members cannot continue together: {problem}; each continues alone with {alone}")
 
 
 class _Members:
@@ -337,7 +337,7 @@ class _Members:
         self._live.remove(i)
         latest = self._saved[i].latest_step
         said = f"not finite at step {step}: lower optim.lr; its last checkpoint is of step {latest}"
-        logger.error("%s is %s. The other members go on", self._paths[i], said)
+        logger.error("%s is %s. The other members continue", self._paths[i], said)
         ended = loop.Outcome(None, step, None, self._evaluated[i], {})  # pyright: ignore[reportArgumentType]
         path, more = self._paths[i], {"finished": False, "failed": said, "ensemble_members": len(self._paths)}
         run.write_record(self._cfgs[i], path, self._mesh, self._rows, ended, **more)

@@ -145,7 +145,7 @@ def appended(path: str | os.PathLike[str]) -> io.FileIO:
         raise UserError(f"{path} is a link or a pipe, and is not written through; remove it") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UserError(f"{path} is no plain file; remove it")
+        raise UserError(f"{path} is not a plain file; remove it")
     return io.FileIO(descriptor, "ab")
 
 
@@ -261,7 +261,7 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no plain file; remove it")
+        raise UserError(f"{path} is not a plain file; remove it")
 
 
 def check_readable(path: Path) -> None:

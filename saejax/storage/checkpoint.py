@@ -173,7 +173,7 @@ class Checkpoints:
     def _failed(self, error: Exception) -> None:
         self._error, self._pending = checkpoint_read.reason(error), None
         logger.error(
-            "CHECKPOINT NOT WRITTEN under %s: %s. Training goes on and the next save tries again; the last complete "
+            "CHECKPOINT NOT WRITTEN under %s: %s. Training continues, and the next save tries again; the last complete "
             "checkpoint is step %s",
             *(self._checkpointer.directory, self._error, self.latest_step),
         )

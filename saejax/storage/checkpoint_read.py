@@ -33,7 +33,7 @@ def steps(run_dir: Path) -> list[int]:
         if re.fullmatch("0|[1-9][0-9]*", path.name, re.ASCII) and path.is_dir():
             found.append(int(path.name))
         elif path.name.isdigit():
-            raise UserError(f"{path} is no checkpoint of saejax: take it out of {root}")
+            raise UserError(f"{path} is not a saejax checkpoint: move it out of {root}")
     return sorted(found)
 
 

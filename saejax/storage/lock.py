@@ -225,7 +225,7 @@ def _opened(file: Path) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise UserError(f"{file} is no plain file or has other names (hard links); remove it")
+        raise UserError(f"{file} is not a plain file or has other names (hard links); remove it")
     return descriptor
 
 

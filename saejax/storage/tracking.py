@@ -135,7 +135,7 @@ class Tracker:
                 self._file.truncate(end)
             if not failed_before:
                 logger.error(
-                    "METRICS NOT WRITTEN to %s: %s. Training goes on, the lines are kept and tried again",
+                    "METRICS NOT WRITTEN to %s: %s. Training continues; the lines are kept and tried again",
                     *(self._path, error.strerror),
                 )
 
@@ -146,7 +146,8 @@ class Tracker:
         try:
             what(self._wandb)
         except Exception as error:  # of many kinds
-            logger.error("W&B failed (%s); going on with metrics.jsonl", (str(error).splitlines() or [repr(error)])[0])
+            said = (str(error).splitlines() or [repr(error)])[0]
+            logger.error("W&B failed (%s); continuing with metrics.jsonl", said)
             self._wandb = None
 
 
@@ -215,7 +216,7 @@ def _start_wandb(config: TrackerConfig, run_config: dict[str, Any], run_dir: Pat
         )
     except Exception as error:  # wandb raises many kinds; a run must not die for want of its dashboard
         said = (str(error).splitlines() or [repr(error)])[0]
-        logger.warning("W&B could not start (%s); going on with metrics.jsonl", said)
+        logger.warning("W&B could not start (%s); continuing with metrics.jsonl", said)
         return None
     with contextlib.suppress(OSError):  # then a resumed run is a new one there
         atomic.write(id_file, run.id)

@@ -198,7 +198,7 @@ def check(config: Any) -> None:
     if n_axis > 1 and not made:
         raise UserError(f"mesh.ensemble must be 1 without an ensemble, got {n_axis}")
     if made and config.train.on_nonfinite is not OnNonfinite.stop:
-        raise UserError("train.on_nonfinite must be stop with an ensemble: one member is left out, the others go on")
+        raise UserError("train.on_nonfinite must be stop with an ensemble: one member is left out, the others continue")
     if n_axis > 1 and ensemble.form is Form.loop:
         raise UserError(f"ensemble.form must be vmap or auto with mesh.ensemble={n_axis}, got loop")
     why = why_not_stacked(config.sae, set(ensemble.varied))

@@ -124,15 +124,15 @@ DAMAGED_SAFETENSORS = {
     "text": (b"hello, this is no tensor file", "not a .safetensors file"),
     "short": (b"\x05\0", "not a .safetensors file"),
     "long header": ((2**63).to_bytes(8, "little") + b"{}", "a header of 9223372036854775808 bytes"),
-    "no json": (tensors(b"{{{"), "its header is no JSON"),
-    "no utf-8": (tensors(b"\xff\xfe{}"), "its header is no JSON"),
-    "deep": (tensors(b"[" * 100_000), "its header is no JSON"),
-    "list": (tensors([1, 2]), "its header is no JSON object"),
-    "null": (tensors(None), "its header is no JSON object"),
-    "twice": (tensors(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)), "its header is no JSON"),
+    "no json": (tensors(b"{{{"), "its header is not JSON"),
+    "no utf-8": (tensors(b"\xff\xfe{}"), "its header is not JSON"),
+    "deep": (tensors(b"[" * 100_000), "its header is not JSON"),
+    "list": (tensors([1, 2]), "its header is not a JSON object"),
+    "null": (tensors(None), "its header is not a JSON object"),
+    "twice": (tensors(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)), "its header is not JSON"),
     "no tensor": (tensors({}), "holds no tensor"),
     "metadata only": (tensors({"__metadata__": {"a": "b"}}), "holds no tensor"),
-    "entry": (tensors({"a": [1]}), "tensor a is no JSON object"),
+    "entry": (tensors({"a": [1]}), "tensor a is not a JSON object"),
     "no dtype": (tensors({"a": {"shape": [40, 6], "data_offsets": [0, 960]}}), "dtype, shape and two data_offsets"),
     "dtype": (tensors({"a": entry(dtype=3)}), "dtype, shape and two data_offsets"),
     "unknown dtype": (tensors({"a": entry(dtype="F33")}), "dtype F33"),
@@ -358,7 +358,7 @@ def test_a_store_that_cannot_be_measured_is_named_by_its_key(tmp_path, exported,
     (tmp_path / "half" / "train").mkdir(parents=True)
     (tmp_path / "half" / "train" / "manifest.json").write_text("{}")
     for path, said in (
-        (tmp_path / "half", "without its heldout/ part"),
+        (tmp_path / "half", "lacks the heldout/ part"),
         (small_store / "train", "a part of a store; give"),
     ):
         with pytest.raises(UserError, match=f"activations = {path}: .*{said}"):

@@ -18,7 +18,7 @@ STORE = ["train", "source=store", "source.verify=start", *SMALL, "train.batch=8"
 COMMAND_LINES = [
     ("trian", "unknown command trian; there are harvest, train"),
     ("train sae.kk=1", "unknown key sae.kk; did you mean sae.k?"),
-    ("train sae=topkk", "sae=topkk: no such choice; there are abs_topk"),
+    ("train sae=topkk", "sae=topkk: no such choice; choose one of abs_topk"),
     ("train source=nowhere", "source=nowhere: no such choice"),
     ("train sae.k", "sae.k: expected key=value"),
     ("train sae.k=[1", "sae.k=[1: the value cannot be read"),

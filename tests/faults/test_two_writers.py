@@ -24,8 +24,8 @@ IN_USE = (
     r"is in use by [\w -]+(\(writer 0 of 1\) )?of process (\d+) on \S+ since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ; wait for"
 )
 NEEDLESS = (
-    r"is finished already|is complete: nothing to do|done: |of another run|holds checkpoints already|harvest done"
-    r"|was finished already|is not a run directory|holds another ensemble"
+    r"is finished already|is complete: nothing to do|done: |of another run|already holds checkpoints|harvest done"
+    r"|is finished, at step|is not a run directory|holds another ensemble"
 )
 """The second came when the first had ended, or not begun, and says what it found."""
 

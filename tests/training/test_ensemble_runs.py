@@ -172,7 +172,7 @@ def test_a_member_that_is_not_finite_is_left_out(tmp_path, caplog):
     result = ensembles.train(cfg, tmp_path / "both")
     bad, good = (tmp_path / "both" / "members" / name for name in ("lr1e+30", "lr0.001"))
     assert result.failed == [bad] and list(result.evaluations) == [good]
-    assert "The other members go on" in caplog.text
+    assert "The other members continue" in caplog.text
     record = json.loads((bad / "run.json").read_text())
     assert not record["finished"] and "not finite at step" in record["failed"]
     run.train(ensemble_config.members(cfg)["lr0.001"], tmp_path / "alone")

@@ -119,7 +119,7 @@ def test_a_checkpoint_goes_onto_other_meshes_and_one_device(tmp_path):
 def test_a_finished_directory_is_not_overwritten(tmp_path):
     cfg = runs.compose("topk", 4)
     runs.train(tmp_path, cfg)
-    with pytest.raises(UserError, match="holds checkpoints already: go on with resume="):
+    with pytest.raises(UserError, match="already holds checkpoints: continue with resume="):
         runs.train(tmp_path, cfg)
 
 

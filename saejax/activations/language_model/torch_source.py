@@ -120,7 +120,7 @@ class TorchModel:
         for hook in hooks:
             if hook not in self._modules or not hook:
                 near = [name for name in self._modules if name.count(".") <= 2 and name][:8]
-                raise UserError(f"hook={hook!r} is no module of the model, allowed for example: {', '.join(near)}")
+                raise UserError(f"hook={hook!r} is not a module of the model, allowed for example: {', '.join(near)}")
 
         def watch(name: str) -> Any:
             def keep(_module: Any, _inputs: Any, output: Any) -> None:

@@ -268,7 +268,7 @@ def _checked_dims(n_atoms: int, k: int, dims: Sequence[int]) -> list[int]:
     for d in dims:
         check_sizes(dims=d)
     if k == n_atoms:
-        raise UserError(f"k = {k}: below n_atoms = {n_atoms} is needed, else there is nothing to tell apart")
+        raise UserError(f"k = {k}: below n_atoms = {n_atoms} is needed, else nothing distinguishes the codes")
     return sorted({int(d) for d in dims})
 
 

@@ -123,7 +123,7 @@ def test_the_middle_of_an_array_is_compared_too(moved):
     rows[1000:2000] = np.random.default_rng(1).standard_normal((1000, 24))
     (moved / "rows.npy").unlink()
     np.save(moved / "rows.npy", rows)
-    with pytest.raises(UserError, match="rows.npy holds other data than .*: the checksums differ; put those back"):
+    with pytest.raises(UserError, match="rows.npy holds other data than .*: the checksums differ; restore the data"):
         commands.evaluate(commands.EvaluateConfig(run=str(moved / "on_arrays")))
     again = config.from_run(moved / "on_arrays", ["train.n_tokens=2048"])
     with pytest.raises(UserError, match="rows.npy holds other data than .*: the checksums differ; a run continues"):

@@ -89,11 +89,12 @@ def resumed(arguments: list[str]) -> tuple[Path, list[str]] | None:
     return paths.local(named[-1].removeprefix("resume="), "resume"), overrides
 
 
-def check(arguments: list[str]) -> list[config.Config]:
+def check(arguments: list[str], at_most: int | None = MAX_JOBS) -> list[config.Config]:
     """Compose the jobs of `saejax train ARGUMENTS`.
 
     Args:
       arguments: as typed, with `-m` and Hydra's own flags.
+      at_most: jobs that are composed; None composes all.
 
     Returns:
       Their configs; those of the first jobs where there are thousands, none where only Hydra knows.
@@ -107,7 +108,7 @@ def check(arguments: list[str]) -> list[config.Config]:
     _check_hydra(arguments)
     folds(arguments)
     jobs, configs = _jobs(arguments), []
-    for overrides in jobs[:MAX_JOBS]:
+    for overrides in jobs[:at_most]:
         try:
             configs.append(config.load("train", config.Config, overrides))
         except UserError as error:

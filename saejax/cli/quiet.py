@@ -15,6 +15,8 @@ import threading
 import warnings
 from typing import Any
 
+from saejax.parallel import processes
+
 logger = logging.getLogger(__name__)
 
 LEVEL = "SAEJAX_LOG"
@@ -30,8 +32,16 @@ def level() -> str:
     return said if said in ("DEBUG", "INFO", "WARNING", "ERROR") else "INFO"
 
 
+def log_to_stderr() -> None:
+    """Log to the terminal as a command does, with libraries silenced."""
+    logging.basicConfig(level=level(), format="%(message)s", stream=sys.stderr, force=True)
+    libraries()
+
+
 def libraries() -> None:
     """Silence them in this process; safe to repeat."""
+    if not processes.first():
+        logging.getLogger().setLevel(logging.ERROR)
     for name in ("absl", "jax", "orbax", "httpx", "httpx2"):  # a page per checkpoint at INFO, every call
         logging.getLogger(name).setLevel(logging.WARNING)
     if level() == "DEBUG":

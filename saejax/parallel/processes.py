@@ -11,6 +11,7 @@ one another. One that fails alone does not wait, because the others hang in a co
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -28,8 +29,8 @@ from saejax.parallel import rendezvous, signals
 from saejax.parallel.clusters import Distributed, Place, place
 
 __all__ = [
-    "Distributed", "Place", "agree", "alike", "first", "gather", "give_up", "introduce", "place", "several", "start",
-    "stop_here", "stopped_by", "together", "told",
+    "Distributed", "Ending", "Place", "agree", "alike", "first", "gather", "give_up", "introduce", "place", "several",
+    "start", "stop_here", "stopped_by", "together", "told",
 ]  # fmt: skip
 
 
@@ -235,26 +236,28 @@ def stopped_by() -> int:
     return max(map(int, heard)) or signal.SIGTERM
 
 
-def together(work: Callable[[], int]) -> int:
-    """Do the work of a command, and leave the other processes, if it has joined any, as its end demands.
+@dataclasses.dataclass
+class Ending:
+    """How the work of a process ends: whoever does the work sets the exit status."""
+
+    status: int = FAILED
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Ending]:
+    """The work of a command; afterwards the other processes, if it has joined any, are left as its end demands.
 
     Those that end well, or fail alike, meet once more. One that fails alone says why and is gone at once.
-
-    Args:
-      work: returns the exit status.
-
-    Returns:
-      The same.
     """
+    end = Ending()
     try:
-        status = work()
+        yield end
     except BaseException as error:
         if not several():
             raise
-        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else told(error)
+        end.status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else told(error)
     if several():
-        _part(status)
-    return status
+        _part(end.status)
 
 
 _PEER_LOST = re.compile(r"gloo|nccl|connection (reset|closed)|coordination ?service|heartbeat|barrier timed out", re.I)

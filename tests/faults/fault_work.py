@@ -38,15 +38,18 @@ def composed(changes: tuple[str, ...]):
 def train(run_dir: str, changes: list[str], **wrong: object) -> int:
     """What `saejax train` does once its line is composed, in a world that is wrong in some way."""
     from saejax import errors
-    from saejax.cli import program
+    from saejax.cli import jobs, quiet
     from saejax.parallel import processes, signals
+    from saejax.runs.directory import Request
 
     for name, value in wrong.items():
         WRONG[name](value)
-    program._log_to_stderr()
+    quiet.log_to_stderr()
     try:
-        with signals.watch():
-            return processes.together(lambda: program._come_to(pathlib.Path(run_dir), composed(tuple(changes))))
+        with signals.watch(), processes.together() as end:
+            todo = jobs.work(composed(tuple(changes)), pathlib.Path(run_dir), Request.same)
+            end.status = errors.DONE if todo is None else jobs.told(todo(), pathlib.Path(run_dir))
+        return end.status
     except errors.Stopped as stop:
         return errors.stopped_status(stop.signum)
     except (errors.UserError, OSError) as error:

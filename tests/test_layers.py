@@ -73,6 +73,7 @@ VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
 MAX_FILE_LINES = 500
 MAX_MEDIAN_LINES = 140
 MAX_FUNCTION_LINES = 80
+MAX_PARAMETERS = 8
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -195,6 +196,20 @@ def size_findings(where: str, text: str) -> list[str]:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
                 findings.append(f"{where}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}")
+    return findings
+
+
+def signature_findings(where: str, tree: ast.AST) -> list[str]:
+    """Functions with more parameters than one can keep in mind; `self` and `cls` are not counted."""
+    findings = []
+    for node in ast.walk(tree):
+        if isinstance(node, Function | ast.Lambda):
+            a = node.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            count = len(given) - (bool(given) and given[0].arg in ("self", "cls"))
+            if count > MAX_PARAMETERS:
+                name = getattr(node, "name", "lambda")
+                findings.append(f"{where}:{node.lineno}: {name} has {count} parameters, at most {MAX_PARAMETERS}")
     return findings
 
 
@@ -323,6 +338,11 @@ def test_sizes_and_names():
     where = {path: str(path.relative_to(ROOT)) for path in files}
     show([line for path in files for line in size_findings(where[path], path.read_text())])
     show([line for path in files for line in name_findings(where[path])])
+
+
+def test_signatures():
+    trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in python_files("saejax")}
+    show([line for where, tree in trees.items() for line in signature_findings(where, tree)])
 
 
 def test_everything_public_is_documented():

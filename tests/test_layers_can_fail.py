@@ -14,6 +14,7 @@ from test_layers import (
     layer_findings,
     name_findings,
     place_findings,
+    signature_findings,
     size_findings,
 )
 
@@ -132,3 +133,16 @@ def test_private_places(line):
 @pytest.mark.parametrize("line", ["docs/works/x", "/tmp/x", "~/home/x", "the root/ folder", "https://github.com/a/b"])
 def test_public_places(line):
     assert place_findings("f.md", line) == []
+
+
+@pytest.mark.parametrize(
+    ("signature", "n_findings"),
+    [
+        ("a, b, c, d, e, f, g, h", 0),
+        ("self, a, b, c, d, e, f, g, h", 0),
+        ("a, b, c, d, e, f, g, h, i", 1),
+        ("a, b, /, c, d, *e, f, g, h, **i", 1),
+    ],
+)
+def test_long_signatures_are_found(signature, n_findings):
+    assert len(signature_findings("x.py", ast.parse(f"def f({signature}): ..."))) == n_findings

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from saejax.activations import array_digest, array_files
-from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
+from saejax.activations.loader import PREFETCH_RECORDS, Identity, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, differences, register
 from saejax.errors import UserError
 from saejax.fields import numeric, paths
@@ -105,8 +105,7 @@ class Arrays(ActivationSource):
         facts = {key: value for key, value in self.identity().items() if key not in ("type", "heldout_rows")}
         return open_rows(
             table.first(self.n_train(), refuse_nonfinite=self.refuse_nonfinite),
-            identity=lambda n_rows: digest(facts),
-            older=lambda n_rows: digest(self._ends()),
+            identity=Identity(lambda n_rows: digest(facts), older=lambda n_rows: digest(self._ends())),
             n_lanes=n_lanes,
             block_rows=block_rows,
             lanes=lanes,

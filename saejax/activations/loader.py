@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -153,11 +153,19 @@ def shuffled_blocks(*, n_blocks: int, n_lanes: int, seed: int):
     return grain.MapDataset.range(n_blocks).seed(seed).shuffle().repeat().batch(n_lanes, drop_remainder=True)
 
 
+class Identity(NamedTuple):
+    """Hashes of the first n rows, independent of their place, as functions of n; a resumed run compares them."""
+
+    now: Callable[[int], str]
+    """The hash of this version, which positions are saved with."""
+    older: Callable[[int], str] | None = None
+    """The hash of older versions, which their positions hold."""
+
+
 def open_rows(
     rows: Rows,
     *,
-    identity: Callable[[int], str],
-    older: Callable[[int], str] | None = None,
+    identity: Identity,
     n_lanes: int,
     block_rows: int,
     lanes: range,
@@ -169,8 +177,7 @@ def open_rows(
 
     Args:
         rows: [n, d_in], sliced only while records are made. A tail shorter than a block is never read.
-        identity: n -> hash of the first n rows, independent of their place; a resumed run checks it.
-        older: the same as older versions made it, which their positions hold.
+        identity: of the rows.
         n_lanes: lanes of the whole run.
         block_rows: rows per lane and step.
         lanes: the lanes to read.
@@ -203,9 +210,9 @@ def open_rows(
                 record[slot] = rows[start : start + block_rows]
             return record
 
-        facts = {"rows": n_rows, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": identity(n_rows)}
+        facts = {"rows": n_rows, "lanes": n_lanes, "block_rows": block_rows, "seed": seed, "data": identity.now(n_rows)}
         starts = functools.partial(_starts, order, block_rows)
-        then = None if older is None else functools.partial(older, n_rows)
+        then = None if identity.older is None else functools.partial(identity.older, n_rows)
         at_most: Any = {"first_rows": open_first, "older": then, "starts": starts}
         return Stream(make, identity=facts, n_rows=n_rows, prefetch=prefetch, **at_most)
 

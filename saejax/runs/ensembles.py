@@ -183,13 +183,15 @@ def _together(members: Members, *, form: ensemble_config.Form, n_axis: int, resu
             begun,  # pyright: ignore[reportArgumentType]
             compiled,
             rows,
+            loop.Surroundings(
+                put=put,
+                evaluate=group.evaluate,
+                checkpoints=group,
+                tracker=group,
+                inspect=run.inspector(cfg, next(iter(members)), mesh, rows, first),
+            ),
             config=cfg.train,
             save_every_steps=cfg.checkpoint.save_every_steps,
-            put=put,
-            evaluate=group.evaluate,
-            checkpoints=group,
-            tracker=group,
-            inspect=run.inspector(cfg, next(iter(members)), mesh, rows, first),
             work=flops.work(cfg.sae, n * cfg.train.batch, mesh.size, measure=cfg.train.measure_peak),
             profile=next(iter(members)) / "profile" if cfg.train.profile and jax.process_index() == 0 else None,
         )

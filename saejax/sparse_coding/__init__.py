@@ -11,7 +11,7 @@ from saejax.sparse_coding.solution import Solution as Solution
 
 def __getattr__(name: str) -> Any:
     """Loads dictionary learning when it is first asked for."""
-    if name in {"learn", "Learned"}:
+    if name in {"learn", "Learned", "Learning"}:
         from saejax.sparse_coding import learning
 
         return getattr(learning, name)

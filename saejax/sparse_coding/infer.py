@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -46,19 +46,30 @@ METHODS: dict[str, Method] = {
 """Every solver by name."""
 
 
+class Options(TypedDict, total=False):
+    """Options of `infer` that some methods need or take; those of another method are refused."""
+
+    k: int | None
+    """For omp: atoms per signal, at most d (more are linearly dependent). For top_k: latents, at most n_atoms. For mp
+    and gradient_pursuit: steps; a step may take an atom again, so the support has at most k."""
+    l1_coef: float | None
+    """Weight of the l1 norm against half the squared error; for ista and fista."""
+    threshold: float | None
+    """Level of the correlations to keep; for threshold."""
+    max_iterations: int | None
+    """Where ista, fista and basis_pursuit give up; None takes the method's own limit."""
+
+
 def infer(
     y: Float[Array, "b d"],
     dictionary: Float[Array, "n_atoms d"],
     *,
     method: str = "omp",
-    k: int | None = None,
-    l1_coef: float | None = None,
-    threshold: float | None = None,
     nonneg: bool = True,
-    bias: Float[Array, "d"] | None = None,
+    bias: Float[Array, " d"] | None = None,
     warm_start: Solution | Float[Array, "b n_atoms"] | None = None,
-    max_iterations: int | None = None,
     tolerance: float = 1e-5,
+    **options: Unpack[Options],
 ) -> Solution:
     """Returns the sparse codes of signals over a fixed dictionary.
 
@@ -66,15 +77,11 @@ def infer(
       y: Signals, real and finite.
       dictionary: One atom per row, of norm 1.
       method: A name in `METHODS`.
-      k: For omp: atoms per signal, at most d (more are linearly dependent). For top_k: latents, at most n_atoms. For mp
-        and gradient_pursuit: steps; a step may take an atom again, so the support has at most k.
-      l1_coef: Weight of the l1 norm against half the squared error; for ista and fista.
-      threshold: Level of the correlations to keep; for threshold.
       nonneg: Whether codes must not fall below 0.
       bias: Subtracted from the signals first.
       warm_start: Codes to start from; for ista, fista and basis_pursuit.
-      max_iterations: Where ista, fista and basis_pursuit give up; None takes the method's own limit.
       tolerance: When a row is done; relative to the norm of its signal for pursuits, and see the methods.
+      **options: k, l1_coef, threshold, max_iterations, see `Options`.
 
     Returns:
       The codes with the solver's account: look at `converged`.
@@ -94,8 +101,7 @@ def infer(
         _demand_finite(bias, "bias")
         y = y - bias[None, :]
     check_values(y, dictionary)
-    options = dict(k=k, l1_coef=l1_coef, threshold=threshold, warm_start=warm_start, max_iterations=max_iterations)
-    return run_method(y, dictionary, method, nonneg, tolerance, options)
+    return run_method(y, dictionary, method, nonneg, tolerance, {"warm_start": warm_start, **options})
 
 
 def run_method(
@@ -108,6 +114,8 @@ def run_method(
 ) -> Solution:
     """Runs a method on arrays that need no check (an atom of zeros is never chosen); checks the options."""
     _demand(method in METHODS, "method", f"must be one of {', '.join(METHODS)}", repr(method))
+    if unknown := sorted(options.keys() - {"warm_start", *Options.__annotations__}):
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
     chosen = METHODS[method]
     given = {name: _whole(value) for name, value in options.items() if value is not None}
     needs = {chosen.needs} if chosen.needs else set()

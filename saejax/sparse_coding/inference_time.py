@@ -4,7 +4,7 @@ It splits an SAE's error into the encoder's part and the dictionary's part.
 """
 
 import warnings
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from saejax.errors import UserError
 from saejax.sae.model import SAE
-from saejax.sparse_coding.infer import METHODS, check_values, run_method
+from saejax.sparse_coding.infer import METHODS, Options, check_values, run_method
 from saejax.sparse_coding.solution import Solution
 
 
@@ -21,13 +21,10 @@ def encode(
     x: Float[Array, "... d_in"],
     *,
     method: str = "omp",
-    k: int | None = None,
-    l1_coef: float | None = None,
-    threshold: float | None = None,
     nonneg: bool | None = None,
     warm_start: bool = True,
-    max_iterations: int | None = None,
     tolerance: float = 1e-5,
+    **options: Unpack[Options],
 ) -> Float[Array, "... d_sae"]:
     """Returns latents for `sae.decode`, found by a solver instead of the encoder.
 
@@ -38,13 +35,10 @@ def encode(
       sae: Any SAE; a decoder row of zeros is never used.
       x: Activations in the data's own scale.
       method: A name in `METHODS`.
-      k: Atoms per row; None takes the SAE's own k.
-      l1_coef: Weight of the decoder-norm weighted l1 norm against half the squared error.
-      threshold: For method threshold.
       nonneg: Whether latents must not fall below 0; None: unless the SAE's own may.
       warm_start: Whether methods that can start from the encoder's latents do.
-      max_iterations: As in `infer`.
       tolerance: As in `infer`.
+      **options: As in `infer`; without k the SAE's own k is taken, and l1_coef weighs latents by their decoder norms.
 
     Examples:
       >>> import jax
@@ -61,13 +55,10 @@ def encode(
         sae,
         x.reshape(-1, x.shape[-1]),
         method=method,
-        k=k,
-        l1_coef=l1_coef,
-        threshold=threshold,
         nonneg=nonneg,
         warm_start=warm_start,
-        max_iterations=max_iterations,
         tolerance=tolerance,
+        **options,
     )
     if not isinstance(solution.converged, Tracer) and not bool(jnp.all(solution.converged)):
         n_failed = int(jnp.sum(~solution.converged))
@@ -84,7 +75,7 @@ def solve(
     nonneg: bool | None = None,
     warm_start: bool = True,
     tolerance: float = 1e-5,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Solution:
     """Returns what `encode` finds as a `Solution` in the latents' own scale; takes the same options."""
     params = sae.params
@@ -101,13 +92,13 @@ def solve(
     dictionary, y = params.W_dec / safe[:, None], x - params.b_dec[None, :]
     check_values(y, dictionary, unit=False)
     chosen = METHODS.get(method)
-    options = {"k": None, "l1_coef": None, "threshold": None, "max_iterations": None} | options
-    if chosen is not None and chosen.needs == "k" and options["k"] is None:
-        options["k"] = getattr(sae.config, "k", None)
+    given: dict[str, Any] = {**options}
+    if chosen is not None and chosen.needs == "k" and given.get("k") is None:
+        given["k"] = getattr(sae.config, "k", None)
     if chosen is not None and "warm_start" in chosen.takes and warm_start:
-        options["warm_start"] = sae.encode(x) * norms[None, :]
+        given["warm_start"] = sae.encode(x) * norms[None, :]
     nonneg = not sae.config.signed if nonneg is None else nonneg
-    solution = run_method(y, dictionary, method, nonneg, tolerance, options)
+    solution = run_method(y, dictionary, method, nonneg, tolerance, given)
     if solution.values is not None:
         return solution.replace(values=solution.values / safe[solution.indices])  # pyright: ignore[reportAttributeAccessIssue]
     assert solution.latents is not None

@@ -13,8 +13,9 @@ Sources:
   optimal directions for frame design, 1999 (MOD); Beck and Teboulle 2009, O'Donoghue and Candes 2015 (FISTA, restart).
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,47 @@ class Learned:
     history: dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learning:
+    """Settings of `learn`."""
+
+    l1_coef: float
+    """Weight of the L1 norm against half the squared error, above 0, in the unit of the signals."""
+    method: str = "online"
+    """One of METHODS."""
+    nonneg: bool = True
+    """Codes are never negative."""
+    batch: int = 512
+    """Signals per step, at least 1."""
+    n_steps: int = 400
+    """Steps, at least 1."""
+    seed: int = 0
+    """Fixes the first atoms and the order of the signals."""
+    n_iterations: int = 40
+    """FISTA iterations per batch, from zero, at least 1; `history["kkt"]` says whether they suffice."""
+    decay: float = 15.0
+    """How fast old batches are forgotten, at least 0; 0 averages over all of them."""
+    patience: int = 10
+    """Batches without use after which an atom starts anew, at least 1."""
+    twin_cos: float = 0.98
+    """Cosine from which two atoms count as one, the less used starting anew, in (0, 1]; 1 keeps them all."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        for name in ("l1_coef", "decay", "twin_cos"):
+            numeric.number(getattr(self, name), name)
+        if self.l1_coef <= 0:
+            raise UserError(f"l1_coef must be a finite number above 0, got {self.l1_coef}")
+        if self.decay < 0:
+            raise UserError(f"decay must be a finite number of at least 0, got {self.decay}")
+        if not 0 < self.twin_cos <= 1:
+            raise UserError(f"twin_cos must lie in (0, 1], got {self.twin_cos}")
+        for name in ("batch", "n_steps", "n_iterations", "patience"):
+            numeric.count(getattr(self, name), name)
+        numeric.seed(self.seed)
+
+
 class _Knobs(NamedTuple):
     """Settings that may change without compiling again."""
 
@@ -72,34 +114,16 @@ def learn(
     y: Float[Array, "rows d"],
     n_atoms: int,
     *,
-    method: str = "online",
-    l1_coef: float,
-    nonneg: bool = True,
-    batch: int = 512,
-    n_steps: int = 400,
-    seed: int = 0,
-    n_iterations: int = 40,
-    decay: float = 15.0,
-    patience: int = 10,
-    twin_cos: float = 0.98,
     initial: Float[Array, "n_atoms d"] | None = None,
+    **settings: Any,
 ) -> Learned:
     """Learns a dictionary of unit rows from signals.
 
     Args:
       y: Signals, finite. Each epoch takes them in a new random order; a batch may span two epochs.
       n_atoms: Atoms to learn, at least 1.
-      method: One of METHODS.
-      l1_coef: Weight of the L1 norm against half the squared error, above 0, in the unit of y.
-      nonneg: Codes are never negative.
-      batch: Signals per step, at least 1.
-      n_steps: Steps, at least 1.
-      seed: Fixes the first atoms and the order of the signals.
-      n_iterations: FISTA iterations per batch, from zero, at least 1; `history["kkt"]` says whether they suffice.
-      decay: How fast old batches are forgotten, at least 0; 0 averages over all of them.
-      patience: Batches without use after which an atom starts anew, at least 1.
-      twin_cos: Cosine from which two atoms count as one, the less used starting anew, in (0, 1]; 1 keeps them all.
       initial: First dictionary, any row lengths above 0; None takes random signals.
+      **settings: Fields of `Learning`: l1_coef must be given.
 
     Returns:
       See `Learned`.
@@ -114,33 +138,17 @@ def learn(
       >>> bool((np.sort(np.asarray(found.dictionary).max(axis=1)) > 0.999).all())
       True
     """
-    _check(method, l1_coef, decay, twin_cos)
-    counts = dict(n_atoms=n_atoms, batch=batch, n_steps=n_steps, n_iterations=n_iterations, patience=patience)
-    for name, value in counts.items():
-        numeric.count(value, name)
-    numeric.seed(seed)
+    cfg = Learning(**settings)
+    numeric.count(n_atoms, "n_atoms")
     rows = _signals(y)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(cfg.seed)
     start = _start(rows, n_atoms, initial, rng)
-    order = jnp.asarray(_order(rng, len(rows), n_steps, batch))
-    knobs = _Knobs(l1_coef, n_iterations, decay, patience, twin_cos)
-    dictionary, history = _run(method, nonneg, jnp.asarray(rows), jnp.asarray(start), order, knobs)
+    order = jnp.asarray(_order(rng, len(rows), cfg.n_steps, cfg.batch))
+    knobs = _Knobs(cfg.l1_coef, cfg.n_iterations, cfg.decay, cfg.patience, cfg.twin_cos)
+    dictionary, history = _run(cfg.method, cfg.nonneg, jnp.asarray(rows), jnp.asarray(start), order, knobs)
     if not all(bool(jnp.isfinite(found).all()) for found in (dictionary, *history.values())):
         raise _too_large(rows)
     return Learned(dictionary=dictionary, history={name: np.asarray(value) for name, value in history.items()})
-
-
-def _check(method: str, l1_coef: float, decay: float, twin_cos: float) -> None:
-    if method not in METHODS:
-        raise UserError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    for name, value in {"l1_coef": l1_coef, "decay": decay, "twin_cos": twin_cos}.items():
-        numeric.number(value, name)
-    if l1_coef <= 0:
-        raise UserError(f"l1_coef must be a finite number above 0, got {l1_coef}")
-    if decay < 0:
-        raise UserError(f"decay must be a finite number of at least 0, got {decay}")
-    if not 0 < twin_cos <= 1:
-        raise UserError(f"twin_cos must lie in (0, 1], got {twin_cos}")
 
 
 def _signals(y: Float[Array, "rows d"]) -> np.ndarray:

@@ -6,6 +6,7 @@ extrapolated point and the gap at the iterate.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def ista(
 
     Stops where the duality gap is within `tolerance` of :math:`\frac12\|y\|^2`; `Solution.gap` is that ratio.
     """
-    return _descend(y, dictionary, l1_coef, nonneg, warm_start, max_iterations, tolerance, accelerate=False)
+    return _descend(y, dictionary, l1_coef, nonneg, warm_start, _Until(max_iterations, tolerance), accelerate=False)
 
 
 @functools.partial(jax.jit, static_argnames="nonneg")
@@ -54,7 +55,7 @@ def fista(
     Source: Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm, 2009; O'Donoghue and Candes,
     Adaptive restart for accelerated gradient schemes, 2015.
     """
-    return _descend(y, dictionary, l1_coef, nonneg, warm_start, max_iterations, tolerance, accelerate=True)
+    return _descend(y, dictionary, l1_coef, nonneg, warm_start, _Until(max_iterations, tolerance), accelerate=True)
 
 
 def lipschitz(dictionary: Float[Array, "n d"]) -> Float[Array, ""]:
@@ -95,18 +96,27 @@ def relative_gap(
     return ((1 - scale) ** 2 * energy + 2 * jnp.maximum(slack, 0)) / jnp.where(size > 0, 1, 2)
 
 
-def _descend(y, dictionary, l1_coef, nonneg, warm_start, max_iterations, tolerance, accelerate) -> Solution:
+class _Until(NamedTuple):
+    """When rows are done."""
+
+    max_iterations: Any
+    tolerance: Any
+
+
+def _descend(y, dictionary, l1_coef, nonneg, warm_start, until: _Until, accelerate) -> Solution:
     shared = (dictionary, jnp.asarray(l1_coef, jnp.float32), lipschitz(dictionary))
-    body = functools.partial(
-        _block, nonneg=nonneg, max_iterations=max_iterations, tolerance=tolerance, accelerate=accelerate
-    )
+    body = functools.partial(_block, nonneg=nonneg, until=until, accelerate=accelerate)
     latents, residual_norm, iterations, gap = row_blocks.over_blocks(
         body, (y, warm_start), shared, 4 * dictionary.shape[0]
     )
-    return Solution(residual_norm, iterations, gap <= tolerance, gap, latents=latents, n_atoms=dictionary.shape[0])
+    return Solution(
+        residual_norm, iterations, gap <= until.tolerance, gap, latents=latents, n_atoms=dictionary.shape[0]
+    )
 
 
-def _block(y, warm_start, dictionary, l1_coef, lip, *, nonneg, max_iterations, tolerance, accelerate):
+def _block(y, warm_start, dictionary, l1_coef, lip, *, nonneg, until: _Until, accelerate):
+    max_iterations, tolerance = until
+
     def measure(latents):
         residual = y - products.synthesise(latents, dictionary)
         correlation = products.correlate(residual, dictionary)

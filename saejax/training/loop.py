@@ -41,18 +41,30 @@ class Outcome:
     speed: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the loop calls between two steps."""
+
+    put: Callable[[np.ndarray], jax.Array]
+    """Host record -> device array sharded over the lanes."""
+    evaluate: Callable[[TrainState], dict[str, float]]
+    """Held-out metrics of a state."""
+    checkpoints: Checkpoints
+    """Saved to every so many steps, at the end and on a signal."""
+    tracker: Tracker
+    """Logged to."""
+    inspect: nonfinite.Inspect = lambda *_: ""
+    """Saves and describes the rows of a step that is not finite."""
+
+
 def fit(
     state: TrainState,
     step: Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]],
     rows: RowIterator,
+    around: Surroundings,
     *,
     config: TrainConfig,
     save_every_steps: int | None,
-    put: Callable[[np.ndarray], jax.Array],
-    evaluate: Callable[[TrainState], dict[str, float]],
-    checkpoints: Checkpoints,
-    tracker: Tracker,
-    inspect: nonfinite.Inspect = lambda *_: "",
     work: flops.Work | None = None,
     profile: Path | None = None,
 ) -> Outcome:
@@ -62,13 +74,9 @@ def fit(
       state: donated to the step.
       step: compiled.
       rows: this process's lanes, at the position that belongs to `state`.
+      around: data, evaluation, checkpoints and logs.
       config: length and rhythm.
       save_every_steps: as in `CheckpointConfig`.
-      put: host record -> device array sharded over the lanes.
-      evaluate: held-out metrics of a state.
-      checkpoints: saved to every so many steps, at the end and on a signal.
-      tracker: logged to.
-      inspect: saves and describes the rows of a step that is not finite.
       work: what a step costs, and with `profile` where ten steps are recorded; None leaves them out.
 
     Returns:
@@ -78,9 +86,10 @@ def fit(
       UserError: the loss or the parameters are no longer finite, the data cannot be read, or the last checkpoint cannot
         be written. A state that is not finite is never saved.
     """
+    put, checkpoints, tracker = around.put, around.checkpoints, around.tracker
     first, last = int(state.step), config.n_steps
     progress = Progress(first, last, config.batch, jax.process_index() == 0, work, profile)
-    watch = nonfinite.Watch(config, inspect, state.key)
+    watch = nonfinite.Watch(config, around.inspect, state.key)
     log = _Log(config, tracker, progress, watch)
     evaluation: dict[str, float] = {}
     number, position, fvu = first, rows.get_state(), None
@@ -108,7 +117,7 @@ def fit(
                 watch.check(number)
             if evaluate_now or number == last:
                 with _saved_on_failure(checkpoints, number, state, position, watch):
-                    evaluation = _evaluate(evaluate, state, number, progress, tracker)
+                    evaluation = _evaluate(around.evaluate, state, number, progress, tracker)
                 fvu = evaluation.get("fvu")
             if save_now:
                 checkpoints.save(number, state, position, fvu)

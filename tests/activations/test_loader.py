@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from saejax.activations.loader import digest, open_rows
+from saejax.activations.loader import Identity, digest, open_rows
 from saejax.activations.source import RowIterator
 from saejax.activations.synthetic import Synthetic
 from saejax.errors import UserError
@@ -23,9 +23,8 @@ def numbered(n: int, dtype=np.float32) -> np.ndarray:
 def open_numbered(n=118, lanes=range(N_LANES), seed=0, prefetch=2, offset=0, **cut):
     rows = numbered(n) + offset
     sizes = {"n_lanes": N_LANES, "block_rows": BLOCK_ROWS} | cut
-    return open_rows(
-        rows, identity=lambda m: digest(rows[:m].tolist()), lanes=lanes, seed=seed, prefetch=prefetch, **sizes
-    )
+    identity = Identity(lambda m: digest(rows[:m].tolist()))
+    return open_rows(rows, identity=identity, lanes=lanes, seed=seed, prefetch=prefetch, **sizes)
 
 
 def open_synthetic(lanes=range(N_LANES), seed=0, prefetch=2):
@@ -157,7 +156,7 @@ def test_seeds_give_other_orders_of_the_same_blocks():
 
 def test_bfloat16_rows_pass_unchanged():
     rows = numbered(100, ml_dtypes.bfloat16)
-    stream = open_rows(rows, identity=str, n_lanes=2, block_rows=10, lanes=range(2), seed=0)
+    stream = open_rows(rows, identity=Identity(str), n_lanes=2, block_rows=10, lanes=range(2), seed=0)
     record = next(stream)
     assert record.dtype == ml_dtypes.bfloat16 and record.shape == (2, 10, D_IN)
     assert isinstance(stream, RowIterator)
@@ -185,17 +184,17 @@ def test_an_error_in_the_reading_thread_reaches_the_caller():
             raise UserError("row 3 is broken")
 
     with pytest.raises(UserError, match="row 3 is broken"):
-        next(open_rows(Broken(), identity=str, n_lanes=2, block_rows=10, lanes=range(2), seed=0))
+        next(open_rows(Broken(), identity=Identity(str), n_lanes=2, block_rows=10, lanes=range(2), seed=0))
 
 
 def test_a_position_of_a_stream_that_knows_no_older_form_is_compared_as_it_is():
     rows, cut = np.zeros((64, 2), np.float32), {"n_lanes": 2, "block_rows": 4, "lanes": range(2), "seed": 0}
-    stream = open_rows(rows, identity=lambda n: "new", **cut)
+    stream = open_rows(rows, identity=Identity(lambda n: "new"), **cut)
     state = copy.deepcopy(stream.get_state())
     state["stream"]["data"] = "old"
     with pytest.raises(UserError, match="continue: data was old and is new"):
         stream.set_state(state)
-    again = open_rows(rows, identity=lambda n: "new", older=lambda n: "old", **cut)
+    again = open_rows(rows, identity=Identity(lambda n: "new", lambda n: "old"), **cut)
     again.set_state(state)
     assert again.get_state()["stream"]["data"] == "new"
     state["stream"]["data"] = "other"

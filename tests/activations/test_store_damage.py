@@ -8,7 +8,7 @@ import pytest
 from test_store_source import CONTEXT, N_ROWS, N_SHARDS, SHARD_SEQUENCES, write
 
 from saejax.activations import store
-from saejax.activations.loader import open_rows
+from saejax.activations.loader import Identity, open_rows
 from saejax.activations.store.source import Store, Verify
 from saejax.errors import UserError
 
@@ -103,7 +103,7 @@ def test_identity_of_a_prefix_knows_the_gaps_before_it_only(folder):
     flip(folder / "train" / "shard-00001.rows")
     rows = Store(path=str(folder), skip_damaged=True).rows("train")
     assert rows.identity(SHARD_ROWS) != rows.identity(2 * SHARD_ROWS)
-    opened = open_rows(rows, identity=rows.identity, n_lanes=1, block_rows=4, lanes=range(1), seed=0)
+    opened = open_rows(rows, identity=Identity(rows.identity), n_lanes=1, block_rows=4, lanes=range(1), seed=0)
     assert opened.n_rows == 2 * SHARD_ROWS
     last = shutil.copytree(folder, folder / "copy")
     shutil.copy(last / "heldout" / "shard-00001.rows", last / "train" / "shard-00002.rows")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from saejax.activations import store
-from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
+from saejax.activations.loader import PREFETCH_RECORDS, Identity, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, differences, recorded, register
 from saejax.activations.store import files as store_format
 from saejax.activations.store.source import Store, Verify
@@ -100,7 +100,7 @@ class Joined(ActivationSource):
         readers = self.readers("train")
         return open_rows(
             _JoinedRows(readers),
-            identity=lambda n_rows: digest([reader.sha256_of_rows(n_rows) for reader in readers]),
+            identity=Identity(lambda n_rows: digest([reader.sha256_of_rows(n_rows) for reader in readers])),
             n_lanes=n_lanes,
             block_rows=block_rows,
             lanes=lanes,

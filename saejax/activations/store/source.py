@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from saejax.activations import store
-from saejax.activations.loader import PREFETCH_RECORDS, Stream, digest, open_rows
+from saejax.activations.loader import PREFETCH_RECORDS, Identity, Stream, digest, open_rows
 from saejax.activations.source import ActivationSource, differences, recorded, register
 from saejax.errors import UserError
 from saejax.fields import paths
@@ -150,7 +150,7 @@ class Store(ActivationSource):
             log.warning("the harvest of %s is not finished: training on its first %d rows", self.path, rows.shape[0])
         return open_rows(
             rows,
-            identity=rows.identity,
+            identity=Identity(rows.identity),
             n_lanes=n_lanes,
             block_rows=block_rows,
             lanes=lanes,

@@ -46,6 +46,52 @@ class Fit:
     history: dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of a training; the defaults are the run book of the benchmark SB-iid."""
+
+    n_tokens: int
+    """Rows to train on, rounded down to whole batches."""
+    batch: int = 512
+    """Rows per step."""
+    lr: float = 2e-3
+    """Peak learning rate of Adam."""
+    warmup_share: float = 0.0
+    """Share of the steps, see `optim.OptimConfig`."""
+    decay_share: float = 0.3
+    """Share of the steps, see `optim.OptimConfig`."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient; None does not clip."""
+    seed: int = 0
+    """Of the parameters."""
+    data_seed: int | None = None
+    """Of the rows (order of an array, draws of a synthetic source); None takes `seed`."""
+    dead_after_tokens: int = 25_600
+    """Window after which a latent that did not fire counts as dead."""
+    norm: normalize.NormMode = normalize.NormMode.none
+    """Scaling of rows; `auto` takes what the architecture prefers."""
+    b_dec_init: settings.DecoderBias = settings.DecoderBias.geometric_median
+    """Start of the decoder bias."""
+    resample_every_steps: int | None = None
+    """Steps between two resamplings of dead latents; None never resamples."""
+
+    def learner(self, sparsifier: base.Sparsifier) -> Learner:
+        """The learner of an architecture."""
+        mode = normalize.NormMode[sparsifier.preferred_norm] if self.norm is normalize.NormMode.auto else self.norm
+        sizes = settings.TrainConfig(
+            n_tokens=self.n_tokens,
+            batch=self.batch,
+            n_lanes=1,
+            b_dec_init=self.b_dec_init,
+            dead_after_tokens=self.dead_after_tokens,
+            resample_every_steps=self.resample_every_steps,
+        )
+        schedule = optim.OptimConfig(
+            lr=self.lr, warmup_share=self.warmup_share, decay_share=self.decay_share, clip_norm=self.clip_norm
+        )
+        return Learner(sparsifier, schedule, sizes, normalize.NormalizeConfig(mode=mode))
+
+
 def train(sparsifier: base.Sparsifier, rows: Rows, **kwargs: Any) -> model.SAE:
     """The SAE alone; arguments as `fit`.
 
@@ -58,39 +104,13 @@ def train(sparsifier: base.Sparsifier, rows: Rows, **kwargs: Any) -> model.SAE:
     return fit(sparsifier, rows, **kwargs).sae
 
 
-def fit(
-    sparsifier: base.Sparsifier,
-    rows: Rows,
-    *,
-    n_tokens: int,
-    batch: int = 512,
-    lr: float = 2e-3,
-    warmup_share: float = 0.0,
-    decay_share: float = 0.3,
-    clip_norm: float | None = 1.0,
-    seed: int = 0,
-    data_seed: int | None = None,
-    dead_after_tokens: int = 25_600,
-    norm: normalize.NormMode = normalize.NormMode.none,
-    b_dec_init: settings.DecoderBias = settings.DecoderBias.geometric_median,
-    resample_every_steps: int | None = None,
-) -> Fit:
-    """Train one SAE; the defaults are the run book of the benchmark SB-iid.
+def fit(sparsifier: base.Sparsifier, rows: Rows, **recipe: Any) -> Fit:
+    """Train one SAE.
 
     Args:
       sparsifier: the architecture.
       rows: an `ActivationSource`, or an array [n, d_in].
-      n_tokens: rows to train on, rounded down to whole batches.
-      batch: rows per step.
-      lr: peak learning rate of Adam.
-      warmup_share, decay_share: of the steps, see `optim.OptimConfig`.
-      clip_norm: of the gradient; None does not clip.
-      seed: of the parameters.
-      data_seed: of the rows (order of an array, draws of a synthetic source); None takes `seed`.
-      dead_after_tokens: window after which a latent that did not fire counts as dead.
-      norm: scaling of rows; `auto` takes what the architecture prefers.
-      b_dec_init: start of the decoder bias.
-      resample_every_steps: steps between two resamplings of dead latents; None never resamples.
+      **recipe: fields of `Recipe`; n_tokens must be given.
 
     Returns:
       The trained SAE, the untrained one and the curves.
@@ -98,34 +118,25 @@ def fit(
     Raises:
       UserError: an array that is no finite [n, d_in] float, holds less than a batch, or has another width.
     """
-    mode = normalize.NormMode[sparsifier.preferred_norm] if norm is normalize.NormMode.auto else norm
-    sizes = settings.TrainConfig(
-        n_tokens=n_tokens,
-        batch=batch,
-        n_lanes=1,
-        b_dec_init=b_dec_init,
-        dead_after_tokens=dead_after_tokens,
-        resample_every_steps=resample_every_steps,
-    )
-    schedule = optim.OptimConfig(lr=lr, warmup_share=warmup_share, decay_share=decay_share, clip_norm=clip_norm)
-    chunk = max(1, min(sizes.n_steps, 250, _CHUNK_FLOATS // (batch * sparsifier.d_in)))
-    blocks = _blocks(rows, sparsifier.d_in, batch, chunk, seed if data_seed is None else data_seed)
+    cfg = Recipe(**recipe)
+    learner, mesh = cfg.learner(sparsifier), sharding.make_mesh(1, 1)
+    n_steps = learner.train.n_steps
+    chunk = max(1, min(n_steps, 250, _CHUNK_FLOATS // (cfg.batch * sparsifier.d_in)))
+    blocks = _blocks(rows, sparsifier.d_in, cfg.batch, chunk, cfg.seed if cfg.data_seed is None else cfg.data_seed)
     first = next(blocks)
-    mesh = sharding.make_mesh(1, 1)
-    learner = Learner(sparsifier, schedule, sizes, normalize.NormalizeConfig(mode=mode))
     # The sample that b_dec and the scale start from; the buffer itself keeps one batch of it.
-    (begun,) = learner.create(jnp.asarray(first)[None], mesh, seeds=(seed,), data_seed=seed)
+    (begun,) = learner.create(jnp.asarray(first)[None], mesh, seeds=(cfg.seed,), data_seed=cfg.seed)
     begun = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[0]), begun)
     now = dataclasses.replace(begun, buffer=dataclasses.replace(begun.buffer, rows=begun.buffer.rows[:, :1]))
     start = _folded(sparsifier, now, 0)
     advance = _chunk_of(learner, chunk)
     curves: list[dict[str, jax.Array]] = []
-    for done in range(0, sizes.n_steps, chunk):
-        count = min(chunk, sizes.n_steps - done)
+    for done in range(0, n_steps, chunk):
+        count = min(chunk, n_steps - done)
         now, means = advance(now, first if done == 0 else next(blocks), count)
         curves.append({"step": jnp.asarray(done + count), **means})
     history = {key: np.array([float(c[key]) for c in curves]) for key in curves[0]}
-    return Fit(sae=_folded(sparsifier, now, sizes.n_steps * batch), start=start, history=history)
+    return Fit(sae=_folded(sparsifier, now, n_steps * cfg.batch), start=start, history=history)
 
 
 @functools.lru_cache(maxsize=32)

@@ -95,17 +95,27 @@ class ParentAbsorption(metric.Metric):
         }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Criteria:
+    """What counts as absorption of a concept; the defaults are SAEBench's."""
+
+    n_absorbers: int = 3
+    """Other latents counted, the largest."""
+    min_cos: float = 0.1
+    """Cosine with the probe from which another latent can be an absorber."""
+    min_cos_full: float = 0.025
+    """The same for full absorption."""
+    min_share: float = 0.4
+    """Share of the probe's projection that absorbers must carry."""
+
+
 def absorbed(
     x: Float[Array, "b d_in"],
     latents: Float[Array, "b d_sae"],
     W_dec: Float[Array, "d_sae d_in"],
     probe: Float[Array, "d_in"],
     main: Bool[Array, "d_sae"],
-    *,
-    n_absorbers: int = 3,
-    min_cos: float = 0.1,
-    min_cos_full: float = 0.025,
-    min_share: float = 0.4,
+    criteria: Criteria = Criteria(),
 ) -> tuple[Float[Array, "b"], Bool[Array, "b"]]:
     """Absorption of one concept in each row, where the concept is present in all of them.
 
@@ -115,14 +125,11 @@ def absorbed(
       W_dec: Decoder rows, of any length.
       probe: Direction of the concept, of any length.
       main: Which latents stand for the concept.
-      n_absorbers: Other latents counted, the largest.
-      min_cos: Cosine with the probe from which another latent can be an absorber.
-      min_cos_full: The same for full absorption.
-      min_share: Share of the probe's projection that absorbers must carry.
+      criteria: What counts as absorption.
 
     Returns:
       The fraction in [0, 1], and whether absorption is full: all main latents off, and the one latent with the largest
-      projection carries at least `min_share`.
+      projection carries at least `criteria.min_share`.
 
     Examples:
       >>> eye = jnp.eye(2)
@@ -137,18 +144,18 @@ def absorbed(
     cos = along / jnp.maximum(jnp.linalg.norm(W_dec, axis=-1), 1e-30)
     total = jnp.matmul(x, probe, precision=high)
     parts = latents * along[None, :]
-    can_absorb = (~main & (cos >= min_cos))[None, :] & (parts > 0)
-    largest, _ = jax.lax.top_k(jnp.where(can_absorb, parts, 0.0), min(n_absorbers, parts.shape[-1]))
+    can_absorb = (~main & (cos >= criteria.min_cos))[None, :] & (parts > 0)
+    largest, _ = jax.lax.top_k(jnp.where(can_absorb, parts, 0.0), min(criteria.n_absorbers, parts.shape[-1]))
     absorbers, own = jnp.sum(largest, axis=-1), jnp.sum(jnp.where(main[None, :], parts, 0.0), axis=-1)
     positive = jnp.where(total > 0, total, 1.0)
     taken = jnp.minimum(absorbers, total - own)
     shared = taken / jnp.where(taken + own > 0, taken + own, 1.0)
-    none = (total <= 0) | (own >= total) | (absorbers / positive < min_share)
+    none = (total <= 0) | (own >= total) | (absorbers / positive < criteria.min_share)
     fraction = jnp.where(none, 0.0, jnp.where(own <= 0, 1.0, shared))
     top = jnp.argmax(parts, axis=-1)
     silent = ~jnp.any(main[None, :] & (latents > 0), axis=-1)
     top_part = jnp.take_along_axis(parts, top[:, None], axis=-1)[:, 0]
-    full = silent & (total > 0) & (cos[top] >= min_cos_full) & (top_part / positive >= min_share)
+    full = silent & (total > 0) & (cos[top] >= criteria.min_cos_full) & (top_part / positive >= criteria.min_share)
     return fraction, full
 
 
@@ -188,7 +195,7 @@ class ProbeState:
 @metric.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeAbsorption(metric.Metric):
-    """SAEBench's absorption of one concept, averaged over the rows that have it; `absorbed` has the constants."""
+    """SAEBench's absorption of one concept, averaged over the rows that have it; `Criteria` has the constants."""
 
     name: ClassVar[str] = "probe_absorption"
     batch_type: ClassVar[type] = ProbeBatch

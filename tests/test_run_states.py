@@ -192,7 +192,7 @@ def test_every_door_follows_the_policy(door, state, saved, tmp_path, begins, cap
         ("ensemble.seed=[0,1]", "ensemble.seed=[0,2]", False, "holds another ensemble, with seed1; take another"),
         ("ensemble.seed=[0,1]", "ensemble.seed=[0,1]", True, "start"),
         ("ensemble.seed=[0,1]", "ensemble.seed=[0,2]", True, "ensemble.seed cannot change on resume"),
-        ("run", "ensemble.seed=[0,1]", False, "holds checkpoints already, of one run"),
+        ("run", "ensemble.seed=[0,1]", False, "already holds checkpoints of one run"),
     ],
 )
 def test_an_ensemble_as_a_whole(there, wanted, resume, expected, saved, tmp_path):

@@ -166,7 +166,7 @@ def _of_ensemble(cfg: config.Config, run_dir: Path, state: State, request: Reque
         if request is not Request.resume and not before <= now:
             raise UserError(f"{run_dir} holds another ensemble, with {min(before - now)}; take another directory")
     if state.step is not None:
-        raise UserError(f"{run_dir} holds checkpoints already, of one run: take another directory for an ensemble")
+        raise UserError(f"{run_dir} already holds checkpoints of one run: take another directory for an ensemble")
     return Action.start if state.stage is Stage.empty else Action.go_on
 
 

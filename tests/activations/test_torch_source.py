@@ -98,7 +98,7 @@ def test_stops_after_the_hook(tokens: np.ndarray, tmp_path) -> None:
 def test_refusals(tokens: np.ndarray, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved("BertModel", "BertConfig", tmp_path / "bert", vocab_size=50, **SMALL)
     model = torch_source.load(path)
-    with pytest.raises(UserError, match="hook='encoder.layer.9' is no module"):
+    with pytest.raises(UserError, match="hook='encoder.layer.9' is not a module"):
         model.capture(tokens, PACKED, ("encoder.layer.9",))
     with pytest.raises(UserError, match="never runs"):
         model.capture(tokens, PACKED, ("encoder.layer",))

@@ -166,7 +166,7 @@ def test_a_job_that_is_preempted_is_queued_again_and_loses_nothing(tmp_path):
     text, _ = process.communicate(timeout=280)
     assert process.returncode == 0, text
     log = "".join(file.read_text() for file in (swept / ".submitit").rglob("*_log.*"))
-    assert "Requeued job" in log and "goes on at step" in log and "saved; go on" in log
+    assert "Requeued job" in log and "goes on at step" in log and "saved; continue" in log
     found = [checkpoint.load_arrays(path / "0", ("params",)) for path in (straight, swept)]
     assert [step for step, _ in found] == [3000, 3000]
     np.testing.assert_array_equal(*(arrays["params"]["W_dec"] for _, arrays in found))

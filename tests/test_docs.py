@@ -100,10 +100,16 @@ def project(tmp_path, monkeypatch, small_store):
     return "a store"
 
 
+UNDERSTOOD: set[tuple[str, tuple[str, ...]]] = set()
+
+
 @pytest.mark.parametrize("place", [place for place, text in documents().items() if commands(text)])
 def test_every_command_is_understood(place, project):
+    """Each line once, also where several documents show it."""
     for name, arguments in dict.fromkeys((n, tuple(a)) for n, a in commands(documents()[place])):
-        understood(name, list(arguments), project)
+        if (name, arguments) not in UNDERSTOOD:
+            understood(name, list(arguments), project)
+            UNDERSTOOD.add((name, arguments))
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))

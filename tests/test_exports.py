@@ -18,7 +18,7 @@ ARGUMENTS = [
 WRITTEN = sorted(name for name, module in interop.FORMATS.items() if module.export is not None)
 
 
-@pytest.fixture(scope="module", params=["store", "arrays"])
+@pytest.fixture(scope="module", params=["store", pytest.param("arrays", marks=pytest.mark.nightly)])
 def trained(request, small_store, tmp_path_factory):
     """A run in a folder of its own, evaluated, on data whose paths are absolute."""
     folder = tmp_path_factory.mktemp("a private place")

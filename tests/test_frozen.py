@@ -13,7 +13,7 @@ QUICK = [name for name in CASES if name.endswith(("float32 1x1", "float32 2x2"))
 
 
 def some(quick):
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in CASES]
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.nightly) for name in CASES]
 
 
 @pytest.mark.parametrize("name", some(QUICK))

@@ -201,7 +201,7 @@ def refused(root: str, given: list[str], key: str, value: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "root", [pytest.param(root, marks=pytest.mark.slow) if root == "train" else root for root in ROOTS]
+    "root", [pytest.param(root, marks=pytest.mark.nightly) if root == "train" else root for root in ROOTS]
 )
 def test_nan_is_refused_at_every_command(root):
     given = WITH[root][0]
@@ -214,7 +214,7 @@ def test_nan_is_refused_where_a_run_begins(key):
     assert refused("train", [], key, "nan") and refused("train", [], key, "1e400")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("value", ["nan", "1e400", "true", "x", "-1", "2147483648"])
 def test_every_number_of_a_run_at_its_command(value):
     for key in keys(config.load("train", ROOTS["train"], [])):
@@ -224,12 +224,13 @@ def test_every_number_of_a_run_at_its_command(value):
 @pytest.mark.parametrize(("root", "given"), [(root, given) for root, all_given in WITH.items() for given in all_given])
 def test_every_value_as_hydra_reads_it(root, given):
     """A valid config or one line; NaN, infinities, truth values and texts never pass. Composed once, and then each
-    value read by Hydra's grammar and set as it sets it."""
+    value read by Hydra's grammar and set as it sets it. Of a second choice its own part is tried."""
     config.register(root, ROOTS[root])
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=config.conf_dir(), version_base="1.3"):
         composed = compose(root, given)
-    for key in keys(config.to_object(copy.deepcopy(composed))):
+    part = given[-1].partition("=")[0] + "." if given != WITH[root][0] else ""
+    for key in filter(lambda key: key.startswith(part), keys(config.to_object(copy.deepcopy(composed)))):
         for value in TYPED:
             typed = f"[{value}]" if key.startswith("ensemble.") or key.endswith(("sites", "prefixes")) else value
             if typed == "[]":  # no sites, no members

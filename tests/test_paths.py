@@ -319,8 +319,16 @@ def test_hydra_reads_back_random_names():
 OPTIONAL = {("evaluate", "activations"), ("export", "path"), ("export", "activations"), ("report", "out")}
 
 
-@pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("command, key", [("evaluate", "run"), *sorted(OPTIONAL)])
+QUICK = ("null", "sae.k=2,x=1", "it's")
+PAIRS = [
+    pytest.param(command, key, name, marks=() if key == "run" or name in QUICK else pytest.mark.nightly)
+    for command, key in [("evaluate", "run"), *sorted(OPTIONAL)]
+    for name in ODD
+]
+"""Every name at one key, and some names at every key; the other pairs run nightly."""
+
+
+@pytest.mark.parametrize("command, key, name", PAIRS)
 def test_a_path_needs_no_quotes(command, key, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = [] if key in ("run", "sweep") else ["run=x"]

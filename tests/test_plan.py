@@ -44,7 +44,7 @@ def test_the_estimate_on_an_absent_mesh_equals_that_of_a_present_one():
     assert 2 < one / four < 4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", ["topk", "l1"])
 def test_the_estimate_is_near_the_compilers_figure(architecture):
     given = [f"sae={architecture}", "source.d_in=128", "sae.d_sae=2048", "train.batch=512", "mesh=single"]

@@ -106,7 +106,7 @@ def test_no_config_of_a_run_holds_what_belongs_to_one_process():
             sharding.MeshConfig(**{name: value})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [0, 1])
 def test_processes_that_do_not_come_together_end_in_one_line(tmp_path, number):
     started = time.monotonic()

@@ -142,7 +142,7 @@ def test_the_suite_is_a_sweep():
     assert composed("experiment=saebench/jumprelu", "sae.target_l0=20").sae.l0_coef == 1 / 40
 
 
-@pytest.mark.parametrize("name", [n if n == "gated" else pytest.param(n, marks=pytest.mark.slow) for n in TABLE])
+@pytest.mark.parametrize("name", [n if n == "gated" else pytest.param(n, marks=pytest.mark.nightly) for n in TABLE])
 def test_a_recipe_trains(name, tmp_path):
     cfg = composed(
         *(

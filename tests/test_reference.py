@@ -16,7 +16,7 @@ BOUNDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("experiment", sorted(BOUNDS))

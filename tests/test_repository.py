@@ -76,6 +76,17 @@ def test_make_targets_call_files_that_exist():
         assert (ROOT / script).is_file(), f"the Makefile calls {script}"
 
 
+def test_what_runs_nightly_has_its_row_in_the_table_of_what_ci_keeps():
+    rows = [line for line in (ROOT / "docs" / "testing.md").read_text().splitlines() if "test_" in line]
+    listed = {
+        name for line in rows if line.startswith("| ") for name in re.findall(r"`(test_\w+\.py)`", line.split("|")[2])
+    }
+    marks = re.compile(r"mark\.nightly|every_architecture\(")
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert listed <= files.keys()
+    assert not {name for name, text in files.items() if marks.search(text)} - listed
+
+
 def test_local_links_of_the_documents_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):

@@ -21,7 +21,8 @@ from saejax.runs import directory, run
 from saejax.storage import checkpoint, checkpoint_read, json_yaml
 
 SIZES = [
-    "sae.d_sae=32", "sae.k=2", "train.batch=64", "buffer.rows=512", "train.log_every_steps=1", "train.eval_rows=128",
+    "mesh=single", "sae.d_sae=32", "sae.k=2", "train.batch=64", "buffer.rows=512", "train.log_every_steps=1",
+    "train.eval_rows=128",
     "checkpoint.save_every_steps=4", "checkpoint.keep_last=9", "optim.warmup_share=0",
 ]  # fmt: skip
 

@@ -95,7 +95,9 @@ def test_other_data_are_refused_by_what_differs(moved, sealed, door, other):
     assert not any((moved / "on_store" / name).exists() for name in ("eval.json", "report.html"))
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "door", ["evaluate", *(pytest.param(d, marks=pytest.mark.nightly) for d in ("report", "export"))]
+)
 def test_other_data_are_taken_where_that_is_asked_for(moved, sealed, door, caplog):
     other_hook(moved, sealed)
     DOORS[door](moved / "on_store", any_data=True)

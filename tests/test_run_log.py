@@ -1,14 +1,17 @@
 """train.log: what the terminal showed, in every way of running; places that cannot be written to, told in one line."""
 
+import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
-from test_cli import CODE, QUICK, saejax_command
+from forked import run as saejax_command
+from test_cli import CODE, QUICK
 
 from saejax import cli
 from saejax.cli import quiet
@@ -26,7 +29,7 @@ WAYS = {
 }
 
 
-SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "single"]
+SLOW = [pytest.param(way, marks=pytest.mark.nightly) for way in WAYS if way != "single"]
 
 
 @pytest.mark.parametrize("way", ["single", *SLOW])
@@ -56,7 +59,7 @@ ODD = "模型 k=2,(x)#{a'b\"c;$HOME"
 
 
 def test_what_is_printed_can_be_pasted(tmp_path):
-    """Through a real shell: the commands that a run in a folder with every odd character prints."""
+    """Typed into a real shell elsewhere: the commands that a run in a folder with every odd character prints."""
     run_dir = tmp_path / "my runs" / ODD
     done = saejax_command("train", *QUICK, f"hydra.run.dir=my runs/{ODD}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -64,9 +67,10 @@ def test_what_is_printed_can_be_pasted(tmp_path):
     commands = line.removeprefix("next: ").split("   ")
     assert [command.split()[1] for command in commands] == ["evaluate", "report"]
     for command, written in zip(commands, ("eval.json", "report.html"), strict=True):
-        program = shlex.join([sys.executable, "-c", CODE])
+        program = shlex.join([sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"])
         pasted = command.replace("saejax", program, 1)
-        ran = subprocess.run(pasted, shell=True, capture_output=True, text=True, timeout=250, cwd="/")
+        words = json.loads(subprocess.run(pasted, shell=True, capture_output=True, check=True, cwd="/").stdout)
+        ran = saejax_command(*words, cwd=Path("/"))
         assert ran.returncode == 0, ran.stderr
         assert (run_dir / written).is_file()
 
@@ -127,6 +131,7 @@ def test_room_for_a_checkpoint(tmp_path, monkeypatch, caplog):
     assert "takes both" in caplog.text
 
 
+@pytest.mark.nightly
 def test_a_limit_on_the_size_of_files_is_one_line(tmp_path):
     """It was the right line among 10,123 of threads that died."""
     command = shlex.join([sys.executable, "-c", CODE, "train", *QUICK, "hydra.run.dir=r"])
@@ -138,7 +143,7 @@ def test_a_limit_on_the_size_of_files_is_one_line(tmp_path):
     assert "File too large" in line and str(tmp_path / "r") in line
 
 
-@pytest.mark.parametrize("where", ["argument", "folder"])
+@pytest.mark.parametrize("where", [pytest.param("argument", marks=pytest.mark.nightly), "folder"])
 def test_a_locale_without_the_letters_of_a_path_is_one_line(where, tmp_path):
     """The run was trained and could not be saved, in 9,103 lines."""
     (tmp_path / "模型").mkdir()

@@ -16,6 +16,7 @@ from saejax.runs import ensembles, run
 from saejax.storage import checkpoint
 
 
+@pytest.mark.nightly
 def test_a_relative_ensemble_is_begun_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = compose(4, "ensemble.seed=[0,1]")
@@ -28,7 +29,7 @@ def test_a_relative_ensemble_is_begun_and_goes_on(tmp_path, monkeypatch):
 def test_a_relative_folded_sweep_that_was_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "-m", "sweep.fold=true", *SIZES, f"train.n_tokens={64 * 8}", "seed=0,1", "data_seed=0"]
-    words += ["mesh=single", "hydra.sweep.dir=runs/swept"]
+    words += ["hydra.sweep.dir=runs/swept"]
     assert cli.main(words) == 0
     jobs = [Path("runs/swept") / number for number in "01"]
     before = [checkpoint.load_arrays(job, ("params",)) for job in jobs]
@@ -84,6 +85,7 @@ for words in (
 """
 
 
+@pytest.mark.nightly
 def test_a_process_that_never_saw_the_data_does_without_them(moved):
     """The one that trained has them open still, under the name that they had."""
     run_dir, new = moved

@@ -154,7 +154,7 @@ def every_door():
     """(door, state); of the two that compose every job of a sweep, which takes a second, the rarer states are slow."""
     for door, state in itertools.product(DOORS, [state for state, *_ in ROWS]):
         often = door not in ("sweep", "folded") or state in ("begun", "finished", "foreign")
-        yield pytest.param(door, state, marks=() if often else pytest.mark.slow)
+        yield pytest.param(door, state, marks=() if often else pytest.mark.nightly)
 
 
 @pytest.mark.parametrize(("door", "state"), every_door())

@@ -145,6 +145,20 @@ def test_the_workflow_runs_the_commands_of_a_pull_request_with_pinned_actions():
     assert found["permissions"] == {"contents": "read"}
 
 
+def test_the_night_runs_what_commits_do_not_with_the_same_actions():
+    found, commit = (
+        yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text()) for name in ("nightly", "ci")
+    )
+    job = found["jobs"]["night"]
+    commands = {each["command"]: each["python"] for each in job["strategy"]["matrix"]["include"]}
+    assert commands == {"make nightly": "3.11", "make parity": "3.11", "make test PYTHON=python3.13": "3.13"}
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert {command.split()[1] for command in commands} <= set(targets)
+    pinned = [step["uses"] for step in commit["jobs"]["test"]["steps"] if "uses" in step]
+    assert [step["uses"] for step in job["steps"] if "uses" in step] == pinned
+    assert found["permissions"] == {"contents": "read"} and True in found  # YAML reads the key `on` as true
+
+
 def _only(mapping, known):
     assert mapping.keys() <= known, mapping.keys() - known
     return mapping

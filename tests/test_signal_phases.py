@@ -88,11 +88,11 @@ PHASES: dict[str, tuple[object, str]] = {
 }
 
 
-QUICK = ("composition", "before compilation", "an evaluation", "a save")
+QUICK = ("composition", "before compilation", "a save")
 
 
 @pytest.mark.parametrize(
-    "phase", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PHASES]
+    "phase", [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in PHASES]
 )
 def test_training_stops_in_every_phase_and_goes_on(straight, tmp_path, monkeypatch, capfd, phase):
     signum = signals.SIGNALS[list(PHASES).index(phase) % len(signals.SIGNALS)]
@@ -134,7 +134,7 @@ def test_ctrl_c_in_the_hook_of_the_garbage_collector_while_the_step_is_compiled(
     assert "Exception ignored" not in said
 
 
-@pytest.mark.parametrize("name", ["restore", pytest.param("save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["restore", pytest.param("save", marks=pytest.mark.nightly)])
 def test_a_resumed_run_stops_too(straight, tmp_path, monkeypatch, name):
     with monkeypatch.context() as patched:
         strike(patched, checkpoint.Checkpoints, "save", signal.SIGTERM)
@@ -161,9 +161,9 @@ def test_the_last_step_is_the_end_and_no_other_job_of_a_sweep_begins(tmp_path, m
     ("command", "owner", "name"),
     [
         ("evaluate", evaluate.Evaluator, "evaluate"),
-        ("evaluate", run, "load"),
+        pytest.param("evaluate", run, "load", marks=pytest.mark.nightly),
         ("report", page, "build"),
-        ("export", saelens, "export"),
+        pytest.param("export", saelens, "export", marks=pytest.mark.nightly),
     ],
 )
 def test_what_reads_a_run_stops_and_goes_on(straight, monkeypatch, capfd, command, owner, name):
@@ -241,7 +241,7 @@ def test_a_signal_while_everything_is_imported(tmp_path):
     assert started.said() == "saejax train: stopped by SIGTERM; the same command continues\n"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ctrl_c_while_the_step_is_compiled(tmp_path):
     nothing_kept = {"JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     started = Process(tmp_path, *training(tmp_path / "run"), **nothing_kept)
@@ -251,7 +251,7 @@ def test_ctrl_c_while_the_step_is_compiled(tmp_path):
     assert "stopped by SIGINT" in started.said().splitlines()[-1] and "done" not in started.said()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @linux
 @pytest.mark.parametrize("signum", signals.SIGNALS)
 def test_a_signal_at_any_moment(straight, tmp_path, signum):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -39,10 +40,9 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def said(arguments: list[str], status: int = 0) -> str:
     """What the command prints, once it ended with `status`."""
-    process = start(arguments)
-    text, _ = process.communicate(timeout=280)
-    assert process.returncode == status, text
-    return text
+    done = forked.run(*arguments)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_a_sweep_that_broke_goes_on_where_it_was(tmp_path):
@@ -155,7 +155,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(name, monkeypatch):
         preflight.check(["-m", name, "sae.k=2,4"])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_job_that_is_preempted_is_queued_again_and_loses_nothing(tmp_path):
     straight, swept = tmp_path / "straight", tmp_path / "swept"
     point = ["sae.k=4", "checkpoint.save_every_steps=200"]
@@ -172,7 +172,7 @@ def test_a_job_that_is_preempted_is_queued_again_and_loses_nothing(tmp_path):
     np.testing.assert_array_equal(*(arrays["params"]["W_dec"] for _, arrays in found))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_search_goes_on_from_what_it_found(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     search = ["sweeper=optuna", "hydra.sweeper.n_trials=3", "optim.lr=interval(1e-4,1e-2)", "sae.k=4"]

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.nightly
 def test_a_run_and_its_evaluation_where_warnings_are_errors(tmp_path):
     small = [
         "train.n_tokens=1280",

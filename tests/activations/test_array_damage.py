@@ -171,7 +171,7 @@ def through_doors(cases: dict, prefix: str = "") -> list:
         for door in DOORS:
             quick = door in DOORS[:2] or number % 7 == 0
             found.append(
-                pytest.param(door, *case, id=f"{prefix}{name}-{door}", marks=() if quick else pytest.mark.slow)
+                pytest.param(door, *case, id=f"{prefix}{name}-{door}", marks=() if quick else pytest.mark.nightly)
             )
     return found
 

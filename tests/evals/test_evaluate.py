@@ -66,12 +66,12 @@ def test_mesh_does_not_matter(sae, rows, shape):
     )
 
 
-# The rest shares their code paths and runs with the slow tests.
+# The rest shares their code paths and runs nightly.
 QUICK = ("topk", "l1", "matryoshka")
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in architectures.ARCHITECTURES]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.nightly) for n in architectures.ARCHITECTURES]
 )
 def test_mesh_does_not_matter_to_real_architectures(rows, name):
     """Their kernels cut the work over the mesh by hand, so they are tried as well, on sharded parameters."""

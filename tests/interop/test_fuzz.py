@@ -41,7 +41,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 COMPILED = os.environ.get("JAX_COMPILATION_CACHE_DIR", REPOSITORY)
 OWN = (sys.prefix, sys.base_prefix, REPOSITORY, COMPILED, "/proc", "/dev/null", "/dev/urandom", "/sys")
 """Where the program itself lies, and what libraries ask the system."""
-PARTS = [(0, 400), *(pytest.param(seed, 25_000, marks=[pytest.mark.slow]) for seed in range(1, 5))]
+PARTS = [(0, 400), *(pytest.param(seed, 25_000, marks=[pytest.mark.nightly]) for seed in range(1, 5))]
 """Seeds and counts: a few always, and 100,000 in four parts that processes can share."""
 
 _opened: list[str] | None = None

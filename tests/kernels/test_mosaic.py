@@ -16,7 +16,7 @@ def test_without_pallas_nothing_is_available_and_asking_for_it_is_refused(monkey
         choice.check_device(choice.Operation.decode, "pallas")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_importing_the_kernels_imports_no_pallas():
     program = "import sys; from saejax.kernels import choice; assert not any('pallas.mosaic' in m for m in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)

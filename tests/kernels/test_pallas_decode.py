@@ -32,21 +32,21 @@ def run(kernel, *args):
     return np.asarray(jax.jit(functools.partial(kernel, interpret=True))(*map(jnp.asarray, args)))
 
 
-@pytest.mark.parametrize("d", [128, pytest.param(384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("d", [128, pytest.param(384, marks=pytest.mark.nightly)])
 def test_combine_is_the_weighted_sum(d):
     values, indices, W, _ = problem(d)
     expected = np.einsum("bk,bkd->bd", values, W[indices])
     np.testing.assert_allclose(run(pallas_decode.combine_rows, values, indices, W), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("d", [128, pytest.param(3072, marks=pytest.mark.slow)])  # 3,072: three parts of a row
+@pytest.mark.parametrize("d", [128, pytest.param(3072, marks=pytest.mark.nightly)])  # 3,072: three parts of a row
 def test_dot_is_the_inner_product(d):
     _, indices, W, y = problem(d)
     expected = np.einsum("bd,bkd->bk", y, W[indices])
     np.testing.assert_allclose(run(pallas_decode.dot_rows, y, indices, W), expected, rtol=0, atol=d * 1.2e-7)
 
 
-@pytest.mark.parametrize("d", [128, pytest.param(384, marks=pytest.mark.slow)])  # 384: three parts of a row
+@pytest.mark.parametrize("d", [128, pytest.param(384, marks=pytest.mark.nightly)])  # 384: three parts of a row
 def test_accumulate_adds_every_place_once(d):
     values, indices, _, y = problem(d)
     expected = np.zeros((N, d))

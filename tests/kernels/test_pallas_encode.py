@@ -110,9 +110,9 @@ def exact_product(b, n):
     ("b", "n", "k"),
     [
         (ROWS, TILE, 2),
-        pytest.param(ROWS, 2 * TILE, 12, marks=pytest.mark.slow),
-        pytest.param(3 * ROWS, 2 * TILE, 3, marks=pytest.mark.slow),  # bands of rows
-        pytest.param(2 * ROWS, 3 * TILE, 5, marks=pytest.mark.slow),  # neighbours
+        pytest.param(ROWS, 2 * TILE, 12, marks=pytest.mark.nightly),
+        pytest.param(3 * ROWS, 2 * TILE, 3, marks=pytest.mark.nightly),  # bands of rows
+        pytest.param(2 * ROWS, 3 * TILE, 5, marks=pytest.mark.nightly),  # neighbours
     ],
 )
 def test_kernel_equals_a_stable_sort_of_the_product(b, n, k):
@@ -127,7 +127,7 @@ def test_kernel_equals_a_stable_sort_of_the_product(b, n, k):
 
 @needs_pallas
 @pytest.mark.parametrize(("b", "k", "n", "d"), [
-    (384, 2, 1024, 320), pytest.param(8192, 64, 131072, 4096, marks=pytest.mark.slow)])  # fmt: skip
+    (384, 2, 1024, 320), pytest.param(8192, 64, 131072, 4096, marks=pytest.mark.nightly)])  # fmt: skip
 def test_lowers_for_a_gpu_without_one(b, k, n, d):
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(b, d), (d, n), (n,)]]
     encode = functools.partial(pallas_encode.top_k_of_product, k=k)

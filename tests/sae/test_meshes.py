@@ -82,7 +82,7 @@ def quick(name, shape):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        pytest.param(name, shape, id=f"{name}-{shape}", marks=() if quick(name, shape) else pytest.mark.slow)
+        pytest.param(name, shape, id=f"{name}-{shape}", marks=() if quick(name, shape) else pytest.mark.nightly)
         for name in CONFIGS
         for shape in MESHES[1:]
     ],
@@ -100,7 +100,7 @@ def test_same_losses_and_selections(name, shape):
 COSTLY = ("gated lista", "matching_pursuit", "batch_topk crosscoder", "l1 crosscoder")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in COSTLY else n for n in NEWER])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.nightly) if n in COSTLY else n for n in NEWER])
 def test_same_gradients_and_codes_of_the_newer(name):
     config = NEWER[name]
     dead = jnp.arange(config.d_sae) < 10

@@ -30,8 +30,8 @@ SIZES = {
 
 
 def every_architecture(*quick: str) -> list[Any]:
-    """Every architecture as a parameter of a test; those not named run with the slow tests."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
+    """Every architecture as a parameter of a test; those not named run nightly."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.nightly) for name in SIZES]
 
 
 def compose(architecture: str, n_steps: int, *overrides: str) -> config.Config:
@@ -44,6 +44,7 @@ def compose(architecture: str, n_steps: int, *overrides: str) -> config.Config:
         "train.log_every_steps=1",
         "train.eval_rows=512",
         "train.dead_after_tokens=1024",
+        "mesh=single",
         *overrides,
     ]
     return config.load("train", config.Config, given)

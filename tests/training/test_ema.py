@@ -23,7 +23,9 @@ def test_the_average_is_the_running_one_constrained():
     assert float(now.average.extra["threshold"]) == float(now.params.extra["threshold"]) > 0
 
 
-@pytest.mark.parametrize("chosen", ["train.ema_decay=0.5", "optim.name=schedule_free"])
+@pytest.mark.parametrize(
+    "chosen", ["train.ema_decay=0.5", pytest.param("optim.name=schedule_free", marks=pytest.mark.nightly)]
+)
 def test_the_average_is_evaluated_and_loaded_and_survives_a_resume(chosen, tmp_path):
     small = ("sae.aux_alpha=0", "sae.d_sae=32", "checkpoint.save_every_steps=4", "checkpoint.keep_last=5")
     cfg = runs.compose("l1", 8, *small, "optim.lr=0.02", chosen)

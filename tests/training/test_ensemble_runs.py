@@ -182,7 +182,7 @@ def test_a_member_that_is_not_finite_is_left_out(tmp_path, caplog):
     assert ensembles.train(cfg, tmp_path / "both").failed == [bad]  # and stays so until it goes on alone
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_ensemble_ends_when_no_member_is_finite(tmp_path):
     knobs = ["ensemble.lr=[1e30,2e30]", "ensemble.seed=[]", "ensemble.k=[]", "optim.warmup_share=0"]
     with pytest.raises(UserError, match=r"train/\w+ is nan at step .* lower optim.lr"):
@@ -256,7 +256,7 @@ def test_groups_hold_what_shares_its_data_and_settings():
     assert found == [["a", "b", "same data"], ["other data"], ["longer"], ["skips"], ["clipped"]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", KNOBS)
 def test_every_architecture_is_its_own_runs(architecture, tmp_path):
     cfg = compose(architecture, 10)
@@ -265,7 +265,7 @@ def test_every_architecture_is_its_own_runs(architecture, tmp_path):
     assert_same_runs(tmp_path / "ensemble" / "members", tmp_path / "apart")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", STACKED)
 @pytest.mark.parametrize("mesh", ["one", "many"])
 def test_the_stacked_form_is_the_loop_up_to_rounding(architecture, mesh, tmp_path):
@@ -287,7 +287,7 @@ def test_the_stacked_form_is_the_loop_up_to_rounding(architecture, mesh, tmp_pat
                 np.testing.assert_allclose(a[name], leaf, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_folded_sweep_leaves_what_the_sweep_would(tmp_path):
     sweep = ["train", "-m", "seed=0,1", "data_seed=0", "sae.k=2", "train.n_tokens=512,768", "train.batch=128"]
     sweep += [*SMALL, *DEAD]
@@ -302,7 +302,7 @@ def test_a_folded_sweep_leaves_what_the_sweep_would(tmp_path):
     assert before == (tmp_path / "folded" / "3" / "run.json").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_killed_ensemble_goes_on_bit_for_bit(tmp_path):
     code = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
     arguments = ["train", "train.n_tokens=51200", "train.batch=512", "buffer.rows=4096", "train.log_every_steps=1"]

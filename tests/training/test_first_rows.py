@@ -128,7 +128,7 @@ def test_the_site_without_a_scale_is_named():
         normalize.estimate(rows, NormMode.unit, sites=(8, 8))
 
 
-@pytest.mark.parametrize("exponent", [-50, 40, 50])
+@pytest.mark.parametrize("exponent", [-50, pytest.param(40, marks=pytest.mark.nightly), 50])
 def test_small_and_large_data_that_float32_can_square_train_as_others(exponent, tmp_path):
     """Scaled by a power of two, rows differ in nothing but their exponent, and the share of variance has none."""
     found = {}

@@ -17,7 +17,7 @@ def settings(small_model) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(small_model, tmp_path):
     cfg = compose("topk", 24, *settings(small_model))
     half = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, n_tokens=12 * 128))

@@ -87,7 +87,7 @@ def test_two_processes_are_one_run(tmp_path):
     assert_same_curve(tmp_path / "one", there)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_processes_with_latents_over_them_and_their_checkpoint_elsewhere(tmp_path):
     there = tmp_path / "four"
     arguments = command(10, MANY, "mesh.data=2", "mesh.latent=2", f"hydra.run.dir={there}")
@@ -110,7 +110,7 @@ def test_four_processes_with_latents_over_them_and_their_checkpoint_elsewhere(tm
     np.testing.assert_allclose(run.load(there)(rows), run.load(tmp_path / "one")(rows), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_latents_over_all_processes(tmp_path):
     """Every process then reads every lane."""
     there = tmp_path / "wide"
@@ -122,7 +122,7 @@ def test_latents_over_all_processes(tmp_path):
     assert_same_curve(tmp_path / "one", there)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_without_a_device_in_the_mesh_is_refused(tmp_path):
     arguments = command(5, MANY, "mesh.data=2", f"hydra.run.dir={tmp_path}/run")
     with running(3, tmp_path, "train", *arguments) as group:
@@ -157,7 +157,7 @@ def goes_on_to_the_end(straight, run_dir) -> None:
     assert runs.logged(run_dir, "train/loss") == runs.logged(straight, "train/loss")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("killed", [0, 1])
 def test_one_killed_process_ends_the_other_and_both_go_on(straight, tmp_path, killed):
     run_dir = tmp_path / "run"
@@ -173,7 +173,7 @@ def test_one_killed_process_ends_the_other_and_both_go_on(straight, tmp_path, ki
     goes_on_to_the_end(straight, run_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_process_stops_all_at_one_step(straight, tmp_path, signum):
     run_dir = tmp_path / "run"
@@ -190,7 +190,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(straight, tmp_path, signu
 ANEW = {"JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_signal_to_one_process_that_has_not_joined_the_others_ends_all(tmp_path, stopped):
     with running(2, tmp_path, "train", *long(tmp_path / "run")) as group:
@@ -200,7 +200,7 @@ def test_a_signal_to_one_process_that_has_not_joined_the_others_ends_all(tmp_pat
         assert "stopped by SIGUSR1" in group.said(0).splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_that_compiles_stops_all_before_the_first_step(straight, tmp_path, signum):
     run_dir = tmp_path / "run"
@@ -213,7 +213,7 @@ def test_a_signal_to_one_process_that_compiles_stops_all_before_the_first_step(s
     goes_on_to_the_end(straight, run_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_an_evaluation_by_two(straight, tmp_path, signum):
     run_dir = tmp_path / "run"
@@ -227,7 +227,7 @@ def test_a_signal_to_one_process_stops_an_evaluation_by_two(straight, tmp_path, 
         assert f"saejax evaluate: stopped by {name}" in group.said(0) and "stopped" not in group.said(1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_damage_that_one_process_meets_is_damage_for_all(straight, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
@@ -241,7 +241,7 @@ def test_damage_that_one_process_meets_is_damage_for_all(straight, tmp_path):
     assert_equal_bits(straight, run_dir, LONG)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_process_that_fails_says_why_and_the_other_does_not_wait_for_ever(tmp_path):
     """A row that is not a number, in one block, and so in a lane of one of them."""
     data = odd_rows(tmp_path)
@@ -256,7 +256,7 @@ def test_one_process_that_fails_says_why_and_the_other_does_not_wait_for_ever(tm
     assert time.monotonic() - started < 100
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_evaluation_by_two_processes_gives_the_same_numbers(straight, tmp_path):
     results = []
     for n in (1, 2):
@@ -272,7 +272,7 @@ def test_evaluation_by_two_processes_gives_the_same_numbers(straight, tmp_path):
         np.testing.assert_allclose(results[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_ensemble_over_two_processes_is_that_of_one(tmp_path):
     members = ["ensemble.seed=[0,1]", "ensemble.form=vmap", "data_seed=0"]
     meshed = ["mesh.data=2", "mesh.ensemble=2"]
@@ -288,7 +288,7 @@ def test_an_ensemble_over_two_processes_is_that_of_one(tmp_path):
         assert_same_curve(tmp_path / "one" / "members" / name, tmp_path / "two" / "members" / name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_harvest_what_one_does(small_model, tmp_path):
     settings = [
         f"model={small_model}", "text=pydoc", "hook=blocks.1.hook_resid_post", "n_tokens=8192", "heldout_tokens=2048",

@@ -57,7 +57,7 @@ def test_rows_are_found_where_the_buffer_drew_them():
         np.testing.assert_array_equal(drawn[..., 1], record(0)[..., 1])
 
 
-@pytest.mark.parametrize("log_every", [1, 50])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.nightly), 50])
 def test_a_bad_row_stops_the_run_and_is_named(spoiled, tmp_path, log_every):
     source, bad = spoiled
     cfg = compose(

@@ -69,7 +69,7 @@ def test_a_lap_says_speed_wait_utilisation_and_memory(monkeypatch):
     meter.close()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_leaves_a_profile_and_says_its_utilisation(tmp_path):
     run_dir = tmp_path / "run"
     train(run_dir, compose("topk", 30, "mesh=single", "train.profile=true", "train.measure_peak=true"))

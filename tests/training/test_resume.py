@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 import small_runs as runs
@@ -36,8 +37,7 @@ def start(architecture: str, run_dir, *overrides: str) -> subprocess.Popen:
 
 def resume(run_dir) -> int:
     """Go on with a run in a process of its own."""
-    code = "import sys; from saejax import cli; sys.exit(cli.main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", code, "train", f"resume={run_dir}"]).returncode
+    return forked.run("train", f"resume={run_dir}").returncode
 
 
 def interrupt(process: subprocess.Popen, run_dir, at_step: int, signum: int) -> bool:
@@ -90,12 +90,13 @@ def test_sigterm_saves_says_how_to_go_on_and_loses_nothing(tmp_path):
     assert runs.logged(run_dir, "train/loss").__len__() == 100
 
 
-def test_a_checkpoint_goes_onto_other_meshes_and_one_device(tmp_path):
+@pytest.mark.parametrize("meshes", [[(1, 1)], pytest.param([(2, 1), (1, 4), (1, 1)], marks=pytest.mark.nightly)])
+def test_a_checkpoint_goes_onto_other_meshes_and_one_device(meshes, tmp_path):
     cfg = runs.compose("topk", 20, "mesh.data=4", "mesh.latent=2", "checkpoint.keep_last=9")
     runs.train(tmp_path, cfg)
     before = runs.saved(tmp_path)
     losses = runs.logged(tmp_path, "train/loss")
-    for n_data, n_latent in ((2, 1), (1, 1)):
+    for n_data, n_latent in meshes:
         again = config.from_run(
             tmp_path, [f"mesh.data={n_data}", f"mesh.latent={n_latent}", f"train.n_tokens={128 * 20}"]
         )

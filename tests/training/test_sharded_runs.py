@@ -11,8 +11,8 @@ from saejax.parallel import sharding
 from saejax.sae import base
 from saejax.training import optim, state
 
-# Both axes at once are quick on one mesh.
-MESHES = [(8, 1), (4, 2), pytest.param(2, 4, marks=pytest.mark.slow), (1, 8)]
+# Both axes at once, and each alone.
+MESHES = [pytest.param(8, 1, marks=pytest.mark.nightly), (4, 2), pytest.param(2, 4, marks=pytest.mark.nightly), (1, 8)]
 
 
 @pytest.fixture(scope="module", params=runs.every_architecture("topk", "l1"))
@@ -78,7 +78,7 @@ def test_every_leaf_is_born_where_it_belongs():
     "overrides, message",
     [
         (["mesh.data=8", "mesh.latent=2"], "mesh.data=8 x mesh.latent=2 needs 16 devices, this machine has 8"),
-        (["mesh.latent=16"], "mesh.data=null x mesh.latent=16 needs 16 devices"),
+        (["mesh.data=null", "mesh.latent=16"], "mesh.data=null x mesh.latent=16 needs 16 devices"),
     ],
 )
 def test_an_impossible_mesh_is_refused_before_anything_is_written(tmp_path, overrides, message):

@@ -24,8 +24,8 @@ ROWS = (RNG.normal(size=(400, 9)) * np.repeat([0.1, 3.0, 50.0], 3) + np.repeat([
 
 
 def quick(name):
-    """Families as a parameter of a test; those not named run with the slow tests."""
-    return [f if f in name else pytest.param(f, marks=pytest.mark.slow) for f in runs.FAMILIES]
+    """Families as a parameter of a test; those not named run nightly."""
+    return [f if f in name else pytest.param(f, marks=pytest.mark.nightly) for f in runs.FAMILIES]
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -95,7 +95,7 @@ def created(cfg, mesh):
     return born, jax.jit(made, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, born), None)), record
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", runs.FAMILIES)
 def test_losses_and_parameters_do_not_depend_on_the_mesh_and_one_compilation_serves_all_steps(family):
     cfg = runs.compose(family, 20, "optim.warmup_share=0", "sae.aux_alpha=0.1")
@@ -118,7 +118,7 @@ def test_losses_and_parameters_do_not_depend_on_the_mesh_and_one_compilation_ser
 
 
 @pytest.mark.parametrize(
-    "name", [o.name if o.name == "muon" else pytest.param(o.name, marks=pytest.mark.slow) for o in optim.Optimiser]
+    "name", [o.name if o.name == "adam" else pytest.param(o.name, marks=pytest.mark.nightly) for o in optim.Optimiser]
 )
 def test_blocks_that_a_cross_layer_transcoder_lacks_stay_zero_through_steps_and_resampling(name):
     overrides = ("train.resample_every_steps=2", "train.dead_after_tokens=64", f"optim.name={name}")
@@ -207,9 +207,8 @@ def orthonormal():
     return np.linalg.qr(RNG.normal(size=(12, 12)))[0][:8].astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "family", ["transcoder", *(pytest.param(f, marks=pytest.mark.slow) for f in ("crosscoder", "clt"))]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", ["transcoder", "crosscoder", "clt"])
 def test_arrays_of_concatenated_sites_are_learned_end_to_end(family, tmp_path):
     """Eight features at a layer hold an eighth of the variance each (that of the mean left out, 1/8 of a^2).
 

@@ -31,7 +31,14 @@ def _abstract(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
-@pytest.mark.parametrize("architecture", sorted(base.ARCHITECTURES))
+# Of every architecture test_frozen takes steps; here each way to select in one, and the rest nightly.
+QUICK = ("topk", "jumprelu", "batch_topk")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a in QUICK else pytest.param(a, marks=pytest.mark.nightly) for a in sorted(base.ARCHITECTURES)],
+)
 def test_one_step_counts_and_constrains(architecture):
     cfg, before, compiled, _, record = start(architecture)
     bits = jax.tree.map(np.array, before.params)  # copies: a view would keep the old buffers alive

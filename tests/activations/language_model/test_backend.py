@@ -90,7 +90,7 @@ def test_splice_of_the_unchanged_activation_is_the_model(site: str, tiny, tokens
         assert np.abs(lm.upper(0 * h, tokens, PACKED, hook) - wanted).max() > 0.01  # and the place matters
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("llama-tied", marks=pytest.mark.slow), "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("llama-tied", marks=pytest.mark.nightly), "gpt2", "gemma3"])
 def test_sharded_equals_unsharded(name: str, tiny, tokens: np.ndarray) -> None:
     path, _ = tiny(name)
     one, many = language_model.load(path), language_model.load(path, mesh=sharding.make_mesh(2, 4))

@@ -9,7 +9,7 @@ import pytest
 from saejax.activations import language_model
 from saejax.activations.language_model import smollm2
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

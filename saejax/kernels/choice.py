@@ -6,7 +6,9 @@ is one form for all operations ("sparse") or one per operation ("encode=pallas,a
 keeps the rule.
 
 The Pallas kernels run on NVIDIA GPUs. The encoder needs compute capability 9.0 exactly, because it uses Hopper's
-products; the others need 9.0 or above. No GPU has measured them yet, so no rule prefers them.
+products; the others need 9.0 or above. There the rule takes them: they read every row of the dictionary once, where XLA
+writes gathered rows and reads them back, and they add gradients in a fixed order, where XLA uses atomics. These reasons
+are counts of bytes and compiled programs; no GPU has timed them yet. The rule never takes the encoder's kernel.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from saejax.kernels import mosaic, pallas_decode, pallas_encode
 VARIABLE = "SAEJAX_KERNELS"
 """The environment variable."""
 _said = contextvars.ContextVar[str | None]("kernels", default=None)
+_target = contextvars.ContextVar[Any]("target", default=None)
 
 
 class Form(enum.Enum):
@@ -101,6 +104,31 @@ def on_gpu(operation: Operation, kernel: Callable, xla: Callable, **sizes: Any) 
     return kernel if of(operation, Form.sparse, **sizes) is Form.pallas else xla
 
 
+@contextlib.contextmanager
+def compiling_for(device: Any) -> Iterator[None]:
+    """Within it, functions are traced for this device, which need not be here (`parallel.targets`)."""
+    before = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(before)
+
+
+def target() -> Any:
+    """Returns the device that functions are traced for: that of `compiling_for`, else the first one here."""
+    device = _target.get()
+    return jax.devices()[0] if device is None else device
+
+
+def runs_mosaic(least: tuple[int, int] = (9, 0)) -> bool:
+    """Returns whether the traced-for device runs Pallas kernels: an NVIDIA GPU of at least this compute capability."""
+    device = target()
+    if device.platform != "gpu" or not mosaic.available():
+        return False
+    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
+    return (int(major), int(minor or 0)) >= least
+
+
 def said() -> str:
     """Returns the user's setting: inside `use` its argument, else the environment variable."""
     text = _said.get()
@@ -142,7 +170,7 @@ def parse(text: str) -> dict[Operation, Form]:
 
 def check_device(operation: Operation, text: str) -> None:
     """Raises the user's one-line error where the first device cannot run this operation's Pallas kernel."""
-    device = jax.devices()[0]
+    device = target()
     capability = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
     major = int(capability.partition(".")[0]) if capability[:1].isdigit() else 0
     hopper = operation is Operation.encode

@@ -15,7 +15,7 @@ from saejax.kernels import choice, matmul, pallas_encode, partition, screen, top
 from saejax.kernels.choice import Form
 
 _CPU_BYTES = 2**26  # pre-activations of a block; half or twice as many are as fast
-_BYTES = 2**30  # the same on accelerators: enough rows to fill them
+_BYTES = 2**29  # the same on accelerators: enough rows to fill them, and little memory beside gradients
 
 
 def encode_top_k(

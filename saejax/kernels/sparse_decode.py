@@ -173,9 +173,13 @@ def accumulate_rows(
 
 
 def _form(operation: Operation, places: Array, shape: tuple[int, ...]) -> Form:
-    """Form for places [b, k] and a dictionary [n, d]: the user's, or the one that was faster on CPU."""
-    small = shape[0] <= _DENSE_LATENTS * places.shape[1] and jax.default_backend() == "cpu"
-    return choice.of(operation, Form.dense if small else Form.sparse, width=shape[1])
+    """Which form runs for places [b, k] and a dictionary [n, d]: the user's, or the one that the rule takes."""
+    preferred = Form.sparse
+    if choice.target().platform == "cpu" and shape[0] <= _DENSE_LATENTS * places.shape[1]:
+        preferred = Form.dense
+    elif choice.runs_mosaic() and pallas_decode.fits(shape[1]):
+        preferred = Form.pallas
+    return choice.of(operation, preferred, width=shape[1])
 
 
 def _chosen(operation: Operation, places: Array, shape: tuple[int, ...]) -> Callable[..., Array]:
@@ -251,6 +255,26 @@ def _accumulate(zeros, values, indices, y):
     return zeros.at[indices].add(rows, mode="promise_in_bounds")
 
 
+def _accumulate_xla(zeros, values, indices, y):
+    return _sum_by_latent(zeros, values, indices, y) if y.shape[1] == 1 else _accumulate(zeros, values, indices, y)
+
+
+def _sum_by_latent(zeros, values, indices, y):
+    """`_accumulate` of rows of one number, in the order of the places: a GPU's scatter would add by atomics."""
+    n = zeros.shape[0]
+    latents, places = _by_latent(indices, n)
+    numbers = (values * y).reshape(-1)[places]
+    first = jnp.concatenate([jnp.ones(1, bool), latents[1:] != latents[:-1]])
+
+    def join(left, right):
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    _, sums = lax.associative_scan(join, (first, numbers))
+    ends = jnp.searchsorted(latents, jnp.arange(n, dtype=latents.dtype), side="right")
+    last = jnp.maximum(ends - 1, 0)
+    return zeros + jnp.where(latents[last] == jnp.arange(n), sums[last], 0)[:, None]
+
+
 def _accumulate_cpu(zeros, values, indices, y):
     # Row by row in place, latent by latent, so that a row of the result stays in the cache until it is done: less than
     # half the time of the order in which rows come, or of XLA's scatter.
@@ -304,6 +328,6 @@ def _accumulate_pallas(zeros, values, indices, y):
 _FORMS = {
     Operation.decode: (_combine_dense, _combine_cpu, _combine, pallas_decode.combine_rows),
     Operation.dot: (_dot_dense, _dot_cpu, _dot, pallas_decode.dot_rows),
-    Operation.accumulate: (_accumulate_dense, _accumulate_cpu, _accumulate, _accumulate_pallas),
+    Operation.accumulate: (_accumulate_dense, _accumulate_cpu, _accumulate_xla, _accumulate_pallas),
 }
 """Of each operation: dense, sparse on CPU, sparse by XLA elsewhere, the kernel for GPUs."""

@@ -5,8 +5,10 @@ each shard sends only its own k candidates.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
+import jaxlib.version
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
@@ -64,7 +66,8 @@ def of_shards(
     # Candidates lie in the order of shards, and by index among equals of one shard: ties stay right.
     values = lax.all_gather(values, cut.latents, axis=1, tiled=True)
     indices = lax.all_gather(indices, cut.latents, axis=1, tiled=True)
-    values, best = _barrier_top_k(values, k)
+    in_order = functools.partial(_barrier_top_k, k=k)
+    values, best = lax.platform_dependent(values, cuda=functools.partial(_selected, k=k), default=in_order)
     return values, jnp.take_along_axis(indices, best, axis=1)
 
 
@@ -72,7 +75,54 @@ def on_device(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[
     """Returns the k largest entries of each row and their indices, as `top_k`, on one device."""
     grouped = a.shape[1] % _GROUP == 0 and a.shape[1] >= 4 * _GROUP * k
     cpu = functools.partial(_by_groups if grouped else _side_by_side, k=k)
-    return lax.platform_dependent(a, cpu=cpu, default=functools.partial(_barrier_top_k, k=k))
+    cuda, default = functools.partial(_selected, k=k), functools.partial(_barrier_top_k, k=k)
+    return lax.platform_dependent(a, cpu=cpu, cuda=cuda, default=default)
+
+
+def compiler_options(platform: str) -> dict[str, Any]:
+    """Returns XLA's options under which a GPU selects with RAFT (`__gpu$TopK`) instead of sorting whole rows.
+
+    Later XLA selects without an option, which jaxlib 0.11 has no more.
+    """
+    asks = platform in ("gpu", "cuda") and jaxlib.version.__version_info__ < (0, 11)
+    return {"xla_gpu_experimental_use_raft_select_k": True} if asks else {}
+
+
+def _selected(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """Top-k from a selection that keeps no order among equals, as GPUs make it.
+
+    The k + 1 best are put in order. Where the last two are equal, equals were left out, and the row's equals of lowest
+    index are looked up. Indices are exact in float32 keys up to 2^24 columns; wider rows take XLA's sort.
+    """
+    n = a.shape[1]
+    if n > 2**24:
+        return _barrier_top_k(a, k)
+    values, indices = _in_order(*_barrier_top_k(a, min(k + 1, n)))
+    if k == n:
+        return values, indices
+    tied = jnp.any(values[:, k - 1] == values[:, k])
+    best = values[:, :k], indices[:, :k]
+    return lax.cond(tied, lambda: _with_first_equals(a, *best), lambda: best)
+
+
+def _in_order(values: Float[Array, "b k"], indices: Int[Array, "b k"]) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """Returns pairs in descending order of values, equals by index."""
+    values, indices = lax.sort((-values, indices), dimension=1, num_keys=2)
+    return -values, indices
+
+
+def _with_first_equals(
+    a: Float[Array, "b n"], values: Float[Array, "b k"], indices: Int[Array, "b k"]
+) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """Returns the k best of rows whose last value is right; of its equals those of lowest index."""
+    k, last = values.shape[1], values[:, -1:]
+    columns = lax.broadcasted_iota(jnp.float32, a.shape, 1)
+    keys, equals = _barrier_top_k(jnp.where(a == last, -columns, -jnp.inf), k)
+    _, equals = _in_order(keys, equals)
+    n_above = jnp.sum(values > last, axis=1, keepdims=True)
+    slot = lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    nth = jnp.take_along_axis(equals, jnp.maximum(slot - n_above, 0), axis=1)
+    return values, jnp.where(slot < n_above, indices, nth)
 
 
 def _by_groups(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from saejax.errors import UserError
@@ -116,7 +115,10 @@ class Target:
         try:
             if self.chip.platform == "cuda":
                 hosts, per_host = self.shape
-                settings: dict[str, Any] = {"target_config": _gpu_config(self.chip), "topology": f"{hosts}x1x{per_host}"}
+                settings: dict[str, Any] = {
+                    "target_config": _gpu_config(self.chip),
+                    "topology": f"{hosts}x1x{per_host}",
+                }
                 return list(topologies.get_topology_desc("", platform="cuda", **settings).devices)
             with _no_tpu_here():
                 described = topologies.get_topology_desc(platform="tpu", topology_name=_whole_hosts(self))
@@ -197,13 +199,3 @@ def _gpu_config(chip: Chip) -> str:
       platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 patch: 0 }}
       device_description_str: "NVIDIA {chip.name.upper()}"
     """
-
-
-def flat_shape(mesh: Mesh) -> dict[str, int]:
-    """Devices along each axis of a mesh."""
-    return dict(mesh.shape)
-
-
-def device_grid(mesh: Mesh) -> np.ndarray:
-    """Numbers of the devices of a mesh, in its shape, as collectives name them."""
-    return np.vectorize(lambda device: device.id)(mesh.devices)

@@ -18,14 +18,14 @@ Sources:
 
 import dataclasses
 import functools
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from saejax.kernels import matmul, partition, top_k
+from saejax.kernels import choice, kth_largest, matmul, partition, top_k
 from saejax.sae import parameters, sites
 
 _BLOCK_BYTES = 2**25  # latents of a block of rows, of which some copies exist at once
@@ -108,6 +108,11 @@ def added(
       weights, read, residual, dead, settings: As in `aux_k_loss`.
       weight: Factor on the gradients.
     """
+    with jax.named_scope("aux_k"):  # a compiled program tells by it what runs only while latents are dead
+        return _added(grads, weights, read, residual, dead, settings, weight)
+
+
+def _added(grads, weights, read, residual, dead, settings, weight):
     k_aux, dtype, signed, n_groups = settings.k_aux, settings.dtype, settings.signed, settings.n_groups
     n_dead = jnp.sum(dead)
     centred = residual - jnp.mean(residual, axis=0, keepdims=True)
@@ -128,18 +133,21 @@ def added(
 
     def few(turn, state):
         # At most k_aux are dead, so all of them take part: a small dense problem on their copies.
+        slots = jnp.arange(k_aux)
+        real = slots < n_dead
         chosen = jnp.nonzero(dead, size=k_aux, fill_value=0)[0]
-        real = jnp.arange(k_aux) < n_dead
+        # Spare slots name latents beyond the last. All differ, so that a GPU adds without atomics.
+        at = jnp.where(real, chosen, dead.shape[0] + slots)
+        once: Any = {"mode": "drop", "unique_indices": True}
         (W_enc, b_enc, W_dec), *given = held(turn)
         part = Weights(W_enc[:, chosen], b_enc[chosen], W_dec[chosen])
         groups = chosen // (dead.shape[0] // n_groups)
         loss, (g_enc, g_bias, g_dec) = jax.value_and_grad(explain)(part, real, *given, groups)
         on_enc, on_bias, on_dec = state[1]
-        # Spare slots name latent 0 with gradient 0.
         return loss, Weights(
-            on_enc.at[:, chosen].add(weight * g_enc),
-            on_bias.at[chosen].add(weight * g_bias),
-            on_dec.at[chosen].add(weight * g_dec),
+            on_enc.at[:, at].add(weight * g_enc, **once),
+            on_bias.at[at].add(weight * g_bias, **once),
+            on_dec.at[at].add(weight * g_dec, **once),
         )
 
     n_blocks = _blocks(len(read), dead.shape[0])
@@ -168,7 +176,9 @@ def _blocks(n_rows: int, n_latents: int) -> int:
 
 
 def _best(values: Float[Array, "b n"], k: int) -> Float[Array, "b n"]:
-    """Returns 1 at the k largest entries of each row and 0 elsewhere."""
+    """Returns 1 at the k largest entries of each row and 0 elsewhere; entries are at least 0."""
+    if choice.target().platform != "cpu":
+        return kth_largest.keep(values, k)
     _, indices = top_k.top_k(values, k)
     rows = jnp.arange(values.shape[0])[:, None]
     return jnp.zeros_like(values).at[rows, indices].set(1.0)

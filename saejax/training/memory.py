@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
+from saejax.kernels import choice, top_k
 from saejax.parallel.sharding import DATA
 from saejax.training.ensemble import EnsembleState, EnsembleStep
 from saejax.training.state import TrainState
@@ -62,17 +63,23 @@ def compile_step(
 
 
 def analysed(
-    step: Step | EnsembleStep, wanted: TrainState | EnsembleState, lane_sharding: NamedSharding, mesh: Mesh
+    step: Step | EnsembleStep,
+    wanted: TrainState | EnsembleState,
+    lane_sharding: NamedSharding,
+    mesh: Mesh,
+    **options: Any,
 ) -> tuple[Any, int, int | None]:
     """The step compiled for a mesh; bytes per device of its state and batch, and of all it needs besides.
 
-    Nothing is allocated. Where the compiler does not say, the bytes are 0 and None.
+    Nothing is allocated. Where the compiler does not say, the bytes are 0 and None. `options` go to the compiler.
     """
-    fresh = record(wanted, lane_sharding)
+    fresh, device = record(wanted, lane_sharding), mesh.devices.flat[0]
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
-    with jax.set_mesh(mesh):
-        compiled = jitted.lower(wanted, fresh).compile()
+    with jax.set_mesh(mesh), choice.compiling_for(device):
+        compiled = jitted.lower(wanted, fresh).compile(
+            compiler_options=top_k.compiler_options(device.platform) | options
+        )
     analysis = compiled.memory_analysis()
     if analysis is None:
         return compiled, 0, None

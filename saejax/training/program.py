@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import math
 import re
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -101,7 +100,10 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def cycles(text: str) -> int:
-    """Returns the cycles that the TPU compiler estimates for its fusions; AuxK, custom calls and collectives have none."""
+    """Returns the cycles that the TPU compiler estimates for a step's fusions, without AuxK's.
+
+    It has none for custom calls, gathers, scatters and collectives.
+    """
     return sum(
         int(match[1])
         for one in instructions(text)
@@ -115,16 +117,17 @@ def costly(text: str, *, widths: set[int], weights: set[int], gathered: set[int]
     Args:
       text: of the program.
       widths: lengths of the rows that must not be sorted: latents of one device.
-      weights: numbers of entries of a weight on one device; nothing may be scattered into one, nor one be copied.
+      weights: numbers of entries of a float32 weight on one device. Nothing may be added into one by atomics, as a
+        scatter does whose indices may repeat; nor may one be copied.
       gathered: numbers of entries of b x k x d on one device, which must not exist.
     """
     counts: collections.Counter[str] = collections.Counter()
     for one in instructions(text):
-        sizes = {math.prod(shape) for _, shape in one.shapes}
+        sizes = {math.prod(shape) for kind, shape in one.shapes if kind == "f32"}
         last = {shape[-1] for _, shape in one.shapes if shape} | {max(shape, default=0) for _, shape in one.shapes}
         kinds = {
             "sorts": one.opcode == "sort" and bool(last & widths),
-            "scatters": one.opcode == "scatter" and bool(sizes & weights),
+            "scatters": one.opcode == "scatter" and bool(sizes & weights) and "unique_indices=true" not in one.line,
             "copies": one.opcode in ("copy", "transpose") and not one.fused and bool(sizes & weights),
             "gathered rows": not one.fused
             and bool(sizes & gathered)
@@ -171,8 +174,3 @@ def _iota(sizes: str, order: str | None) -> np.ndarray:
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.split(","))
-
-
-def text_of(compiled: Any) -> str:
-    """Returns the program of a compiled function as text."""
-    return compiled.as_text()

@@ -16,7 +16,7 @@ HUGE = [
 
 def test_the_parts_are_the_sizes_of_the_arrays():
     found = dry_run.of_arguments(["--dry-run", *SMALL, "mesh.data=4", "mesh.latent=4", "train.ema_decay=0.99"])
-    assert not found.here and found.mesh == {"data": 4, "latent": 4}
+    assert found.where.startswith("devices that are not here") and found.mesh == {"data": 4, "latent": 4}
     here = 4 * (2 * 64 * 512 // 4 + 512 // 4 + 64)
     assert found.parts["parameters"] == found.parts["average"] == here
     assert found.parts["moments (adam)"] == pytest.approx(2 * here, abs=64)  # and the counters
@@ -27,7 +27,7 @@ def test_the_parts_are_the_sizes_of_the_arrays():
 
 def test_a_mesh_that_is_not_here_is_planned_from_shapes():
     found = dry_run.of_arguments(["--dry-run", *HUGE, "--device-memory-gib=141"])
-    assert not found.here and found.mesh == {"data": 64, "latent": 32}
+    assert found.where.startswith("devices that are not here") and found.mesh == {"data": 64, "latent": 32}
     here = 4 * (2 * 4096 * 2**25 // 32 + 2**25 // 32 + 4096)
     assert found.parts["parameters"] == here and found.parts["moments (adam)"] == pytest.approx(2 * here, abs=64)
     assert found.parts["buffer"] == 65536 * 4096 * 4 // 64

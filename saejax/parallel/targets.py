@@ -142,8 +142,9 @@ def parse(text: str) -> Target:
     Raises:
       UserError: no such chip or arrangement.
     """
-    name, _, arrangement = text.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"|[1-9]\d*(x[1-9]\d*){0,2}", arrangement):
+    name, colon, arrangement = text.partition(":")
+    named = re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", arrangement) or not colon
+    if name not in CHIPS or not named:
         raise UserError(
             f"target must be one of {', '.join(CHIPS)}, with an arrangement such as v5e:4x4, v5p:2x2x1, h200:8 or "
             f"h200:2x8 (hosts x GPUs), got {text}"

@@ -68,7 +68,7 @@ def broken(target: str, found: dict) -> bool:
 
 def main() -> int:
     """The table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The training step, compiled for chips that are not here.")
     parser.add_argument("--only", default="", help="targets that begin so")
     parser.add_argument("--json", default=None, help="file for the rows")
     options = parser.parse_args()

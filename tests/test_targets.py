@@ -49,7 +49,7 @@ def test_without_a_compiler_the_plan_comes_from_shapes(monkeypatch):
     assert "tokens/s, MFU" in text and "modelled fastest: mesh.data=1 mesh.latent=16" in text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("target", ["v5e:2x2", "h200:2"])
 def test_the_vendors_compiler_compiles_the_step(target):
     """In a process of its own: a compiler changes what JAX knows of devices."""

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip()]
-EXTRAS = PROJECT["optional-dependencies"]
+# But for compilers of accelerators, which must be those of the jax that is installed.
+EXTRAS = {name: needs for name, needs in PROJECT["optional-dependencies"].items() if not name.startswith("plan-")}
 
 
 def pins_for(python: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ each shard sends only its own k candidates.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from saejax.kernels import partition
 
 _GROUP = 16  # measured on CPU, 1,024 rows: 12.8 against 15.1 ms at 4,608 columns, 17 against 35 ms at 16,384
 _CALLS, _ROWS = 32, 16  # calls side by side (2,048 rows of 4,096: 14.4 ms in one call, 10.6 in 32), rows for one to pay
+# Newer jax lets a caller give up the order among equals.
+_UNSTABLE: dict[str, Any] = {"is_stable": False} if "is_stable" in inspect.signature(lax.top_k).parameters else {}
 
 
 def top_k(pre_acts: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
@@ -82,9 +85,9 @@ def on_device(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[
 def compiler_options(platform: str) -> dict[str, Any]:
     """Returns XLA's options under which a GPU selects with RAFT (`__gpu$TopK`) instead of sorting whole rows.
 
-    Later XLA selects without an option, which jaxlib 0.11 has no more.
+    Later XLA selects where the operation asks for no order among equals (`_any_order`); the option is gone then.
     """
-    asks = platform in ("gpu", "cuda") and jaxlib.version.__version_info__ < (0, 11)
+    asks = platform in ("gpu", "cuda") and not _UNSTABLE and jaxlib.version.__version_info__ < (0, 11)
     return {"xla_gpu_experimental_use_raft_select_k": True} if asks else {}
 
 
@@ -97,7 +100,7 @@ def _selected(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[
     n = a.shape[1]
     if n > 2**24:
         return _barrier_top_k(a, k)
-    values, indices = _in_order(*_barrier_top_k(a, min(k + 1, n)))
+    values, indices = _in_order(*_any_order(a, min(k + 1, n)))
     if k == n:
         return values, indices
     tied = jnp.any(values[:, k - 1] == values[:, k])
@@ -117,7 +120,7 @@ def _with_first_equals(
     """Returns the k best of rows whose last value is right; of its equals those of lowest index."""
     k, last = values.shape[1], values[:, -1:]
     columns = lax.broadcasted_iota(jnp.float32, a.shape, 1)
-    keys, equals = _barrier_top_k(jnp.where(a == last, -columns, -jnp.inf), k)
+    keys, equals = _any_order(jnp.where(a == last, -columns, -jnp.inf), k)
     _, equals = _in_order(keys, equals)
     n_above = jnp.sum(values > last, axis=1, keepdims=True)
     slot = lax.broadcasted_iota(jnp.int32, values.shape, 1)
@@ -188,6 +191,12 @@ def _side_by_side(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], 
     cuts = [len(a) * part // _CALLS for part in range(1, _CALLS)] if len(a) >= _CALLS * _ROWS else []
     values, indices = zip(*(_barrier_top_k(part, k) for part in jnp.split(a, cuts)), strict=True)
     return jnp.concatenate(values), jnp.concatenate(indices)
+
+
+def _any_order(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """`_barrier_top_k` that promises no order among equals."""
+    values, indices = lax.top_k(a, k, **_UNSTABLE)
+    return lax.optimization_barrier(values), lax.optimization_barrier(indices)
 
 
 def _barrier_top_k(a: Float[Array, "b n"], k: int) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:

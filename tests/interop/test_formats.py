@@ -55,7 +55,7 @@ def test_formats_that_are_only_read_say_so(trained, tmp_path, monkeypatch):
         name, export = "readonly", None
         detect = load = staticmethod(lambda path: False)
 
-    monkeypatch.setitem(interop.FORMATS, "readonly", ReadOnly)
+    monkeypatch.setitem(interop.FORMATS._members, "readonly", ReadOnly)
     with pytest.raises(UserError, match=r"format=readonly: must be one of saelens.*\(it is only read\)"):
         interop.export(trained("topk"), tmp_path, format="readonly")
 

@@ -188,7 +188,7 @@ def _compiled(
         text,
         widths={n},
         weights={n * cfg.sae.d_in, n * cfg.sae.d_out},
-        gathered={rows * (cfg.sae.n_active or 0) * width for width in (cfg.sae.d_in, cfg.sae.d_out)} - {0},
+        gathered={(rows, rows * (cfg.sae.n_active or 0) * width) for width in (cfg.sae.d_in, cfg.sae.d_out)},
     )
     lines += [f"costly operations: {', '.join(f'{name} {count}' for name, count in costly.items()) or 'none'}"]
     return _Compiled(found or 0, tuple(program.collectives(text, mesh)), tuple(lines))

@@ -111,7 +111,7 @@ def cycles(text: str) -> int:
     )
 
 
-def costly(text: str, *, widths: set[int], weights: set[int], gathered: set[int]) -> dict[str, int]:
+def costly(text: str, *, widths: set[int], weights: set[int], gathered: set[tuple[int, int]]) -> dict[str, int]:
     """Returns how often a program has operations that a step should not have, by name; AuxK's are named apart.
 
     Args:
@@ -119,7 +119,7 @@ def costly(text: str, *, widths: set[int], weights: set[int], gathered: set[int]
       widths: lengths of the rows that must not be sorted: latents of one device.
       weights: numbers of entries of a float32 weight on one device. Nothing may be added into one by atomics, as a
         scatter does whose indices may repeat; nor may one be copied.
-      gathered: numbers of entries of b x k x d on one device, which must not exist.
+      gathered: b, and b x k x d, of one device: float32 arrays of b rows and so many entries must not exist.
     """
     counts: collections.Counter[str] = collections.Counter()
     for one in instructions(text):
@@ -130,7 +130,7 @@ def costly(text: str, *, widths: set[int], weights: set[int], gathered: set[int]
             "scatters": one.opcode == "scatter" and bool(sizes & weights) and "unique_indices=true" not in one.line,
             "copies": one.opcode in ("copy", "transpose") and not one.fused and bool(sizes & weights),
             "gathered rows": not one.fused
-            and bool(sizes & gathered)
+            and any((shape[0], math.prod(shape)) in gathered for kind, shape in one.shapes if shape and kind == "f32")
             and one.opcode not in ("bitcast", "get-tuple-element"),
         }
         for name in (name for name, there in kinds.items() if there):

@@ -52,6 +52,6 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %b = u16[16,4]{0,1} copy(%buffer)
   %h = f32[2,3,4]{2,1,0} gather(%f, %i)
 }"""
-    found = program.costly(text, widths={16}, weights={64}, gathered={24})
+    found = program.costly(text, widths={16}, weights={64}, gathered={(2, 24)})
     assert found == {"scatters": 1, "sorts": 1, "copies (AuxK)": 1, "gathered rows": 1}
     assert program.cycles(text) == 7

@@ -52,13 +52,12 @@ def of_bits(bits: Int[Array, "..."], k: int, count: Callable[[Array], Int[Array,
       k: Which one; at least 1, at most as many as are counted together.
       count: Counts what is true: of all entries, or of each row with its axis kept.
     """
-    found = None
+    found = jnp.int32(0)
     for shift in range(28, -1, -4):
         digits = range(1, 8 if shift == 28 else 16)
-        base = jnp.int32(0) if found is None else found
-        counts = [count(bits >= (base | jnp.int32(digit << shift))) for digit in digits]
+        counts = [count(bits >= (found | jnp.int32(digit << shift))) for digit in digits]
         digit = sum((counted >= k).astype(jnp.int32) for counted in counts)
-        found = base | (digit << shift)
+        found = found | (digit << shift)
     return found
 
 

@@ -268,7 +268,7 @@ def _residual_and_dots_cpu(values, indices, W, y):
 
 
 def _accumulate(zeros, values, indices, y):
-    n = _blocks(*values.shape, y.shape[1])
+    n = _blocks(values.shape[0], values.shape[1], y.shape[1])
 
     def add(turn, total):
         size = len(y) // n

@@ -29,7 +29,7 @@ PEERS  ?= .venv-peers
 TEST_EXTRAS := demo,experiments,dev,docs$(if $(PARITY),$(comma)parity)
 
 .DEFAULT_GOAL := help
-.PHONY: help installed demo reference test nightly faults parity lint format bench constraints clean
+.PHONY: help installed demo reference test nightly faults parity lint docs format bench constraints clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))

@@ -105,5 +105,5 @@ def register(thing: _T) -> _T:
     from saejax.fields import registry
 
     if not isinstance(thing, type):
-        from saejax import interop as interop  # where formats are known
+        from saejax import interop as interop  # where formats are known; of a class its base class is imported
     return registry.register(thing)

@@ -94,6 +94,7 @@ class Config:
         if self.normalize.mode is normalize.NormMode.auto:
             mode = normalize.NormMode[self.sae.preferred_norm]
             object.__setattr__(self, "normalize", dataclasses.replace(self.normalize, mode=mode))
+        _check_hashable(self.sae)
         self.buffer.n_batches(self.train.batch)  # refuses a buffer that holds no batch
         if self.mesh.data is not None and self.train.n_lanes % self.mesh.data:
             raise UserError(f"mesh.data must divide train.n_lanes={self.train.n_lanes}, got {self.mesh.data}")
@@ -114,6 +115,16 @@ class Config:
     def averaged(self) -> bool:
         """Whether an average of the parameters is evaluated, exported and loaded."""
         return self.optim.averages or self.train.ema_decay is not None
+
+
+def _check_hashable(sae: base.Sparsifier) -> None:
+    """Refuse an architecture that cannot be static in a compiled step, where a YAML list stayed one."""
+    for field in dataclasses.fields(sae):
+        try:
+            hash(getattr(sae, field.name))
+        except TypeError:
+            must = f"must be hashable: {type(sae).__name__}.__post_init__ turns lists into tuples"
+            raise UserError(f"sae.{field.name} {must}, got {getattr(sae, field.name)}") from None
 
 
 def check_data(config: Config) -> None:
@@ -244,7 +255,11 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
     """
     register(name, root)
     typed = command_line.for_hydra(overrides, command_line.path_keys(root, GROUPS))
-    key_value.check_choices(key_value.parsed(typed), conf_dir(), {group: without_file(group) for group in GROUPS})
+    parsed = key_value.parsed(typed)
+    for chosen in parsed:
+        if chosen.key_or_group in GROUPS and not chosen.is_delete() and isinstance(chosen.value(), str):
+            GROUPS[chosen.key_or_group].get(chosen.value())  # says why where a package of that name is broken
+    key_value.check_choices(parsed, conf_dir(), {group: without_file(group) for group in GROUPS})
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         try:

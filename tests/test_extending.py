@@ -17,6 +17,7 @@ import pytest
 import saejax
 from saejax import cli, config
 from saejax.errors import UserError
+from saejax.evals import reconstruction
 from saejax.fields import leaves, registry
 from saejax.parallel import sharding
 from saejax.runs import ensembles, run
@@ -43,7 +44,7 @@ def home(tmp_path_factory):
         patch.setenv(registry.PLUGINS, "my_saes.py")
         patch.setattr(registry, "_loaded", [])
         before = {kind: dict(found._members) for kind, found in registry.REGISTRIES.items()}
-        axes = dict(leaves.LATENT_AXIS)
+        axes, declared = dict(leaves.LATENT_AXIS), dict(leaves._declared)
         for _, *arguments in commands():
             assert cli.main(arguments) == 0, arguments
         yield path
@@ -51,6 +52,8 @@ def home(tmp_path_factory):
             registry.REGISTRIES[kind]._members = members
         leaves.LATENT_AXIS.clear()
         leaves.LATENT_AXIS.update(axes)
+        leaves._declared.clear()
+        leaves._declared.update(declared)
         for group, name in (("sae", "group_topk"), ("source", "pairs")):
             for node in (f"{name}.yaml", f"{name}_schema.yaml"):
                 config.ConfigStore.instance().repo[group].pop(node, None)
@@ -145,25 +148,39 @@ def test_an_installed_package_declares_its_own(tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-saes\nVersion: 1.0\n")
     points = TOML.replace("project.entry-points.", "").replace('["', "[").replace('"]', "]").replace('"', "")
     (info / "entry_points.txt").write_text(points)
-    code = "from saejax.sae import base; print(base.ARCHITECTURES['group_topk'].__module__)"
+    code = "from saejax import config; print(config.GROUPS['sae']['group_topk'].__module__)"
     environment = {k: v for k, v in os.environ.items() if k != registry.PLUGINS}
     environment["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
 
-    def ran() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
-        )
+    def ran(*command: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, *command]
+        return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
 
-    assert ran().stdout == "my_saes\n", ran().stderr
-    (tmp_path / "my_saes.py").write_text("import nowhere")
-    assert "package my-saes: the architecture group_topk cannot be loaded: ModuleNotFoundError" in ran().stderr
+    found = ran("-c", code)
+    assert found.stdout == "my_saes\n", found.stderr
+    (tmp_path / "my_saes.py").write_text("\nimport nowhere")
+    line = (
+        "package my-saes: the architecture group_topk cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"
+    )
+    line += f" ({tmp_path / 'my_saes.py'}, line 2)\n"
+    asked = ran("-m", "saejax", "train", "sae=group_topk")
+    assert asked.returncode == 2 and asked.stderr.endswith(f"saejax train: {line}")
+    other = ran("-m", "saejax", "train", "sae.k=0")  # needs nothing of the package
+    assert other.stderr.endswith("saejax train: sae.k must be in [1, d_sae=256], got 0\n"), other.stderr
+    assert line in other.stderr
 
 
 @pytest.mark.parametrize("named, said", [
     ("nowhere_at_all", "SAEJAX_PLUGINS: nowhere_at_all cannot be imported: ModuleNotFoundError"),
     ("gone.py", "SAEJAX_PLUGINS: gone.py cannot be imported: FileNotFoundError"),
+    ("statistics.py", "SAEJAX_PLUGINS: statistics.py cannot be imported: a module statistics is there already"),
+    ("two_lines.py", "SAEJAX_PLUGINS: two_lines.py cannot be imported: ValueError: a b (two_lines.py, line 2)\n"),
 ])  # fmt: skip
-def test_a_plugin_that_cannot_be_imported_is_one_line(named, said, monkeypatch, capsys):
+def test_a_plugin_that_cannot_be_imported_is_one_line(named, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("statistics.py", "two_lines.py"):
+        Path(name).write_text("\nraise ValueError('a\\nb')")
+    said = said.replace("(two_lines.py", f"({tmp_path / 'two_lines.py'}")
     monkeypatch.setenv(registry.PLUGINS, named)
     monkeypatch.setattr(registry, "_loaded", [])
     assert cli.main(["train", "sae.k=3"]) == 2
@@ -176,12 +193,19 @@ def _frozen(**members):
 
 
 @pytest.mark.parametrize("make, said", [
-    (lambda: 3, "builtins.int must derive from the base class of one of: "),
+    (lambda: 3, "builtins.int must derive from Sparsifier, ActivationSource, TextCorpus or Metric, or be a format"),
+    (lambda: type("Mine", (), {}), "Mine must derive from Sparsifier, ActivationSource, TextCorpus or Metric"),
     (lambda: _frozen(name="Mine"), "Mine.name must be lower case letters, digits and _, got 'Mine'"),
     (lambda: _frozen(name="topk"), "Mine: the architecture topk is already saejax.sae.topk.TopK"),
     (lambda: _frozen(name="mine", base=base.Sparsifier), "Mine must define activate, objective to be an architecture"),
     (lambda: type("Mine", (topk.TopK,), {"name": "mine"}), "Mine must be a frozen dataclass"),
     (lambda: _frozen(name="mine", leaves={"threshold": 1}), "leaf threshold must have its latents along axis 0"),
+    (lambda: _frozen(name="mine", leaves={"rate": -1}), "leaf rate must have an axis of at least 0, or None, got -1"),
+    (lambda: _frozen(name="mine", leaves={"W_enc": 1}), "leaf W_enc must have a name other than W_enc, b_enc"),
+    (lambda: _frozen(name="mine", knobs=("kk",)), "Mine.knobs must be a tuple of fields (d_in, d_sae"),
+    (lambda: _frozen(name="mine", preferred_norm="unti"), "Mine.preferred_norm must be unit or sqrt_d, got 'unti'"),
+    (lambda: _frozen(name="mine", __annotations__={"name": str}), "Mine.name must be annotated as ClassVar"),
+    (lambda: _frozen(name="default", base=reconstruction.Reconstruction), "Mine.name must not be default"),
 ])  # fmt: skip
 def test_what_cannot_be_registered_is_refused(make, said):
     before = dict(base.ARCHITECTURES)
@@ -190,9 +214,26 @@ def test_what_cannot_be_registered_is_refused(make, said):
     assert dict(base.ARCHITECTURES) == before
 
 
+def test_a_class_that_is_defined_again_takes_the_place_of_the_first():
+    """As in a notebook, also with another axis of its array."""
+    before = dict(base.ARCHITECTURES._members)
+    try:
+        for axis in (1, 0):
+            made = saejax.register(_frozen(name="mine", leaves={"rate_of_mine": axis}))
+            assert base.ARCHITECTURES["mine"] is made and leaves.LATENT_AXIS["rate_of_mine"] == axis
+    finally:
+        base.ARCHITECTURES._members = before
+        leaves.declare(registry.full_name(made), {})
+
+
+def test_names_of_every_training_are_taken():
+    assert set(leaves.TAKEN) == set(sharding.SPECS)
+
+
 @pytest.mark.parametrize("leaves_, shape, said", [
     ({}, (16,), "Mine.leaves must name rate, which extra() returns"),
     ({"rate": 0}, (8,), "Mine.leaves: axis 0 of rate must have d_sae=16 entries, got (8,)"),
+    ({"rate": 1}, (16,), "Mine.leaves: axis 1 of rate must have d_sae=16 entries, got (16,)"),
 ])  # fmt: skip
 def test_an_array_that_is_not_declared_is_an_error(leaves_, shape, said):
     made = _frozen(name="mine", leaves=leaves_, extra=lambda self: {"rate": np.zeros(shape)})

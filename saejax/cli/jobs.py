@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from omegaconf import DictConfig
 from saejax import config
 from saejax.cli import ending, preflight, quiet
 from saejax.errors import DONE, FAILED, MISTAKE, UserError, stopped_status
-from saejax.fields import paths
+from saejax.fields import paths, registry
 from saejax.parallel import processes, signals
 from saejax.runs import agreement, directory, ensembles, run
 from saejax.runs.directory import Action, Request
@@ -45,10 +46,15 @@ def under_hydra(arguments: list[str]) -> Iterator[Callable[[], Any]]:
     """
     config.register("train", config.Config)
     before, sys.argv = sys.argv, ["saejax train", *arguments]
+    path = os.environ.get("PYTHONPATH")
+    if registry.folders():  # processes of a launcher are sent classes by the names of their modules
+        os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [path]), *registry.folders()])
     try:
         yield hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="train")(job)
     finally:
         sys.argv = before
+        os.environ.pop("PYTHONPATH", None)
+        os.environ.update({} if path is None else {"PYTHONPATH": path})
 
 
 def job(composed: DictConfig) -> object:

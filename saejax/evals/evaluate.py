@@ -147,8 +147,13 @@ class Evaluator:
         """The numbers of merged sums."""
         values, definitions = {}, {}
         for m, state in zip(self.metrics, states, strict=True):
-            values.update(m.compute(state))
-            definitions.update(m.definitions())
+            computed, said = m.compute(state), m.definitions()
+            if unsaid := [key for key in computed if key not in said]:
+                raise UserError(f"metric {m.name}: definitions() must say what {', '.join(unsaid)} is")
+            if twice := [key for key in computed if key in values]:
+                raise UserError(f"metric {m.name}: {', '.join(twice)} is already computed by another metric")
+            values.update(computed)
+            definitions.update(said)
         return EvalResult.of(values, definitions, data)
 
 
@@ -188,7 +193,8 @@ def named_metrics(
         elif name in (known := _of_rows()):
             found[known[name]()] = None
         else:
-            raise UserError(f"metrics must be default or of {', '.join(known)}, got {name}")
+            unfit = ", which needs settings or other batches" if name in metric.METRICS else ""
+            raise UserError(f"metrics must be default or of {', '.join(known)}, got {name}{unfit}")
     return tuple(found)
 
 

@@ -107,7 +107,12 @@ class Metric(abc.ABC):
         """Returns one exact sentence for every key that `compute` can produce."""
 
 
-METRICS: registry.Registry[type[Metric]] = registry.Registry("metric", Metric)
+def _check_class(cls: type[Metric]) -> None:
+    if cls.name == "default":
+        raise UserError(f"{registry.full_name(cls)}.name must not be default: metrics=[default] are several")
+
+
+METRICS: registry.Registry[type[Metric]] = registry.Registry("metric", Metric, check=_check_class)
 """Every metric by its name."""
 
 register = METRICS.register

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from saejax.fields import paths
 from saejax.report import curves, decoder, latents, plot, records
+from saejax.sae import base
 from saejax.sae.model import SAE
 from saejax.storage import atomic
 
@@ -106,7 +107,8 @@ def _headline(found: records.Run, sae: SAE | None) -> str:
     """One line about the run: architecture, width, sparsity, hook, tokens."""
     flat = records.shown(found.config)
     kind = flat.get("sae.type") or (sae.sparsifier.name if sae is not None else None)
-    parts = [{"topk": "TopK", "l1": "L1"}.get(str(kind), str(kind))] if kind else []
+    known = base.ARCHITECTURES.get(str(kind))
+    parts = [str(kind) if known is None else known.__name__] if kind else []
     for key, text in (("d_sae", "{} latents"), ("k", "k = {}"), ("l1_coef", "λ = {}")):
         value = flat.get(f"sae.{key}", getattr(sae.sparsifier, key, None) if sae is not None else None)
         if value is not None:

@@ -137,7 +137,8 @@ class Sparsifier(Layout, abc.ABC):
 
     def why_static(self, knob: str) -> str | None:
         """Returns why members that are stacked in one step cannot differ in a knob; None where they can."""
-        return None
+        dense = knob == "k" and not self.k_sparse  # only slots can be masked
+        return f"the k of sae={self.name} cannot be masked" if dense else None
 
     def exported(self, params: SAEParams) -> tuple["Sparsifier", SAEParams]:
         """Returns an SAE of an architecture that other tools know and that encodes and decodes as this one does."""
@@ -161,7 +162,7 @@ class Sparsifier(Layout, abc.ABC):
             if name not in self.leaves:
                 raise UserError(f"{what} must name {name}, which extra() returns: its axis of latents, or None")
             axis = self.leaves[name]
-            if axis is not None and array.ndim > axis and array.shape[axis] != self.d_sae:
+            if axis is not None and array.shape and array.shape[axis : axis + 1] != (self.d_sae,):
                 raise UserError(
                     f"{what}: axis {axis} of {name} must have d_sae={self.d_sae} entries, got {array.shape}"
                 )
@@ -344,9 +345,18 @@ def warmed_up(coefficient: float, step: Array, n_steps: int) -> Float[Array, ""]
     return coefficient * jnp.minimum(1.0, step / n_steps if n_steps else 1.0)
 
 
-ARCHITECTURES: registry.Registry[type[Sparsifier]] = registry.Registry(
-    "architecture", Sparsifier, check=lambda cls: leaves.declare(cls.leaves)
-)
+def _check_class(cls: type[Sparsifier]) -> None:
+    """Refuse an architecture that misdescribes itself."""
+    where = registry.full_name(cls)
+    fields = [field.name for field in dataclasses.fields(cls) if field.name not in ("seed", "lr")]  # of the run
+    if not isinstance(cls.knobs, tuple) or set(cls.knobs) - set(fields):
+        raise UserError(f"{where}.knobs must be a tuple of fields ({', '.join(fields)}), got {cls.knobs!r}")
+    if cls.preferred_norm not in ("unit", "sqrt_d"):
+        raise UserError(f"{where}.preferred_norm must be unit or sqrt_d, got {cls.preferred_norm!r}")
+    leaves.declare(where, cls.leaves)
+
+
+ARCHITECTURES: registry.Registry[type[Sparsifier]] = registry.Registry("architecture", Sparsifier, check=_check_class)
 """Every architecture by its name in a config (`sae.type`)."""
 
 register = ARCHITECTURES.register

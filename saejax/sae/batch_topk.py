@@ -58,10 +58,6 @@ class BatchTopK(base.Sparsifier):
         aux = self.reconstruct(params, x, target, step)
         return aux.terms["mse"], aux
 
-    def why_static(self, knob):
-        """Refuses another k: the best of a batch have no slots to mask."""
-        return "the k of sae=batch_topk cannot be masked" if knob == "k" else None
-
     def extra(self):
         """Returns the inference threshold, 0 until the first step."""
         return {"threshold": jnp.zeros(())}

@@ -67,10 +67,6 @@ class MatchingPursuit(base.Sparsifier):
         """Returns those of the steps after the first."""
         return encoder * (self.k - 1)
 
-    def why_static(self, knob):
-        """Refuses another k: every step follows from the one before."""
-        return "the k of sae=matching_pursuit cannot be masked" if knob == "k" else None
-
     def activate(self, params, pre_acts, step=None):
         """Returns the latents that k greedy steps choose, with the gradient through every step."""
 

@@ -118,11 +118,6 @@ class Matryoshka(base.Sparsifier):
         inside = (encoding.indices >= first) & (encoding.indices < last)
         return sparse_decode.sparse_decode(jnp.where(inside, encoding.values, 0), encoding.indices, params.W_dec)
 
-    def why_static(self, knob):
-        """Refuses another k where the best of a batch are kept, which have no slots to mask."""
-        dense = knob == "k" and not self.k_sparse
-        return "the k of sae=matryoshka cannot be masked" if dense else None
-
     def extra(self):
         """Returns the inference threshold of batch_topk, 0 until the first step."""
         return {} if self.k_sparse else {"threshold": jnp.zeros(())}

@@ -7,7 +7,7 @@ from saejax.fields import leaves
 from saejax.sae.encoding import Encoding
 
 # Of a hidden layer before the encoder, and of a transcoder's linear map: neither has an axis of latents.
-leaves.declare({"W_hidden": None, "b_hidden": None, "W_skip": None})
+leaves.declare(__name__, {"W_hidden": None, "b_hidden": None, "W_skip": None})
 
 
 @struct.dataclass

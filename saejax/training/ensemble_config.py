@@ -143,7 +143,10 @@ def with_knobs(config: _Config, point: dict[str, Any]) -> _Config:
     for name, value in point.items():
         part, field = places(made.sae).get(name, (None, name))
         if part is None:
-            raise UserError(f"ensemble.{name} must be empty: sae={made.sae.name} has no {field}, got {value}")
+            known = f"; it has {', '.join(made.sae.knobs)}" if made.sae.knobs else ""
+            raise UserError(
+                f"ensemble.{name} must be empty: sae={made.sae.name} has no knob {field}{known}, got {value}"
+            )
         held = getattr(made, part) if part else made
         changed = dataclasses.replace(held, **{field: value})
         made = dataclasses.replace(made, **{part: changed}) if part else changed

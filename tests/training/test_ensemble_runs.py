@@ -193,7 +193,7 @@ def test_an_ensemble_ends_when_no_member_is_finite(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["ensemble.l1_coef=[1]"], "ensemble.l1_coef must be empty: sae=topk has no l1_coef"),
+        (["ensemble.l1_coef=[1]"], "ensemble.l1_coef must be empty: sae=topk has no knob l1_coef; it has k"),
         (["ensemble.k=[1,2]", "ensemble.lr=[1e-3]", "ensemble.combine=zip"], "lists of one length: lr has 1, k has 2"),
         (["ensemble.k=[2,2]"], "ensemble.k must not repeat a value"),
         (["ensemble.k=[2,2]", "ensemble.combine=zip"], "two members are k2"),

@@ -38,10 +38,17 @@ from saejax.fields.resume_policy import Fixed, Place
 logger = logging.getLogger(__name__)
 
 _KEYS = {"path": "source.corpus", "share": "source.heldout_share"}
-_TEXTS: dict[str, Any] = {
-    name: type(corpus.__name__, (corpus,), {"keys": _KEYS}) for name, corpus in text.TEXTS.items()
-}
-"""The corpora, whose messages name the keys of this source."""
+
+
+@functools.cache
+def _of_live(corpus: type[text.TextCorpus]) -> Any:
+    """A corpus whose messages name the keys of this source."""
+    return type(corpus.__name__, (corpus,), {"keys": _KEYS})
+
+
+def _named(corpus: str) -> type[text.TextCorpus] | None:
+    """The corpus of a name; None for a path."""
+    return None if corpus == text.TextFiles.name else text.TEXTS.get(corpus)
 
 
 @register
@@ -85,7 +92,7 @@ class Live(ActivationSource):
     def __post_init__(self):
         numeric.check(self, "source.")
         object.__setattr__(self, "model", located(self.model, "source.model"))
-        if self.corpus not in ("wikipedia", "pydoc"):
+        if _named(self.corpus) is None:
             object.__setattr__(self, "corpus", str(paths.local(self.corpus, "source.corpus")))
         try:
             self.harvest()  # refuses what a harvest would; opens no file
@@ -97,10 +104,10 @@ class Live(ActivationSource):
         """The settings of the harvest that would write these rows."""
         names = {field.name for field in dataclasses.fields(self)} - {"corpus", "text_field", "heldout_share"}
         chosen = {name: getattr(self, name) for name in names}
-        if self.corpus in _TEXTS and self.corpus != text.TextFiles.name:
-            corpus = _TEXTS[self.corpus](heldout_share=self.heldout_share)
+        if (named := _named(self.corpus)) is not None:
+            corpus = _of_live(named)(heldout_share=self.heldout_share)
         else:
-            files = _TEXTS[text.TextFiles.name]
+            files = _of_live(text.TextFiles)
             corpus = files(path=self.corpus, text_field=self.text_field, heldout_share=self.heldout_share)
         return HarvestConfig(**chosen, text=corpus, shard_sequences=self.batch_sequences)
 

@@ -174,6 +174,7 @@ def test_an_installed_package_declares_its_own(tmp_path):
     ("nowhere_at_all", "SAEJAX_PLUGINS: nowhere_at_all cannot be imported: ModuleNotFoundError"),
     ("gone.py", "SAEJAX_PLUGINS: gone.py cannot be imported: FileNotFoundError"),
     ("statistics.py", "SAEJAX_PLUGINS: statistics.py cannot be imported: a module statistics is there already"),
+    ("a.b.py", "SAEJAX_PLUGINS: a.b.py cannot be imported: a file that is imported has a name of letters"),
     ("two_lines.py", "SAEJAX_PLUGINS: two_lines.py cannot be imported: ValueError: a b (two_lines.py, line 2)\n"),
 ])  # fmt: skip
 def test_a_plugin_that_cannot_be_imported_is_one_line(named, said, tmp_path, monkeypatch, capsys):
@@ -202,6 +203,8 @@ def _frozen(**members):
     (lambda: _frozen(name="mine", leaves={"threshold": 1}), "leaf threshold must have its latents along axis 0"),
     (lambda: _frozen(name="mine", leaves={"rate": -1}), "leaf rate must have an axis of at least 0, or None, got -1"),
     (lambda: _frozen(name="mine", leaves={"W_enc": 1}), "leaf W_enc must have a name other than W_enc, b_enc"),
+    (lambda: _frozen(name="mine", __annotations__={"w": "nowhere.Array"}, w=1), "Mine: the type of a field is not"),
+    (lambda: _frozen(name="mine", __annotations__={"w": set}, w=1), "Mine.w: its type must be int, float, bool, str"),
     (lambda: _frozen(name="mine", knobs=("kk",)), "Mine.knobs must be a tuple of fields (d_in, d_sae"),
     (lambda: _frozen(name="mine", preferred_norm="unti"), "Mine.preferred_norm must be unit or sqrt_d, got 'unti'"),
     (lambda: _frozen(name="mine", __annotations__={"name": str}), "Mine.name must be annotated as ClassVar"),

@@ -177,7 +177,9 @@ def _said(value: Any) -> str:
     return "none" if value is None else json_yaml.one_line(value)[:80]
 
 
-SOURCES: registry.Registry[type[ActivationSource]] = registry.Registry("source", ActivationSource)
+SOURCES: registry.Registry[type[ActivationSource]] = registry.Registry(
+    "source", ActivationSource, check=registry.check_fields
+)
 """Every source by its name in a config (`source.type`)."""
 
 register = SOURCES.register

@@ -138,7 +138,7 @@ class TextCorpus(abc.ABC):
         return f"text {self.name!r}"
 
 
-TEXTS: registry.Registry[type[TextCorpus]] = registry.Registry("text", TextCorpus)
+TEXTS: registry.Registry[type[TextCorpus]] = registry.Registry("text", TextCorpus, check=registry.check_fields)
 """Every corpus by its name in a config (`text.type`)."""
 
 

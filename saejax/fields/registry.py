@@ -8,6 +8,7 @@ entry points: a registry loads those of its kind at its first lookup, and only w
 from __future__ import annotations
 
 import dataclasses
+import enum
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,6 +18,7 @@ import os
 import re
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -126,6 +128,30 @@ class Registry(Mapping[str, _Member]):
             logger.warning("%s", line)
 
 
+def check_fields(cls: type) -> None:
+    """Refuse fields that YAML and a command line cannot give.
+
+    Raises:
+      UserError: a type that is none of a config, or that is not defined.
+    """
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise UserError(f"{full_name(cls)}: the type of a field is not defined: {error}") from error
+    for field in dataclasses.fields(cls):
+        if not _of_config(hints[field.name]):
+            must = "must be int, float, bool, str, an Enum, a dataclass, or a tuple or union with None of these"
+            raise UserError(f"{full_name(cls)}.{field.name}: its type {must}, got {hints[field.name]}")
+
+
+def _of_config(hint: Any) -> bool:
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        plain = issubclass(hint, (int, float, str, enum.Enum, types.NoneType))
+        return plain or dataclasses.is_dataclass(hint)
+    many = typing.get_origin(hint) in (typing.Union, types.UnionType, tuple, list, dict)
+    return many and all(_of_config(of) for of in typing.get_args(hint) if of is not Ellipsis)
+
+
 REGISTRIES: dict[str, Registry[Any]] = {}
 """Every registry by its kind."""
 
@@ -187,7 +213,9 @@ def _import(named: str) -> None:
 def _import_file(path: Path) -> None:
     """Import a file under its own name, for pickles of its classes; never in place of another module."""
     name = path.stem
-    there = sys.modules.get(name) or ("." not in name and importlib.util.find_spec(name)) or None
+    if not name.isidentifier():
+        raise UserError("a file that is imported has a name of letters, digits and _")
+    there = sys.modules.get(name) or importlib.util.find_spec(name)
     origin = getattr(there, "__file__", None) or getattr(there, "origin", None)
     if there is not None and (origin is None or Path(origin).resolve() != path.resolve()):
         raise UserError(f"a module {name} is there already ({origin or 'built in'}): give the file another name")

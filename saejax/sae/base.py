@@ -347,6 +347,7 @@ def warmed_up(coefficient: float, step: Array, n_steps: int) -> Float[Array, ""]
 
 def _check_class(cls: type[Sparsifier]) -> None:
     """Refuse an architecture that misdescribes itself."""
+    registry.check_fields(cls)
     where = registry.full_name(cls)
     fields = [field.name for field in dataclasses.fields(cls) if field.name not in ("seed", "lr")]  # of the run
     if not isinstance(cls.knobs, tuple) or set(cls.knobs) - set(fields):

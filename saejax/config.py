@@ -257,8 +257,9 @@ def load(name: str, root: type, overrides: list[str]) -> Any:
     typed = command_line.for_hydra(overrides, command_line.path_keys(root, GROUPS))
     parsed = key_value.parsed(typed)
     for chosen in parsed:
-        if chosen.key_or_group in GROUPS and not chosen.is_delete() and isinstance(chosen.value(), str):
-            GROUPS[chosen.key_or_group].get(chosen.value())  # says why where a package of that name is broken
+        choice: Any = None if chosen.is_delete() else chosen.value()
+        if chosen.key_or_group in GROUPS and isinstance(choice, str):
+            GROUPS[chosen.key_or_group].get(choice)  # says why where a package of that name is broken
     key_value.check_choices(parsed, conf_dir(), {group: without_file(group) for group in GROUPS})
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):

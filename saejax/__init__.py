@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
-__version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "evaluate", "export", "load", "register"]
 
 from saejax.errors import UserError
+from saejax.storage.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from saejax.sae.model import SAE

@@ -125,7 +125,7 @@ def layer_findings(module: str, tree: ast.AST) -> list[str]:
         return [f"{module}: part '{part}' has no place in LAYERS; give it one, and a line in docs/architecture.md"]
     findings = []
     for line, name in imported(tree):
-        target = room(name) if name.startswith("saejax.") else ""
+        target = room(name) if within(name, ("saejax",)) else ""
         if name.startswith("."):
             findings.append(f"{module}:{line}: relative import; write from saejax.<part> import <module>")
         elif target in LAYERS and target not in LAYERS[part] | {part}:

@@ -37,7 +37,7 @@ def test_one_version():
     """`saejax.__version__` alone: the package's metadata are made of it."""
     assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
     settings = PYPROJECT["tool"]["hatch"]["version"]
-    assert settings == {"path": "saejax/__init__.py"}
+    assert settings == {"path": "saejax/storage/version.py"}
 
 
 def test_constraints_are_plain_pins():

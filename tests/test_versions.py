@@ -20,7 +20,7 @@ from saejax.activations import store
 from saejax.activations.store import source as store_source
 from saejax.errors import UserError
 from saejax.runs import directory, run
-from saejax.storage import checkpoint, json_yaml
+from saejax.storage import checkpoint, checkpoint_record, json_yaml
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -116,7 +116,7 @@ def test_a_config_carries_its_version(tmp_path):
 
 def test_a_checkpoint_of_another_saejax_says_so(tmp_path, monkeypatch, caplog):
     run_dir = shutil.copytree(FIXTURES / "run_format_2", tmp_path / "run")
-    monkeypatch.setattr(saejax, "__version__", "0.7.0")
+    monkeypatch.setattr(checkpoint_record, "VERSION", "0.7.0")
     with caplog.at_level(logging.INFO, logger="saejax"):
         checkpoint.load_arrays(run_dir, ("params",))
     assert "was written by saejax 0.1.0, this is 0.7.0" in caplog.text

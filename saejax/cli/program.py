@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import saejax
 from saejax.cli import ending, kept_pages, quiet
 from saejax.errors import DONE, FAILED, MISTAKE, Stopped, stopped_status
 from saejax.fields import command_line, paths
 from saejax.parallel import processes, signals
 from saejax.storage import atomic
+from saejax.storage.version import VERSION
 
 HELP = """saejax: train sparse autoencoders on neural-network activations
 
@@ -70,7 +70,7 @@ def _no_command(name: str, _: list[str]) -> int:
         print(HELP)
         return DONE
     if name == "--version":
-        print(saejax.__version__)
+        print(VERSION)
         return DONE
     there = ", ".join(COMMANDS) + command_line.near(name, COMMANDS)
     print(f"saejax: unknown command {name}; there are {there}", file=sys.stderr)

@@ -42,6 +42,17 @@ class Partition:
         return 0 if self.latents is None else jax.lax.axis_index(self.latents) * n_local
 
 
+def equal_blocks(n_rows: int, row_bytes: int, most: int) -> int:
+    """Returns in how many equal blocks rows pass, so that what one of them makes stays within `most` bytes.
+
+    Examples:
+      >>> equal_blocks(12, row_bytes=10, most=50), equal_blocks(7, row_bytes=10, most=50)
+      (3, 7)
+    """
+    least = -(-n_rows * row_bytes // most)
+    return next((n for n in range(max(least, 1), n_rows + 1) if n_rows % n == 0), 1)
+
+
 def of(n_rows: int, n_latents: int) -> Partition:
     """Returns how the context mesh cuts `n_rows` rows and `n_latents` latents."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -211,16 +211,10 @@ def _own(indices, cut: partition.Partition, n_local: int):
     return own, jnp.where(own, local, 0)
 
 
-def _blocks(b: int, k: int, d: int) -> int:
-    """In how many equal blocks rows pass, so that the gathered rows of one stay small."""
-    least = -(-4 * b * k * d // _GATHERED_BYTES)
-    return next((n for n in range(max(least, 1), b + 1) if b % n == 0), 1)
-
-
 def _by_blocks(of_block, width, *arrays):
     """`of_block` of all rows, a block after the other, where gathered rows [b, k, width] would be large."""
     b, k = arrays[-1].shape
-    n = _blocks(b, k, width)
+    n = partition.equal_blocks(b, 4 * k * width, _GATHERED_BYTES)
     if n == 1:
         return of_block(*arrays)
     found = lax.map(lambda block: of_block(*block), tuple(a.reshape(n, b // n, *a.shape[1:]) for a in arrays))
@@ -268,7 +262,7 @@ def _residual_and_dots_cpu(values, indices, W, y):
 
 
 def _accumulate(zeros, values, indices, y):
-    n = _blocks(values.shape[0], values.shape[1], y.shape[1])
+    n = partition.equal_blocks(len(y), 4 * values.shape[1] * y.shape[1], _GATHERED_BYTES)
 
     def add(turn, total):
         size = len(y) // n

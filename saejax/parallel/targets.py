@@ -41,7 +41,6 @@ class Chip:
       clock: cycles per second in which the TPU compiler counts; 0 for GPUs.
       compute_capability: of NVIDIA GPUs.
       cores: streaming multiprocessors of NVIDIA GPUs.
-      per_host: chips of one host.
     """
 
     name: str
@@ -53,15 +52,14 @@ class Chip:
     clock: float = 0.0
     compute_capability: tuple[int, int] = (0, 0)
     cores: int = 0
-    per_host: int = 8
 
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "tpu", round(15.75 * GIB), 1.97e14, 8.19e11, 4 * 4.5e10, clock=1.5e9, per_host=4),
-        Chip("v5p", "tpu", round(95.74 * GIB), 4.59e14, 2.765e12, 6 * 9.0e10, clock=1.75e9, per_host=4),
-        Chip("v6e", "tpu", round(31.25 * GIB), 9.18e14, 1.64e12, 4 * 9.0e10, clock=1.75e9, per_host=4),
+        Chip("v5e", "tpu", round(15.75 * GIB), 1.97e14, 8.19e11, 4 * 4.5e10, clock=1.5e9),
+        Chip("v5p", "tpu", round(95.74 * GIB), 4.59e14, 2.765e12, 6 * 9.0e10, clock=1.75e9),
+        Chip("v6e", "tpu", round(31.25 * GIB), 9.18e14, 1.64e12, 4 * 9.0e10, clock=1.75e9),
         Chip("h100", "cuda", 80 * 10**9, 9.89e14, 3.35e12, 4.5e11, compute_capability=(9, 0), cores=132),
         Chip("h200", "cuda", 141 * 10**9, 9.89e14, 4.8e12, 4.5e11, compute_capability=(9, 0), cores=132),
         Chip("b200", "cuda", 180 * 10**9, 2.25e15, 8.0e12, 9.0e11, compute_capability=(10, 0), cores=148),

@@ -21,12 +21,12 @@ from typing import Any
 
 import jax
 
-import saejax
 from saejax import config
 from saejax.errors import UserError
 from saejax.fields import resume_policy
 from saejax.parallel import processes
 from saejax.storage import json_yaml
+from saejax.storage.version import SOURCES, VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ def command(name: str, arguments: list[str]) -> dict[str, str]:
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of what computes, and a digest of this package's own source files."""
-    sources, root = hashlib.sha256(), Path(saejax.__file__).parent
+    sources, root = hashlib.sha256(), SOURCES
     for path in sorted(root.rglob("*.py")):
         sources.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     found = {f"version of {name}": metadata.version(name) for name in _LIBRARIES}
     python = f"{platform.python_implementation()} {sys.version_info.major}.{sys.version_info.minor}"
-    own = f"{saejax.__version__} (sources {sources.hexdigest()[:12]})"
+    own = f"{VERSION} (sources {sources.hexdigest()[:12]})"
     return {"version of saejax": own, **found, "version of Python": python}
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import saejax
 from saejax import config
 from saejax.activations import normalize
 from saejax.activations.source import RowIterator
@@ -30,6 +29,7 @@ from saejax.parallel import processes, sharding
 from saejax.runs import agreement, directory
 from saejax.sae import base, model, per_row
 from saejax.storage import atomic, checkpoint, checkpoint_record, json_yaml, tracking
+from saejax.storage.version import SOURCES, VERSION
 from saejax.training import (
     diagnose,
     ensemble_config,
@@ -276,7 +276,7 @@ def write_record(
     if jax.process_index() != 0:
         return
     record = {
-        "saejax": saejax.__version__,
+        "saejax": VERSION,
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
         "python": platform.python_version(),
         "host": platform.platform(),
@@ -312,7 +312,7 @@ def _seconds_so_far(run_dir: Path) -> float:
 
 def _git_commit() -> str | None:
     """Commit of the working directory, marked when there are uncommitted changes; None outside a repository."""
-    command = ["git", "-C", str(Path(saejax.__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(SOURCES), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -171,8 +171,7 @@ def _blocks(n_rows: int, n_latents: int) -> int:
     """In how many equal blocks rows pass, so that all their latents at once stay small; 1 where the mesh cuts them."""
     if partition.of(n_rows, n_latents).rows is not None:
         return 1
-    least = -(-4 * n_rows * n_latents // _BLOCK_BYTES)
-    return next((n for n in range(max(least, 1), n_rows + 1) if n_rows % n == 0), 1)
+    return partition.equal_blocks(n_rows, 4 * n_latents, _BLOCK_BYTES)
 
 
 def _best(values: Float[Array, "b n"], k: int) -> Float[Array, "b n"]:

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import saejax
 from saejax.errors import UserError
 from saejax.storage import array_checksums
+from saejax.storage.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def make(step: int, state: Any, loader: dict[str, Any], fvu: float | None, owner
     run = owner and {"id": owner.run_id, "config": dict(owner.config), "data": dict(owner.data)}
     body = {
         "format_version": FORMAT_VERSION,
-        "saejax_version": saejax.__version__,
+        "saejax_version": VERSION,
         "step": step,
         "fvu": fvu,
         "run": run,
@@ -88,11 +88,11 @@ def parse(saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise Damaged(f"its record cannot be read ({error})") from error
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{path} was written by saejax {writer} in format {version}; this is {saejax.__version__}, which "
+            f"{path} was written by saejax {writer} in format {version}; this is {VERSION}, which "
             f"reads formats up to {FORMAT_VERSION}: install a newer one"
         )
-    if writer != saejax.__version__:
-        logger.info("%s was written by saejax %s, this is %s", path, writer, saejax.__version__)
+    if writer != VERSION:
+        logger.info("%s was written by saejax %s, this is %s", path, writer, VERSION)
     return body
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-import saejax
 from saejax.errors import UserError
 from saejax.storage import atomic
+from saejax.storage.version import VERSION
 
 RUN_FORMAT = 2
 """Version of what a run's config.yaml says; files without one are of version 1, which had no `run_id`."""
@@ -86,7 +86,7 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], Stamp]:
     if version not in (None, 1, RUN_FORMAT) or isinstance(version, bool):
         raise UserError(
             f"{path} was written by saejax {one_line(writer)} in format {one_line(version)}; this is "
-            f"{saejax.__version__}, which reads formats up to {RUN_FORMAT}: install a newer one"
+            f"{VERSION}, which reads formats up to {RUN_FORMAT}: install a newer one"
         )
     if version == RUN_FORMAT and not (isinstance(run_id, str) and run_id):
         raise UserError(f"{path}: run_id must be given in format {RUN_FORMAT}")
@@ -116,7 +116,7 @@ def pointer_hint(path: Path) -> str:
 def stamped(tree: dict[str, Any], stamp: Stamp) -> dict[str, Any]:
     """Returns the mapping of a config with its format, its writer and the stamp in front."""
     version = 1 if stamp.run_id is None else RUN_FORMAT
-    said = {"format_version": version, "saejax_version": saejax.__version__}
+    said = {"format_version": version, "saejax_version": VERSION}
     if stamp.run_id is not None:
         said |= {"run_id": stamp.run_id}
     if stamp.older_up_to_step >= 0:

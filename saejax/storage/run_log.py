@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import saejax
 from saejax.errors import UserError
 from saejax.storage import atomic
+from saejax.storage.version import VERSION
 
 NAME = "train.log"
 
@@ -45,7 +45,7 @@ def kept(run_dirs: Iterable[Path]) -> Iterator[None]:
         root.addHandler(handler)
     if handlers and not root.isEnabledFor(logging.INFO):
         root.setLevel(logging.INFO)
-    note(f"saejax {saejax.__version__} on {platform.node()}, process {os.getpid()}")
+    note(f"saejax {VERSION} on {platform.node()}, process {os.getpid()}")
     try:
         yield
     except (UserError, OSError) as error:

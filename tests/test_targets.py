@@ -37,6 +37,9 @@ def test_the_model_is_its_formula():
     gradients, sums, gathered, dots = 4 * 2 * 256 * 4096 // 4, 4 * 512 * 256, 8 * 512 * 16 * 4, 4 * 512 * 16
     assert found.parts["links"] == pytest.approx((2 * (gradients + sums + dots) + gathered) / 1.8e11)
     assert found.parts["products"] == pytest.approx(found.operations / (8 * 1.97e14))
+    three = cost.of(sae, 1024, mesh, chip, cost.exchanges(sae, 1024, mesh), members=3)
+    for name in ("products", "optimiser", "active rows"):
+        assert three.parts[name] == pytest.approx(3 * found.parts[name])
     best = cost.meshes(sae, 1024, chip, 8, n_lanes=8)
     assert list(best) == sorted(best, key=lambda shape: best[shape].seconds) and len(best) == 4
 

@@ -134,8 +134,8 @@ def make(cfg: config.Config, limit: int | None = None, target: targets.Target | 
         where = "here" if compiles else "devices that are not here; sizes from shapes"
         return Plan(sizes, where, parts, memory.limit_bytes() if limit is None and compiles else limit)
     how = "compiled" if found else f"sizes from shapes; with saejax[{target.package}] the compiler says"
-    exchanged = found.exchanged if found else tuple(cost.exchanges(one.sae, one.train.batch, sizes))
-    time = cost.of(one.sae, max(1, len(members)) * one.train.batch, sizes, target.chip, exchanged)
+    exchanged = found.exchanged if found and found.exchanged else tuple(cost.exchanges(one.sae, one.train.batch, sizes))
+    time = cost.of(one.sae, one.train.batch, sizes, target.chip, exchanged, members=copies)
     more = [*(found.lines if found else ()), *_better(cfg, target, sizes)]
     return Plan(sizes, f"{target}, {how}", parts, limit or target.chip.memory, exchanged, time, tuple(more))
 

@@ -65,7 +65,13 @@ class Time:
 
 
 def of(
-    sparsifier: base.Sparsifier, batch: int, mesh: dict[str, int], chip: Chip, exchanged: Iterable[Collective]
+    sparsifier: base.Sparsifier,
+    batch: int,
+    mesh: dict[str, int],
+    chip: Chip,
+    exchanged: Iterable[Collective],
+    *,
+    members: int = 1,
 ) -> Time:
     """The modelled time of a step.
 
@@ -75,6 +81,7 @@ def of(
       mesh: chips along `data` and `latent`.
       chip: their kind.
       exchanged: collectives of a step, of a compiled program or of `exchanges`; AuxK's are left out.
+      members: of an ensemble on each chip, which all see the batch.
     """
     n_data, n_latent = mesh["data"], mesh["latent"]
     n_params = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(sparsifier.init, jax.random.key(0)))) / n_latent
@@ -84,12 +91,12 @@ def of(
         moved = _PASSES * 4 * batch / n_data * sparsifier.d_sae / n_latent
     else:
         moved = _PASSES * 4 * batch / n_data * active / n_latent * width / 2
-    operations = flops.per_step(sparsifier, batch)
+    operations = members * flops.per_step(sparsifier, batch)
     sent = sum((2 if one.kind == "all-reduce" else 1) * one.n_bytes for one in exchanged if not one.of_aux_k)
     parts = {
         "products": operations / (n_data * n_latent * chip.flops),
-        "optimiser": 4 * (3 * n_params + 2 * 2 * n_params) / chip.bandwidth,
-        "active rows": moved / chip.bandwidth,
+        "optimiser": members * 4 * (3 * n_params + 2 * 2 * n_params) / chip.bandwidth,
+        "active rows": members * moved / chip.bandwidth,
         "links": sent / chip.links,
     }
     return Time(parts, operations, n_data * n_latent * chip.flops, batch)

@@ -72,8 +72,8 @@ def test_sums_by_latent_are_those_of_numpy(spread):
     found = sparse_decode._sum_by_latent(jnp.zeros((64, 1)), jnp.asarray(values), jnp.asarray(indices), jnp.asarray(y))
     expected = np.zeros((64, 1))
     np.add.at(expected, indices.reshape(-1), (values * y).reshape(-1, 1).astype(np.float64))
-    # A sum of n float32 numbers in pairs: n eps max|x| bounds it.
-    np.testing.assert_allclose(found, expected, atol=128 * 2**-24 * np.abs(values * y).max() * 8)
+    # A float32 sum of n products is off by at most n u times the sum of their magnitudes, u = 2^-24 (Higham, 4.2).
+    np.testing.assert_allclose(found, expected, rtol=0, atol=128 * 2**-24 * np.abs(values * y).sum())
 
 
 @pytest.mark.parametrize("shape", [None, (4, 2)], ids=str)
